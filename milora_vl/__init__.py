@@ -1,0 +1,1 @@
+"""Finetune LLaVA-style vision-language models with MiLoRA adapters, and evaluate them."""

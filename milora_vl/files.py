@@ -1,0 +1,61 @@
+"""Files that are whole or absent: temporary name first, then one rename."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and derived files: ``$MILORA_CACHE`` or ``~/.cache/milora_vl``."""
+    return Path(os.environ.get("MILORA_CACHE") or Path.home() / ".cache" / "milora_vl").expanduser()
+
+
+def write_text_atomic(path: Path | str, text: str) -> None:
+    """Write ``text`` (UTF-8) so that ``path`` holds either its old content or all of the new.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full; ``path`` is unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomic(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented JSON; see ``write_text_atomic``."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Move a finished folder into its place; a folder already there is removed after the swap."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+        final.replace(old / final.name)
+        temporary.replace(final)
+        shutil.rmtree(old)
+    else:
+        temporary.replace(final)
+
+
+def sha256_of(path: Path | str) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
