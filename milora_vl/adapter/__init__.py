@@ -1,0 +1,1 @@
+"""MiLoRA adapters: decompose, attach, certify, save, load, merge."""

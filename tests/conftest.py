@@ -1,0 +1,83 @@
+"""Small real models shared by the tests: random weights, no network."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+IMAGE_TOKEN_ID = 63
+IMAGE_SIZE_PX = 28
+PATCH_SIZE_PX = 14
+
+
+def build_tiny_vlm(tower: str = "clip", seed: int = 0) -> LlavaForConditionalGeneration:
+    """Build a random two-layer LLaVA: float32, CPU, 64 tokens, 28-pixel images."""
+    shared = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE_PX,
+        "patch_size": PATCH_SIZE_PX,
+    }
+    vision_config = {
+        "clip": lambda: CLIPVisionConfig(intermediate_size=48, projection_dim=24, **shared),
+        "dinov2": lambda: Dinov2Config(mlp_ratio=2, **shared),
+    }[tower]()
+    text_config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=IMAGE_TOKEN_ID,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE_SIZE_PX // PATCH_SIZE_PX) ** 2,
+    )
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def make_tiny_vlm() -> Callable[..., LlavaForConditionalGeneration]:
+    """Return the builder, for tests that need a second copy or another tower."""
+    return build_tiny_vlm
+
+
+@pytest.fixture
+def tiny_vlm() -> LlavaForConditionalGeneration:
+    """A random two-layer LLaVA with a CLIP tower."""
+    return build_tiny_vlm()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Two samples with one image each: input_ids [2, 12], pixel_values [2, 3, 28, 28], labels."""
+    generator = torch.Generator().manual_seed(7)
+    input_ids = torch.randint(3, IMAGE_TOKEN_ID, (2, 12), generator=generator)
+    input_ids[:, 1:5] = IMAGE_TOKEN_ID
+    pixel_values = torch.randn(2, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=generator)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": pixel_values,
+        "labels": input_ids.clone(),
+    }
