@@ -1,0 +1,192 @@
+"""What the initialisation did to the model, per layer and as a whole, in numbers."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_vl.files import write_json_atomic
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """Numbers of one layer; every ``_ratio`` is relative to the Frobenius norm of the weight.
+
+    Attributes:
+        name: Full module name in the base model.
+        shape: (d_out, d_in).
+        r: Adapter rank.
+        reconstruction_error_ratio: ||W - (W_p + s B0 A0)|| / ||W|| with W_p as stored; 0 in anchor
+            mode, where W itself is kept.
+        minor_norm_ratio: ||s B0 A0|| / ||W||.
+        minor_energy_ratio: Its square.
+        rounding_loss_ratio: ||W_p as stored - W_p|| / ||W||; 0 in anchor mode.
+        rounding_loss_if_subtracted_ratio: The same, had W_p been stored in the dtype of the weight;
+            None for quantised weights.
+        svd_residual_ratio: ||W V - U S|| / ||W|| of the computed triplets.
+        sigma_max: Largest singular value in the slice.
+        sigma_min: Smallest singular value in the slice.
+        zero_directions: Triplets whose factors are both zero; no gradient ever reaches them.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    r: int
+    reconstruction_error_ratio: float
+    minor_norm_ratio: float
+    minor_energy_ratio: float
+    rounding_loss_ratio: float
+    rounding_loss_if_subtracted_ratio: float | None
+    svd_residual_ratio: float
+    sigma_max: float
+    sigma_min: float
+    zero_directions: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The init certificate of an attached adapter.
+
+    Attributes:
+        layers: One entry per adapted layer.
+        matched: Part of the model -> full names that train ("language_model", "projector").
+        skipped: Full name -> reason, for language-model layers left without an adapter.
+        residual: "subtract" or "anchor".
+        slice: Which part of the spectrum the adapter starts from.
+        svd: SVD method asked for.
+        r: Adapter rank.
+        scaling: lora_alpha / r.
+        seconds: Wall time of attaching, with the decompositions.
+        peak_memory_gib: Highest resident memory of the process seen while attaching.
+        peak_cuda_memory_gib: Highest CUDA allocation, or None without CUDA.
+        trainable_parameters: Number of parameters that train.
+        total_parameters: Number of parameters of the base model.
+        step0_max_abs_logit_difference: Largest logit change on the given batch, or None.
+        step0_max_abs_logit: Largest logit of the base model on that batch, for scale.
+    """
+
+    layers: tuple[LayerCertificate, ...]
+    matched: dict[str, list[str]]
+    skipped: dict[str, str]
+    residual: str
+    slice: str
+    svd: str
+    r: int
+    scaling: float
+    seconds: float
+    peak_memory_gib: float
+    peak_cuda_memory_gib: float | None
+    trainable_parameters: int
+    total_parameters: int
+    step0_max_abs_logit_difference: float | None = None
+    step0_max_abs_logit: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self, path: Path | str | None = None) -> str:
+        """Return the certificate as JSON text; with ``path``, write it there too (atomically).
+
+        Raises:
+            OSError: If ``path`` cannot be written.
+        """
+        value = asdict(self)
+        if path is not None:
+            write_json_atomic(path, value)
+        return json.dumps(value, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Certificate":
+        """Read back what ``to_json`` returned."""
+        value: dict[str, Any] = json.loads(text)
+        layers = [LayerCertificate(**{**x, "shape": tuple(x["shape"])}) for x in value["layers"]]
+        names = {item.name for item in fields(cls)}
+        rest = {key: item for key, item in value.items() if key in names and key != "layers"}
+        return cls(layers=tuple(layers), **rest)
+
+    def summary(self) -> str:
+        """Return a short table: one line per kind of layer (mean over the model), then totals."""
+        lines = [
+            f"MiLoRA init: slice={self.slice} r={self.r} scaling={self.scaling:g} "
+            f"residual={self.residual} svd={self.svd}",
+            f"{'layer kind':<14}{'n':>4}  {'shape':>13}  {'minor/W':>9}  {'error/W':>9}  "
+            f"{'rounding/W':>10}  {'sigma range':>19}",
+        ]
+        kinds: dict[tuple[str, tuple[int, int]], list[LayerCertificate]] = {}
+        for layer in self.layers:
+            kinds.setdefault((layer.name.rpartition(".")[2], layer.shape), []).append(layer)
+        for (kind, shape), group in kinds.items():
+            low, high = min(x.sigma_min for x in group), max(x.sigma_max for x in group)
+            lines.append(
+                f"{kind:<14}{len(group):>4}  {shape[0]:>6}x{shape[1]:<6}  "
+                f"{_mean([x.minor_norm_ratio for x in group]):>9.2e}  "
+                f"{_mean([x.reconstruction_error_ratio for x in group]):>9.2e}  "
+                f"{_mean([x.rounding_loss_ratio for x in group]):>10.2e}  "
+                f"{low:>8.2e} - {high:<8.2e}"
+            )
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        lines.append(
+            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} "
+            f"({share:.2f} %); {len(self.layers)} layers in {self.seconds:.1f} s, "
+            f"peak memory {self.peak_memory_gib:.2f} GiB"
+        )
+        if self.step0_max_abs_logit_difference is not None:
+            lines.append(
+                f"step-0 logit difference {self.step0_max_abs_logit_difference:.2e} "
+                f"(largest logit {self.step0_max_abs_logit:.2e})"
+            )
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def certify_layer(
+    name: str,
+    weight: Tensor,
+    triplets: tuple[Tensor, Tensor, Tensor],
+    minor: Tensor,
+    *,
+    stored_dtype: torch.dtype | None,
+    subtracted: bool,
+) -> LayerCertificate:
+    """Measure what initialising one layer does.
+
+    Args:
+        name: Full module name.
+        weight: The original weight [d_out, d_in], float32.
+        triplets: U [d_out, r], S [r] and Vh [r, d_in] of the slice, float32.
+        minor: scaling * lora_B0 @ lora_A0 [d_out, d_in], float32.
+        stored_dtype: dtype in which W_p is (or would be) kept; None for quantised weights.
+        subtracted: Whether W_p replaces the weight (else the weight stays).
+    """
+    U, S, Vh = triplets
+    norm, minor_norm = float(weight.norm()), float(minor.norm())
+    rounding = error = None
+    if stored_dtype is not None:
+        principal = weight - minor
+        stored = principal.to(stored_dtype).to(torch.float32)
+        rounding = _ratio(float((stored - principal).norm()), norm)
+        error = _ratio(float((weight - (stored + minor)).norm()), norm)
+    return LayerCertificate(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        r=S.numel(),
+        reconstruction_error_ratio=(error or 0.0) if subtracted else 0.0,
+        minor_norm_ratio=_ratio(minor_norm, norm),
+        minor_energy_ratio=_ratio(minor_norm, norm) ** 2,
+        rounding_loss_ratio=(rounding or 0.0) if subtracted else 0.0,
+        rounding_loss_if_subtracted_ratio=rounding,
+        svd_residual_ratio=_ratio(float((weight @ Vh.T - U * S).norm()), norm),
+        sigma_max=float(S.max()),
+        sigma_min=float(S.min()),
+        zero_directions=int((S == 0).sum()),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Return part / whole; 0 for the zero matrix, where every part is 0 too."""
+    return part / whole if whole > 0 else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,71 @@
+"""A digest of the weights an adapter was made on: on others it is not loaded unnoticed."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from milora_vl.adapter.targets import dense_weight
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "exact": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def weight_digests(weight: Tensor) -> dict[str, str]:
+    """Digest the values of one float32 weight as they are and as low-precision loading rounds them.
+
+    Values are digested as float32 bytes, so the dtype in which the same values are held does not
+    matter, and a base that was decomposed in float32 is recognised when loaded in bfloat16.
+
+    Args:
+        weight: [d_out, d_in], float32.
+
+    Returns:
+        Precision ("exact", "bfloat16", "float16") -> SHA-256 of the values.
+    """
+    digests: dict[str, str] = {}
+    for precision, dtype in PRECISIONS.items():
+        rounded = weight.to(dtype).to(torch.float32)
+        if precision != "exact" and torch.equal(rounded, weight):
+            digests[precision] = digests["exact"]
+        else:
+            # one copy to the CPU; numpy exposes the bytes without another one
+            array = rounded.cpu().contiguous().numpy()
+            digests[precision] = hashlib.sha256(memoryview(array).cast("B")).hexdigest()
+    return digests
+
+
+def combine_digests(digests: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Combine per-layer digests (full name -> precision -> digest) into one per precision."""
+    lines = {
+        precision: "\n".join(f"{name} {digests[name][precision]}" for name in sorted(digests))
+        for precision in PRECISIONS
+    }
+    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in lines.items()}
+
+
+def fingerprint(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """Return the fingerprint of the named linear layers of a base model, per precision.
+
+    Args:
+        model: The base model, without adapters.
+        modules: Full names of linear layers of ``model``.
+
+    Returns:
+        "exact": of the values as loaded; "bfloat16" and "float16": of the same values rounded.
+
+    Raises:
+        ValueError: If a named layer is missing.
+    """
+    digests = {}
+    for name in modules:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"the model has no layer {name}: another architecture") from error
+        digests[name] = weight_digests(dense_weight(layer))
+    return combine_digests(digests)

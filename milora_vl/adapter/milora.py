@@ -1,0 +1,258 @@
+"""Attach a MiLoRA adapter to a model: choose layers, decompose, write the factors, certify."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import psutil
+import torch
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from milora_vl.adapter.certificate import Certificate, LayerCertificate, certify_layer
+from milora_vl.adapter.fingerprint import combine_digests, weight_digests
+from milora_vl.adapter.minor_svd import Slice, SvdMethod, minor_svd
+from milora_vl.adapter.state import (
+    ANCHOR,
+    MILORA,
+    MiloraState,
+    Residual,
+    activate,
+    add_adapters,
+    factors,
+    lora_layer,
+    remember,
+    subtract_anchor_,
+)
+from milora_vl.adapter.targets import (
+    Targets,
+    check_layers,
+    dense_weight,
+    find_targets,
+    is_quantised,
+    resolve_residual,
+)
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+class MiloraConfig(BaseModel):
+    """How to build a MiLoRA adapter. Frozen; an unknown key is an error.
+
+    Attributes:
+        r: Adapter rank, at most the smaller side of every adapted weight.
+        lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
+        slice: Where in the spectrum to start: minor (MiLoRA), principal (PiSSA), middle, random.
+        residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
+            with a frozen second adapter; "auto" subtracts in float32 only, else anchors.
+        svd: Decomposition method, see ``minor_svd``.
+        target_modules: "all-linear" (attention and MLP of the language model), a regular
+            expression for full names, or a list of names or name endings.
+        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
+            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
+            train mode. This holds for both residual modes.
+        train_projector: Train the vision-language projector in full.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(default=128, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0)
+    slice: Slice = "minor"
+    residual: Literal["auto", "subtract", "anchor"] = "auto"
+    svd: SvdMethod = "auto"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    train_projector: bool = True
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, dimensionless."""
+        return (self.lora_alpha or self.r) / self.r
+
+
+def attach_milora(
+    model: PreTrainedModel,
+    config: MiloraConfig,
+    batch: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> tuple[PeftModel, Certificate]:
+    """Put a MiLoRA adapter on a model, so that it still computes the same function.
+
+    The model is wrapped in place. It gets two PEFT adapters: ``milora`` (A, B, trainable) and
+    ``anchor`` (A0, -B0, frozen; active only with residual "anchor", otherwise kept for saving).
+    Everything else is frozen except, if asked for, the projector.
+
+    Args:
+        model: LLaVA-style model or causal language model with its weights loaded.
+        config: Rank, slice, residual mode and layers.
+        batch: Model inputs on the right device; if given, the logits before and after are compared.
+        progress: Show a progress bar with rate and remaining time.
+
+    Returns:
+        The PEFT model and the init certificate.
+
+    Raises:
+        ValueError: If no layer or a wrong layer matches, a weight holds NaN or is too small for r,
+            or the residual mode is impossible. The base weights are then unchanged.
+    """
+    started = time.perf_counter()
+    if isinstance(model, PeftModel):
+        raise ValueError("the model already carries a PEFT adapter; merge or unload it first")
+    targets = find_targets(model, config.target_modules)
+    check_layers(model, targets.modules, config.r)
+    residual = resolve_residual(model, targets.modules, config.residual)
+    log_targets(targets, residual)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    before = compute_logits(model, batch) if batch is not None else None
+
+    projector = targets.projector if config.train_projector else None
+    state = MiloraState(
+        r=config.r,
+        lora_alpha=float(config.lora_alpha or config.r),
+        slice=config.slice,
+        svd=config.svd,
+        residual=residual,
+        lora_dropout=config.lora_dropout,
+        modules=targets.modules,
+        projector=projector,
+        fingerprint={},
+    )
+    peft_model = add_adapters(model, state)
+    try:
+        layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
+    except BaseException:
+        peft_model.unload()
+        raise
+    if residual == "subtract":
+        subtract_anchor_(peft_model, targets.modules)
+    state = MiloraState(**{**vars(state), "fingerprint": combine_digests(digests)})
+    remember(peft_model, state)
+    activate(peft_model, residual, trainable=True)
+
+    after = compute_logits(peft_model, batch) if batch is not None else None
+    cuda = torch.cuda.is_available()
+    certificate = Certificate(
+        layers=tuple(layers),
+        matched={
+            "language_model": list(targets.modules),
+            "projector": [projector] if projector else [],
+        },
+        skipped=targets.skipped,
+        residual=residual,
+        slice=config.slice,
+        svd=config.svd,
+        r=config.r,
+        scaling=state.scaling,
+        seconds=time.perf_counter() - started,
+        peak_memory_gib=peak_bytes / GIB,
+        peak_cuda_memory_gib=torch.cuda.max_memory_allocated() / GIB if cuda else None,
+        trainable_parameters=sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+        total_parameters=total,
+        step0_max_abs_logit_difference=_max_difference(before, after),
+        step0_max_abs_logit=None if before is None else float(before.abs().max()),
+        warnings=_warnings(layers, residual),
+    )
+    for text in certificate.warnings:
+        logger.warning(text)
+    return peft_model, certificate
+
+
+def compute_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the logits [B, T, V] of one batch in eval mode, on the CPU in float32."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(**batch).logits.to("cpu", torch.float32)
+    finally:
+        model.train(training)
+
+
+def log_targets(targets: Targets, residual: Residual) -> None:
+    """Log which layers matched and which were left out, and why."""
+    kinds = sorted({name.rpartition(".")[2] for name in targets.modules})
+    logger.info(
+        "adapting %d language-model layers (%s), residual=%s, projector: %s",
+        len(targets.modules),
+        ", ".join(kinds),
+        residual,
+        targets.projector or "none",
+    )
+    for name, reason in targets.skipped.items():
+        logger.info("left out %s: %s", name, reason)
+
+
+def _init_factors(
+    peft_model: PeftModel, state: MiloraState, progress: bool
+) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
+    """Decompose every layer into both adapters; base weights stay as they are."""
+    layers, digests, peak_bytes = [], {}, 0
+    process = psutil.Process()
+    bar = tqdm(state.modules, desc=f"SVD ({state.slice}, r={state.r})", disable=not progress)
+    for name in bar:
+        base_layer = lora_layer(peft_model, name).get_base_layer()
+        weight = dense_weight(base_layer)  # [d_out, d_in] float32
+        try:
+            triplets = minor_svd(weight, state.r, method=state.svd, slice=state.slice)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        lora_A, lora_B = lora_factors(*triplets, scaling=state.scaling)
+        _write(factors(peft_model, name, MILORA), lora_A, lora_B)
+        _write(factors(peft_model, name, ANCHOR), lora_A, -lora_B)
+        digests[name] = weight_digests(weight)
+        layers.append(
+            certify_layer(
+                name,
+                weight,
+                triplets,
+                state.scaling * (lora_B @ lora_A),
+                stored_dtype=None if is_quantised(base_layer.weight) else base_layer.weight.dtype,
+                subtracted=state.residual == "subtract",
+            )
+        )
+        peak_bytes = max(peak_bytes, process.memory_info().rss)
+    return layers, digests, peak_bytes
+
+
+def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return lora_A [r, d_in], lora_B [d_out, r]: scaling * lora_B @ lora_A = U diag(S) Vh."""
+    root = (S / scaling).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def _write(target: tuple[Tensor, Tensor], lora_A: Tensor, lora_B: Tensor) -> None:
+    target[0].data.copy_(lora_A)
+    target[1].data.copy_(lora_B)
+
+
+def _max_difference(before: Tensor | None, after: Tensor | None) -> float | None:
+    return None if before is None or after is None else float((before - after).abs().max())
+
+
+def _warnings(layers: Sequence[LayerCertificate], residual: Residual) -> list[str]:
+    texts = []
+    dead = [layer for layer in layers if layer.zero_directions]
+    if dead:
+        texts.append(
+            f"{len(dead)} layers have singular values of exactly 0 in the slice (first: "
+            f"{dead[0].name}, {dead[0].zero_directions} of {dead[0].r}); those directions get no "
+            "gradient"
+        )
+    lossy = [
+        layer
+        for layer in layers
+        if residual == "subtract" and layer.rounding_loss_ratio > 0.1 * layer.minor_norm_ratio
+    ]
+    if lossy:
+        texts.append(
+            f"{len(lossy)} layers lose more than a tenth of their slice to the rounding of W_p "
+            f"(first: {lossy[0].name}); residual='anchor' loses nothing"
+        )
+    return texts

@@ -1,0 +1,236 @@
+"""Which layers get an adapter: the language model's attention and MLP projections, by full name."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from milora_vl.adapter.minor_svd import check_weight
+
+ALL_LINEAR = "all-linear"
+PROJECTOR_NAMES: tuple[str, ...] = ("multi_modal_projector",)
+TOWER_NAMES: tuple[str, ...] = ("vision_tower", "vision_model", "visual")
+FUSED_NAMES: tuple[str, ...] = (
+    "qkv_proj",
+    "qkv",
+    "Wqkv",
+    "c_attn",
+    "query_key_value",
+    "gate_up_proj",
+)
+ROUTER_NAMES: tuple[str, ...] = ("gate", "router")
+QUANTISED_CLASSES: tuple[str, ...] = ("Params4bit", "Int8Params")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The outcome of matching ``target_modules`` against a model.
+
+    Attributes:
+        modules: Full names of the linear layers that get an adapter, in model order.
+        skipped: Full name -> reason, for layers inside the language model that were left out.
+        projector: Full name of the vision-language projector, or None in a text model.
+    """
+
+    modules: tuple[str, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    projector: str | None = None
+
+
+def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> Targets:
+    """Resolve ``target_modules`` to full names of linear layers of the language model.
+
+    Args:
+        model: A LLaVA-style model or a plain causal language model.
+        target_modules: ``all-linear``; or a regular expression that must match a full module name;
+            or a list of full names or name endings (``q_proj``), as in PEFT.
+
+    Raises:
+        ValueError: If nothing matches, or a pattern reaches the vision tower, the projector, the
+            output head or a layer that cannot be decomposed. The message says how to narrow it.
+    """
+    language_model = name_of(model, model.get_decoder())
+    projector = find_projector(model)
+    if target_modules == ALL_LINEAR:
+        modules, skipped = _all_linear(model, language_model)
+    else:
+        modules, skipped = _matching(model, language_model, target_modules), {}
+    if not modules:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no linear layer of the language model "
+            f"({language_model or 'the whole model'}); use 'all-linear' or names such as "
+            "['q_proj', 'v_proj']"
+        )
+    return Targets(tuple(modules), skipped, projector)
+
+
+def find_projector(model: nn.Module) -> str | None:
+    """Return the full name of the vision-language projector, or None if the model has none."""
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[2] in PROJECTOR_NAMES:
+            return name
+    return None
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return the full name of a submodule ("" for the model itself).
+
+    Raises:
+        ValueError: If ``wanted`` is not part of ``model``.
+    """
+    for name, module in model.named_modules():
+        if module is wanted:
+            return name
+    raise ValueError(f"{type(wanted).__name__} is not part of {type(model).__name__}")
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Tell whether a weight is stored quantised, judged by its class.
+
+    The dtype does not tell: packed 4-bit values may be stored under a float dtype.
+    """
+    module = type(weight).__module__
+    return type(weight).__name__ in QUANTISED_CLASSES or module.startswith("torchao.")
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as a new float32 tensor [d_out, d_in] on its device.
+
+    Quantised weights are dequantised.
+    """
+    weight = layer.weight
+    if is_quantised(weight):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(layer)
+    return weight.detach().to(torch.float32, copy=True)
+
+
+def resolve_residual(
+    model: nn.Module, modules: Sequence[str], wanted: Literal["auto", "subtract", "anchor"]
+) -> Literal["subtract", "anchor"]:
+    """Choose the residual mode: subtract for float32 weights, else anchor.
+
+    Raises:
+        ValueError: If "subtract" is asked for on quantised weights.
+    """
+    weights = {name: model.get_submodule(name).weight for name in modules}
+    quantised = [name for name, weight in weights.items() if is_quantised(weight)]
+    if wanted == "subtract" and quantised:
+        raise ValueError(
+            f"{quantised[0]} is quantised ({type(weights[quantised[0]]).__name__}): nothing can be "
+            "subtracted from packed values; use residual='anchor' or 'auto'"
+        )
+    if wanted != "auto":
+        return wanted
+    exact = all(weight.dtype == torch.float32 for weight in weights.values())
+    return "subtract" if exact and not quantised else "anchor"
+
+
+def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
+    """Refuse layers that cannot be decomposed, before anything is changed.
+
+    Raises:
+        ValueError: Naming the layer, if its weight is not finite or too small for r.
+    """
+    for name in modules:
+        layer = model.get_submodule(name)
+        quantised = is_quantised(layer.weight)
+        weight = dense_weight(layer) if quantised else layer.weight
+        try:
+            check_weight(weight, r)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def refusal(name: str, module: nn.Module) -> str | None:
+    """Return why a module cannot be decomposed as one linear map, or None if it can."""
+    if type(module).__name__ == "Conv1D":
+        return "its weight is stored transposed (Conv1D); convert it to nn.Linear"
+    if not isinstance(module, nn.Linear):
+        return f"it is a {type(module).__name__}, not a linear layer"
+    if module.weight.is_meta:
+        return "its weight is not loaded (meta device); load the model fully"
+    if name.rpartition(".")[2] == "lm_head":
+        return "it is the output head"
+    return None
+
+
+def _all_linear(model: nn.Module, language_model: str) -> tuple[list[str], dict[str, str]]:
+    modules: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, module in _inside(model, language_model):
+        short = name.rpartition(".")[2]
+        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            continue
+        if short in ROUTER_NAMES:
+            skipped[name] = "it routes tokens to experts"
+            continue
+        if short == "lm_head":
+            skipped[name] = "it is the output head"
+            continue
+        reason = refusal(name, module)
+        if short in FUSED_NAMES:
+            reason = "it fuses several projections, whose minor components would mix"
+        if reason:
+            raise ValueError(
+                f"{name}: {reason}. 'all-linear' does not adapt such a layer; list the layers to "
+                "adapt in target_modules (naming a fused layer there decomposes it as one matrix)"
+            )
+        modules.append(name)
+    return modules, skipped
+
+
+def _matching(
+    model: nn.Module, language_model: str, target_modules: str | Sequence[str]
+) -> list[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = {name for name, _ in _inside(model, language_model)}
+    modules, outside = [], []
+    for name, module in model.named_modules():
+        if not name or not _matches(name, target_modules):
+            continue
+        if name not in inside or module is head:
+            outside.append(name)
+        elif reason := refusal(name, module):
+            raise ValueError(f"target_modules matches {name}: {reason}; exclude it")
+        else:
+            modules.append(name)
+    if outside:
+        raise ValueError(
+            f"target_modules={target_modules!r} also matches {len(outside)} modules outside the "
+            f"language model, the first is {outside[0]}; only {language_model or 'decoder'} layers "
+            "are adapted. Narrow it, e.g. "
+            f"target_modules={_narrowed(language_model, target_modules)!r}"
+        )
+    return modules
+
+
+def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def _narrowed(language_model: str, target_modules: str | Sequence[str]) -> str:
+    prefix = re.escape(language_model)
+    if isinstance(target_modules, str):
+        return rf"{prefix}\..*(q_proj|v_proj)"
+    return rf"{prefix}\..*\.({'|'.join(re.escape(t) for t in target_modules)})"
+
+
+def _inside(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules below ``prefix``, leaving out towers nested in it."""
+    start = f"{prefix}." if prefix else ""
+    outsiders = (*TOWER_NAMES, *PROJECTOR_NAMES)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name
+        and name.startswith(start)
+        and not any(part in outsiders for part in name.split("."))
+    ]
