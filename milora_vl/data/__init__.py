@@ -1,0 +1,1 @@
+"""Records, prompts, labels, pictures and batches."""

@@ -1,0 +1,105 @@
+"""Samples -> one padded batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from milora_vl.constants import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class DummyImage:
+    """A blank image for batches without one.
+
+    With sharded parameters (ZeRO-3, FSDP) every rank must run vision tower and projector in every
+    step. The model demands as many image tokens as image features, so the blank image brings its
+    tokens along: they stand in padding (attention mask 0, no label), so no real token sees them and
+    loss and gradients are those of the text alone.
+
+    Attributes:
+        pixel_values: float32 [1, 3, H, W].
+        image_token_id: Id of the image token.
+        n_tokens: Image tokens a picture takes.
+    """
+
+    pixel_values: Tensor
+    image_token_id: int
+    n_tokens: int
+
+
+def pad_batch(
+    samples: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    side: Literal["right", "left"] = "right",
+    pad_to_multiple_of: int | None = None,
+    dummy_image: DummyImage | None = None,
+) -> dict[str, Tensor]:
+    """Pad samples to one length.
+
+    Args:
+        samples: Each has ``input_ids``, may have ``labels`` (both of one length, lists or tensors)
+            and ``pixel_values`` [n_images, 3, H, W].
+        pad_token_id: Fills ``input_ids``; it may equal the end token, because mask and labels come
+            from lengths, not from ids.
+        side: Where padding goes: "right" to train, "left" to generate.
+        pad_to_multiple_of: Round the length up to a multiple of it.
+        dummy_image: Added to a batch without images; see ``DummyImage``. None: such a batch has no
+            ``pixel_values``.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels``: int64 [B, T] (``labels`` only if the samples
+        have them), and ``pixel_values`` [N, 3, H, W], all images of the batch in order.
+
+    Raises:
+        ValueError: If there is no sample, or labels are missing in some or differ in length.
+    """
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    if side not in ("right", "left"):
+        raise ValueError(f'side must be "right" or "left", not {side!r}')
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    images = [
+        sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None
+    ]
+    add_dummy = dummy_image is not None and not images
+    width = max(lengths)
+    dummy_row = lengths.index(min(lengths))
+    if add_dummy:
+        width = max(width, lengths[dummy_row] + dummy_image.n_tokens)
+    if pad_to_multiple_of:
+        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+
+    shape = (len(samples), width)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id, dtype=torch.long),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+    }
+    if any("labels" in sample for sample in samples):
+        batch["labels"] = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        real = slice(0, length) if side == "right" else slice(width - length, width)
+        batch["input_ids"][row, real] = torch.as_tensor(sample["input_ids"], dtype=torch.long)
+        batch["attention_mask"][row, real] = 1
+        if "labels" in batch:
+            batch["labels"][row, real] = _checked_labels(sample, length, row)
+    if add_dummy:
+        padding = width - lengths[dummy_row]
+        start = width - dummy_image.n_tokens if side == "right" else padding - dummy_image.n_tokens
+        batch["input_ids"][dummy_row, start : start + dummy_image.n_tokens] = (
+            dummy_image.image_token_id
+        )
+        images = [dummy_image.pixel_values]
+    if images:
+        batch["pixel_values"] = torch.cat(images)  # [N, 3, H, W]
+    return batch
+
+
+def _checked_labels(sample: Mapping[str, Any], length: int, row: int) -> Tensor:
+    labels = sample.get("labels")
+    if labels is None or len(labels) != length:
+        found = "none" if labels is None else len(labels)
+        raise ValueError(f"sample {row} of the batch has {length} input_ids but {found} labels")
+    return torch.as_tensor(labels, dtype=torch.long)

@@ -1,0 +1,258 @@
+"""Conversation -> ``input_ids`` and ``labels``: the only place where either is made.
+
+Text is tokenised in runs, once. A run ends where supervision changes, at a special token and at an
+image; so a label never depends on counting tokens of a second tokenisation, and the prompt of a
+question is a prefix of the ids trained on. Labels are unshifted; the model shifts them.
+
+SentencePiece-like tokenizers put a space mark before text that stands alone ("Yes" -> "▁Yes"). A
+run in the middle of a text must not get it, so such a run is tokenised behind an anchor character
+whose ids are then removed; the result is what tokenising the joined text gives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
+from milora_vl.data.prompts import PromptStyle, Segment, get_style, render_segments
+from milora_vl.data.records import Turn
+
+_ANCHORS = ("a", "1", "\n")
+_SPACE_MARKS = ("▁", "Ġ")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised conversation.
+
+    Attributes:
+        input_ids: Token ids, image tokens expanded.
+        labels: As long as ``input_ids``: the token where it is learnt, else ``IGNORE_INDEX``.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class _Run:
+    """Consecutive tokens of one kind: text still to be tokenised, or ids."""
+
+    supervised: bool
+    text: str = ""
+    ids: list[int] | None = None
+    is_image: bool = False
+
+
+def encode(
+    turns: Sequence[Turn],
+    style: PromptStyle | str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_counts: Sequence[int],
+    max_length: int | None = None,
+    add_generation_prompt: bool = False,
+) -> Encoded:
+    """Tokenise a conversation for training, scoring or generation.
+
+    Args:
+        turns: Alternating user and assistant turns, an optional system turn first.
+        style: A prompt style or its name.
+        tokenizer: Holds the image token and the style's special tokens.
+        image_token_counts: For each image mark, in order, the number of its image tokens.
+        max_length: Longest allowed result in tokens, image tokens included; None for no limit.
+            Whole exchanges at the end are dropped first; when that would leave no answer or lose an
+            image, the last answer is cut instead. What is kept is always a prefix of the full ids.
+        add_generation_prompt: End with what the model reads before it answers (the last turn is the
+            user's). Nothing is cut then: longer than ``max_length`` is an error.
+
+    Returns:
+        Ids and labels of equal length.
+
+    Raises:
+        ValueError: If image marks and counts disagree, a special token of the style or the image
+            token is unknown to the tokenizer, no token would be supervised, or ``max_length``
+            would cut an image or every supervised token.
+    """
+    style = get_style(style)
+    segments = render_segments(turns, style, add_generation_prompt)
+    runs = _build_runs(segments, style, tokenizer, image_token_counts)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    if style.bos and tokenizer.bos_token_id is not None:
+        input_ids.append(tokenizer.bos_token_id)
+        labels.append(IGNORE_INDEX)
+    ends: list[int] = []  # where each answer ends
+    images_end = 0
+    for run, ids in zip(runs, _tokenize_runs(runs, tokenizer), strict=True):
+        if ends and run.supervised and ends[-1] == len(input_ids):
+            ends.pop()
+        input_ids += ids
+        labels += ids if run.supervised else [IGNORE_INDEX] * len(ids)
+        if run.supervised:
+            ends.append(len(input_ids))
+        if run.is_image:
+            images_end = len(input_ids)
+    if not ends and not add_generation_prompt:
+        raise ValueError("the conversation has no assistant answer, so no token is supervised")
+    if max_length is not None and len(input_ids) > max_length:
+        if add_generation_prompt:
+            raise ValueError(
+                f"the prompt needs {len(input_ids)} tokens, max_length is {max_length}; raise it"
+            )
+        cut = _truncation_point(labels, ends, images_end, max_length)
+        input_ids, labels = input_ids[:cut], labels[:cut]
+    return Encoded(input_ids, labels)
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the image token.
+
+    Raises:
+        ValueError: If the tokenizer does not know it.
+    """
+    return _token_id(tokenizer, IMAGE_TOKEN, "use the processor's tokenizer or add the token")
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, advice: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
+        raise ValueError(f"the tokenizer has no single token {token!r}; {advice}")
+    return token_id
+
+
+def _build_runs(
+    segments: list[Segment],
+    style: PromptStyle,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_counts: Sequence[int],
+) -> list[_Run]:
+    """Split segments at special tokens and image marks, and join neighbouring text."""
+    marks = sum(part.text.count(IMAGE_TOKEN) for part in segments if part.has_images)
+    if marks != len(image_token_counts):
+        raise ValueError(f"{marks} {IMAGE_TOKEN} marks but {len(image_token_counts)} images")
+    image_id = image_token_id(tokenizer) if marks else None
+    counts = iter(image_token_counts)
+    runs: list[_Run] = []
+    for segment in segments:
+        splitters = style.special_tokens
+        if segment.literal:
+            splitters = (IMAGE_TOKEN,) if segment.has_images else ()
+        for piece in _split_keeping(segment.text, splitters):
+            if piece not in splitters:
+                if runs and runs[-1].ids is None and runs[-1].supervised == segment.supervised:
+                    runs[-1].text += piece
+                else:
+                    runs.append(_Run(segment.supervised, text=piece))
+            elif segment.literal:
+                ids = [image_id] * next(counts)
+                runs.append(_Run(False, ids=ids, is_image=True))
+            else:
+                advice = f"prompt style {style.name!r} needs it, choose the model's own style"
+                ids = [_token_id(tokenizer, piece, advice)]
+                runs.append(_Run(segment.supervised, ids=ids))
+    return runs
+
+
+def _split_keeping(text: str, splitters: tuple[str, ...]) -> list[str]:
+    """Split at every splitter and keep it: ("a</s>b", ("</s>",)) -> ["a", "</s>", "b"]."""
+    pieces = [text]
+    for splitter in splitters:
+        divided: list[str] = []
+        for piece in pieces:
+            if piece in splitters:
+                divided.append(piece)
+                continue
+            for index, part in enumerate(piece.split(splitter)):
+                divided += [splitter, part] if index else [part]
+        pieces = divided
+    return [piece for piece in pieces if piece]
+
+
+def _tokenize_runs(runs: list[_Run], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the ids of every run, each text tokenised as it would be at its place."""
+    leads, leads_after_special = _space_mark_rule(tokenizer)
+    result: list[list[int]] = [run.ids or [] for run in runs]
+    plain: list[int] = []
+    mid_text: list[int] = []
+    for index, run in enumerate(runs):
+        if run.ids is None:
+            after_text = index > 0 and runs[index - 1].ids is None
+            after_special = index > 0 and not after_text
+            bare = leads and (after_text or (after_special and not leads_after_special))
+            (mid_text if bare else plain).append(index)
+    for index, ids in zip(
+        plain, _tokenize([runs[at].text for at in plain], tokenizer), strict=True
+    ):
+        result[index] = ids
+    for index, ids in zip(
+        mid_text, _tokenize_mid_text([runs[at].text for at in mid_text], tokenizer), strict=True
+    ):
+        result[index] = ids
+    return result
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenise texts standing alone; no special token is added or recognised."""
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _tokenize_mid_text(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenise texts without the space mark that a text standing alone gets."""
+    result: list[list[int]] = [[]] * len(texts)
+    left = list(range(len(texts)))
+    for anchor in _ANCHORS:
+        (anchor_ids, *many) = _tokenize([anchor, *(anchor + texts[at] for at in left)], tokenizer)
+        joined = []
+        for at, ids in zip(left, many, strict=True):
+            if ids[: len(anchor_ids)] == anchor_ids and len(ids) > len(anchor_ids):
+                result[at] = ids[len(anchor_ids) :]
+            else:  # the anchor grew together with the text
+                joined.append(at)
+        left = joined
+        if not left:
+            return result
+    raise ValueError(f"the tokenizer joins {texts[left[0]][:20]!r} with whatever stands before it")
+
+
+@lru_cache(maxsize=8)
+def _space_mark_rule(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Return whether text gets a leading space mark at the start, and after a special token."""
+    alone = tokenizer.convert_ids_to_tokens(_tokenize(["a"], tokenizer)[0])
+    leads = alone[0].startswith(_SPACE_MARKS)
+    special = tokenizer.eos_token or IMAGE_TOKEN
+    behind = tokenizer.convert_ids_to_tokens(
+        tokenizer(special + "a", add_special_tokens=False)["input_ids"]
+    )
+    return leads, len(behind) > 1 and behind[1].startswith(_SPACE_MARKS)
+
+
+def _truncation_point(labels: list[int], ends: list[int], images_end: int, max_length: int) -> int:
+    """Return the length to keep; see ``encode`` for the rule."""
+    whole = [end for end in ends if images_end <= end <= max_length]
+    if whole:
+        return whole[-1]
+    needed = len(labels)
+    if images_end > max_length:
+        raise ValueError(
+            f"max_length {max_length} would cut image tokens: the last image ends at token "
+            f"{images_end} of {needed}; raise max_length or use fewer images"
+        )
+    if any(label != IGNORE_INDEX for label in labels[images_end:max_length]):
+        return max_length
+    if ends[0] <= images_end:  # answers before the last image stay; the cut question trains nothing
+        return images_end
+    start = next(position for position, label in enumerate(labels) if label != IGNORE_INDEX)
+    raise ValueError(
+        f"max_length {max_length} leaves no supervised token: the first answer starts at token "
+        f"{start + 1} of {needed}; raise max_length"
+    )
