@@ -5,6 +5,7 @@ layer computes ``W x + s B A x - s B0 A0 x``, which is what training produced.
 """
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -100,6 +101,8 @@ def save_adapter(
         write_json_atomic(temporary / MILORA_FILE, facts.model_dump())
         temporary.chmod(0o755)  # mkdtemp and safetensors keep others out
         (temporary / WEIGHTS_FILE).chmod(0o644)
+        with (temporary / WEIGHTS_FILE).open("rb") as stream:
+            os.fsync(stream.fileno())  # the rename must not reach the disk before the data
         replace_folder(temporary, folder)
     except SafetensorError as error:
         raise OSError(f"{folder}: the adapter could not be written: {error}") from error

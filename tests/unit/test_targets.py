@@ -1,0 +1,84 @@
+"""Laws of matching layers: full names inside the language model, everything else refused."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
+
+from milora_vl.adapter.targets import find_targets, is_quantised, resolve_residual
+
+
+def test_suffix_that_hits_the_clip_tower_is_refused_with_a_pattern_that_works(tiny_vlm):
+    with pytest.raises(ValueError, match=r"vision_tower") as caught:
+        find_targets(tiny_vlm, ["q_proj", "v_proj"])
+    pattern = str(caught.value).rpartition("target_modules=")[2].strip("'").replace("\\\\", "\\")
+    modules = find_targets(tiny_vlm, pattern).modules
+    assert len(modules) == 4
+    assert all(name.startswith("model.language_model.") for name in modules)
+
+
+def test_suffix_that_hits_only_the_language_model_is_accepted(make_tiny_vlm):
+    modules = find_targets(make_tiny_vlm("dinov2"), ["down_proj"]).modules
+    assert modules == tuple(f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2))
+
+
+@pytest.mark.parametrize(
+    "target_modules", [["lm_head"], ["linear_1"], r".*proj", r"model\.vision_tower\..*fc1"]
+)
+def test_head_projector_and_tower_are_refused(tiny_vlm, target_modules):
+    with pytest.raises(ValueError, match=r"outside the language model|it is a"):
+        find_targets(tiny_vlm, target_modules)
+
+
+def test_layers_that_are_not_linear_are_refused(tiny_vlm):
+    with pytest.raises(ValueError, match="embed_tokens: it is a Embedding"):
+        find_targets(tiny_vlm, ["embed_tokens"])
+
+
+def test_no_match_is_refused(tiny_vlm):
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        find_targets(tiny_vlm, ["query"])
+
+
+def test_fused_projection_needs_to_be_named():
+    config = Phi3Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config)
+    with pytest.raises(ValueError, match="qkv_proj: it fuses several projections"):
+        find_targets(model, "all-linear")
+    assert find_targets(model, ["qkv_proj"]).modules == ("model.layers.0.self_attn.qkv_proj",)
+
+
+def test_transposed_layer_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"Conv1D|fuses"):
+        find_targets(model, "all-linear")
+    with pytest.raises(ValueError, match="Conv1D"):
+        find_targets(model, ["c_proj"])
+
+
+def test_meta_weights_are_refused(tiny_vlm):
+    with pytest.raises(ValueError, match="not loaded"):
+        find_targets(tiny_vlm.to("meta"), "all-linear")
+
+
+def test_quantised_is_judged_by_class_not_dtype():
+    bnb = pytest.importorskip("bitsandbytes")
+    # packed 4-bit values under a float storage dtype: the dtype alone looks like a plain weight
+    layer = bnb.nn.Linear4bit(
+        32, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4",
+        quant_storage=torch.bfloat16,
+    )  # fmt: skip
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(64, 32), requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16
+    )
+    layer = layer.to("cpu")
+    assert layer.weight.dtype == torch.bfloat16
+    assert is_quantised(layer.weight)
+    model = nn.ModuleDict({"layer": layer})
+    assert resolve_residual(model, ["layer"], "auto") == "anchor"
+    with pytest.raises(ValueError, match="quantised"):
+        resolve_residual(model, ["layer"], "subtract")
+    assert not is_quantised(nn.Linear(4, 4).bfloat16().weight)
