@@ -31,6 +31,7 @@ from milora_vl.adapter.portable import (
     read_milora_file,
     read_tensors_,
 )
+from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import (
     MiloraState,
     Residual,
@@ -40,7 +41,7 @@ from milora_vl.adapter.state import (
     remember,
     subtract_anchor_,
 )
-from milora_vl.adapter.targets import find_projector, is_quantised, resolve_residual
+from milora_vl.adapter.targets import find_projector, resolve_residual
 from milora_vl.files import replace_folder, sha256_of, write_json_atomic
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import ANCHOR, MILORA, factors, lora_layer, recall
-from milora_vl.adapter.targets import is_quantised
 
 
 def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from milora_vl.adapter.targets import dense_weight
+from milora_vl.adapter.quantize import stored_values
 
 PRECISIONS: dict[str, torch.dtype] = {
     "exact": torch.float32,
@@ -16,27 +16,30 @@ PRECISIONS: dict[str, torch.dtype] = {
 
 
 def weight_digests(weight: Tensor) -> dict[str, str]:
-    """Digest the values of one float32 weight as they are and as low-precision loading rounds them.
+    """Digest the values of one weight as they are and as low-precision loading rounds them.
 
     Values are digested as float32 bytes, so the dtype in which the same values are held does not
     matter, and a base that was decomposed in float32 is recognised when loaded in bfloat16.
 
     Args:
-        weight: [d_out, d_in], float32.
+        weight: [d_out, d_in] float32, or the codes of a quantised weight.
 
     Returns:
         Precision ("exact", "bfloat16", "float16") -> SHA-256 of the values.
     """
-    digests: dict[str, str] = {}
-    for precision, dtype in PRECISIONS.items():
-        rounded = weight.to(dtype).to(torch.float32)
-        if precision != "exact" and torch.equal(rounded, weight):
-            digests[precision] = digests["exact"]
-        else:
-            # one copy to the CPU; numpy exposes the bytes without another one
-            array = rounded.cpu().contiguous().numpy()
-            digests[precision] = hashlib.sha256(memoryview(array).cast("B")).hexdigest()
+    exact = _digest(weight)
+    digests = dict.fromkeys(PRECISIONS, exact)
+    if weight.is_floating_point():
+        for precision, dtype in PRECISIONS.items():
+            rounded = weight.to(dtype).to(torch.float32)
+            if not torch.equal(rounded, weight):
+                digests[precision] = _digest(rounded)
     return digests
+
+
+def _digest(values: Tensor) -> str:
+    array = values.detach().cpu().contiguous().numpy()
+    return hashlib.sha256(memoryview(array).cast("B")).hexdigest()
 
 
 def combine_digests(digests: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -67,5 +70,5 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
             layer = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"the model has no layer {name}: another architecture") from error
-        digests[name] = weight_digests(dense_weight(layer))
+        digests[name] = weight_digests(stored_values(layer))
     return combine_digests(digests)

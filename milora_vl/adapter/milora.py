@@ -16,6 +16,12 @@ from transformers import PreTrainedModel
 from milora_vl.adapter.certificate import Certificate, LayerCertificate, certify_layer
 from milora_vl.adapter.fingerprint import combine_digests, weight_digests
 from milora_vl.adapter.minor_svd import Slice, SvdMethod, minor_svd
+from milora_vl.adapter.quantize import (
+    dense_weight,
+    evaluating,
+    is_quantised,
+    stored_values,
+)
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -28,14 +34,7 @@ from milora_vl.adapter.state import (
     remember,
     subtract_anchor_,
 )
-from milora_vl.adapter.targets import (
-    Targets,
-    check_layers,
-    dense_weight,
-    find_targets,
-    is_quantised,
-    resolve_residual,
-)
+from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +165,8 @@ def attach_milora(
 
 def compute_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Return the logits [B, T, V] of one batch in eval mode, on the CPU in float32."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(**batch).logits.to("cpu", torch.float32)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        return model(**batch).logits.to("cpu", torch.float32)
 
 
 def log_targets(targets: Targets, residual: Residual) -> None:
@@ -206,7 +200,7 @@ def _init_factors(
         lora_A, lora_B = lora_factors(*triplets, scaling=state.scaling)
         _write(factors(peft_model, name, MILORA), lora_A, lora_B)
         _write(factors(peft_model, name, ANCHOR), lora_A, -lora_B)
-        digests[name] = weight_digests(weight)
+        digests[name] = weight_digests(stored_values(base_layer))
         layers.append(
             certify_layer(
                 name,

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.minor_svd import check_weight
+from milora_vl.adapter.quantize import dense_weight, is_quantised
 
 ALL_LINEAR = "all-linear"
 PROJECTOR_NAMES: tuple[str, ...] = ("multi_modal_projector",)
@@ -23,7 +24,6 @@ FUSED_NAMES: tuple[str, ...] = (
     "gate_up_proj",
 )
 ROUTER_NAMES: tuple[str, ...] = ("gate", "router")
-QUANTISED_CLASSES: tuple[str, ...] = ("Params4bit", "Int8Params")
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,6 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
         if module is wanted:
             return name
     raise ValueError(f"{type(wanted).__name__} is not part of {type(model).__name__}")
-
-
-def is_quantised(weight: Tensor) -> bool:
-    """Tell whether a weight is stored quantised, judged by its class.
-
-    The dtype does not tell: packed 4-bit values may be stored under a float dtype.
-    """
-    module = type(weight).__module__
-    return type(weight).__name__ in QUANTISED_CLASSES or module.startswith("torchao.")
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer as a new float32 tensor [d_out, d_in] on its device.
-
-    Quantised weights are dequantised.
-    """
-    weight = layer.weight
-    if is_quantised(weight):
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(layer)
-    return weight.detach().to(torch.float32, copy=True)
 
 
 def resolve_residual(

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
-from milora_vl.adapter.targets import find_targets, is_quantised, resolve_residual
+from milora_vl.adapter.quantize import is_quantised
+from milora_vl.adapter.targets import find_targets, resolve_residual
 
 
 def test_suffix_that_hits_the_clip_tower_is_refused_with_a_pattern_that_works(tiny_vlm):

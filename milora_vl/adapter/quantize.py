@@ -1,0 +1,70 @@
+"""Quantised weights: tell them apart, read their values, run them without changing them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+QUANTISED_CLASSES: tuple[str, ...] = ("Params4bit", "Int8Params")
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Tell whether a weight is stored quantised, judged by its class.
+
+    The dtype does not tell: packed 4-bit values may be stored under a float dtype.
+    """
+    module = type(weight).__module__
+    return type(weight).__name__ in QUANTISED_CLASSES or module.startswith("torchao.")
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as a new float32 tensor [d_out, d_in] on its device.
+
+    Quantised weights are dequantised.
+    """
+    weight = layer.weight
+    if is_quantised(weight):
+        from peft.utils.integrations import dequantize_module_weight
+
+        unpack_(layer)
+        weight = dequantize_module_weight(layer)
+    return weight.detach().to(torch.float32, copy=True)
+
+
+def stored_values(layer: nn.Module) -> Tensor:
+    """Return what identifies the weight of a layer: its float values, or its quantised codes.
+
+    The codes do not change when bitsandbytes re-packs a layer on the CPU; its scales, and with
+    them the dequantised values, are rounded then.
+    """
+    if not is_quantised(layer.weight):
+        return layer.weight.detach().to(torch.float32)
+    unpack_(layer)
+    return layer.weight.data.view(torch.uint8)
+
+
+def unpack_(layer: nn.Module) -> None:
+    """Bring a 4-bit weight that an eval forward on the CPU re-packed back to its storage layout."""
+    quant_state = getattr(layer.weight, "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        layer.state_dict()  # bitsandbytes unpacks the layer when it collects its state
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in eval mode for a ``with`` block, its 4-bit layers excepted.
+
+    In eval mode on the CPU, bitsandbytes re-packs 4-bit weights for a kernel without a backward
+    pass: training afterwards would get no gradient through them. These layers have no dropout.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        if isinstance(getattr(module, "weight", None), Tensor) and is_quantised(module.weight):
+            module.training = True
+    try:
+        yield model
+    finally:
+        for module, training in modes.items():
+            module.training = training
