@@ -1,0 +1,218 @@
+"""Answer normalisation, parsing and scoring: pure functions on text, one place for all benches.
+
+The two normalisers follow published definitions to the letter, quirks included, because a
+friendlier rule would give numbers that cannot be compared:
+
+* ``vqa_official``: the VQA challenge (github.com/GT-Vision-Lab/VQA, ``vqaEval.py``);
+* ``m4c``: the EvalAI processor that LLaVA and TextVQA apply to predictions.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+# The published expression has a mistyped lookbehind that never holds, so what is left of it is
+# "a period not followed by a digit": "3." becomes "3", "3.5" stays.
+_PERIOD = re.compile(r"\.(?!\d)")
+# It is called with a flag in the place of the count, and that flag's value is 32.
+_PERIODS_REMOVED = 32
+
+_NUMBERS = {
+    "none": "0",
+    **{
+        word: str(value)
+        for value, word in enumerate(
+            "zero one two three four five six seven eight nine ten".split()
+        )
+    },
+}
+_ARTICLES = frozenset(("a", "an", "the"))
+
+_PLAIN_CONTRACTIONS = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
+how'll how's I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've
+o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's
+something'd something'll that's there'd there're there's they'd they'll they're they've 'twas
+wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
+who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+"""
+_DOUBLE_CONTRACTIONS = """
+couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've
+someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+"""
+# The entries that follow no rule; two of them map a word to itself, one removes an apostrophe.
+_ODD_CONTRACTIONS = {
+    "let's": "let's",
+    "she's": "she's",
+    "somebody'd": "somebodyd",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
+
+
+def _contraction_table() -> dict[str, str]:
+    """Build the 120 published pairs; "I'm"-like keys keep their capital and so never match."""
+    table = {word.replace("'", ""): word for word in _PLAIN_CONTRACTIONS.split()}
+    for word in _DOUBLE_CONTRACTIONS.split():
+        first, second = (place for place, letter in enumerate(word) if letter == "'")
+        table[word[:first] + word[first + 1 :]] = word
+        table[word[:second] + word[second + 1 :]] = word
+    return table | _ODD_CONTRACTIONS
+
+
+CONTRACTIONS = _contraction_table()
+"""Spelling without an apostrophe -> spelling with it, as published (120 entries)."""
+
+
+def _strip_punctuation(text: str) -> str:
+    has_digit_comma = _DIGIT_COMMA_DIGIT.search(text) is not None
+    result = text
+    for mark in _PUNCTUATION:
+        touches_space = mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if touches_space or has_digit_comma else " ")
+    return _PERIOD.sub("", result, count=_PERIODS_REMOVED)
+
+
+def _normalise_words(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_official(text: str) -> str:
+    """Normalise an answer as the VQA challenge does.
+
+    Punctuation becomes a space, or nothing where it touches a space or where a digit-comma-digit
+    occurs anywhere in the text; then lower case, number words to digits, no articles,
+    contractions with their apostrophe.
+    """
+    return _normalise_words(_strip_punctuation(_one_line(text)))
+
+
+def m4c(text: str) -> str:
+    """Normalise an answer as LLaVA and TextVQA do before they upload or score it.
+
+    Commas and question marks go first and "'s" is split off, then the steps of
+    ``vqa_official``. So "red,blue" becomes "redblue" here and "red blue" there.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return vqa_official(text)
+
+
+def vqa_accuracy(
+    prediction: str, answers: Sequence[str], *, identical_as_is: bool = False
+) -> float:
+    """Score one prediction against human answers: leave-one-out VQA accuracy.
+
+    The mean, over each annotator left out in turn, of ``min(1, matches among the others / 3)``:
+    0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3 and at least 4 matches of 10. The prediction goes through
+    ``m4c`` and then ``vqa_official`` (LLaVA's order), the answers through ``vqa_official``.
+
+    Args:
+        prediction: Raw model output.
+        answers: The answers of all annotators, ten in the official files.
+        identical_as_is: Follow the 2021 revision of the official code, which normalises nothing
+            when all answers are the same string: "a dog" then never matches ten times "a dog",
+            since the uploaded prediction has lost its article.
+
+    Returns:
+        A fraction between 0 and 1.
+
+    Raises:
+        ValueError: If there are fewer than two answers: nobody is left to compare with.
+    """
+    if len(answers) < 2:
+        raise ValueError(f"leave-one-out accuracy needs two or more answers, got {list(answers)!r}")
+    candidate = m4c(prediction)
+    lines = [_one_line(answer) for answer in answers]
+    if not (identical_as_is and len(set(lines)) == 1):
+        candidate = vqa_official(candidate)
+        lines = [vqa_official(line) for line in lines]
+    matches = sum(line == candidate for line in lines)
+    misses = len(lines) - matches
+    credited = matches * min(1.0, (matches - 1) / 3) + misses * min(1.0, matches / 3)
+    return credited / len(lines)
+
+
+def parse_yes_no(
+    text: str, style: Literal["official", "strict"] = "official"
+) -> Literal["yes", "no"] | None:
+    """Read a yes/no answer out of model output.
+
+    Args:
+        text: Raw model output.
+        style: "official" is POPE's own rule: the text before the first period, without commas,
+            split at spaces; "No", "not" or "no" among the words means no, *anything else* yes
+            (also "", "NO" and "Nope"). "strict" wants yes or no, in any case, as the first word.
+
+    Returns:
+        "yes", "no", or None (strict only) if the text does not say.
+
+    Raises:
+        ValueError: If ``style`` is neither of the two.
+    """
+    if style == "official":
+        words = text.split(".")[0].replace(",", "").split(" ")
+        return "no" if {"No", "not", "no"} & set(words) else "yes"
+    if style == "strict":
+        first = re.match(r"\W*(yes|no)(?!\w)", text.lower())
+        return first.group(1) if first else None
+    raise ValueError(f"style {style!r} is not one of: official, strict")
+
+
+_OPTION_SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_LETTER_WINDOW_WORDS = 5
+
+
+def option_letters(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Return options as letter -> text; a sequence is lettered A, B, C, ... in its order."""
+    if isinstance(options, Mapping):
+        return dict(options)
+    return {chr(ord("A") + index): text for index, text in enumerate(options)}
+
+
+def parse_option(text: str, options: Sequence[str] | Mapping[str, str]) -> str | None:
+    """Read the chosen letter out of model output, without a judge model.
+
+    First by letter: exactly one of the valid letters, in upper case, stands as a word of its own,
+    among the last five words. Otherwise by text: exactly one option's text occurs in the output,
+    in any case, and the output is no longer than twice all options together.
+
+    Args:
+        text: Raw model output.
+        options: Option texts in order, or letter -> text.
+
+    Returns:
+        The letter, or None if no single option can be told.
+    """
+    lettered = option_letters(options)
+    words = text.translate(_OPTION_SEPARATORS).split()
+    present = [letter for letter in lettered if letter in words]
+    if len(present) == 1 and words.index(present[0]) > len(words) - _LETTER_WINDOW_WORDS:
+        return present[0]
+    lowered = text.lower()
+    if len(lowered) > 2 * sum(len(option) for option in lettered.values()):
+        return None
+    contained = [letter for letter, option in lettered.items() if option.lower() in lowered]
+    return contained[0] if len(contained) == 1 else None
+
+
+def most_common(values: Sequence[str]) -> str:
+    """Return the most frequent value; among equals the alphabetically first, so it is stable.
+
+    Raises:
+        ValueError: If ``values`` is empty.
+    """
+    if not values:
+        raise ValueError("no values to choose from")
+    return min(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))[0]

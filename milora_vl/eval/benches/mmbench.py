@@ -1,0 +1,313 @@
+"""MMBench and MMBench-CN: lettered questions, right only if right in every rotation.
+
+Official file: a TSV with ``index, question, hint, A, B, C, D, answer, category, image, ...``. The
+rotated copies of a question are rows of the file, ``index = base + k * 1_000_000``.
+"""
+
+import importlib.util
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from milora_vl.eval import statistics
+from milora_vl.eval.answers import most_common, parse_option
+from milora_vl.eval.items import (
+    ImageSource,
+    Item,
+    Row,
+    find_file,
+    reject_duplicates,
+    take_sample,
+)
+from milora_vl.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+METRIC = "circular_accuracy"
+MAX_NEW_TOKENS = 8
+
+_SUFFIX = "Answer with the option's letter from the given choices directly."
+_SUFFIX_CN = "请直接回答选项字母。"
+_ROTATION_STEP = 1_000_000
+_LONGEST_REFERENCE_CHARS = 64
+_LETTERS = "ABCDEFGHIJ"
+
+
+def find(data_dir: Path) -> Path:
+    """Return the TSV: ``data_dir`` itself, or the one with "mmbench" in its name in that folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if data_dir.is_file():
+        return data_dir
+    path = find_file(
+        data_dir, (".", "mmbench", "MMBench"), ("mmbench.tsv", "*[mM][mM][bB]ench*.tsv")
+    )
+    if path is None:
+        raise FileNotFoundError(
+            f"no mmbench.tsv or *mmbench*.tsv in {data_dir} or its folder mmbench"
+        )
+    return path
+
+
+def load(data_dir: Path, *, limit: int | None = None) -> list[Item]:
+    """Read the questions, all rotations included.
+
+    Args:
+        data_dir: Folder with the TSV, or the TSV.
+        limit: Number of base questions; each comes with all its rotations.
+
+    Raises:
+        FileNotFoundError: If there is no TSV.
+        ValueError: If a column is missing, or an index is not a number or occurs twice.
+    """
+    path = find(data_dir)
+    # Default parsing of missing values, as the official loaders do: an option "None" disappears.
+    table = pd.read_csv(path, sep="\t", dtype=str)
+    missing = {"index", "question", "A", "B", "image"} - set(table.columns)
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}")
+    rows = [
+        {name: value for name, value in row.items() if isinstance(value, str)}
+        for row in table.to_dict("records")
+    ]
+    is_chinese = bool(re.search(r"(?i)(?:^|[_-])(?:cn|cc)(?:[_.-]|$)", path.name))
+    indices = [_index(row, f"{path.name} row {number}") for number, row in enumerate(rows, start=1)]
+    reject_duplicates(indices, str(path))
+    images = {index: row.get("image") for index, row in zip(indices, rows, strict=True)}
+    items = [
+        _item(row, index, f"{path.name} row {number} (index {index})", images, is_chinese)
+        for number, (index, row) in enumerate(zip(indices, rows, strict=True), start=1)
+    ]
+    kept = set(take_sample(list(dict.fromkeys(item.group for item in items)), limit))
+    items = [item for item in items if item.group in kept]
+    _warn_about_rotations(items, path)
+    return items
+
+
+def _index(row: Mapping[str, str], where: str) -> int:
+    try:
+        return int(float(row["index"]))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{where}: the index is not a number: {row.get('index')!r}") from error
+
+
+def _item(
+    row: Mapping[str, str],
+    index: int,
+    where: str,
+    images: Mapping[int, str | None],
+    is_chinese: bool,
+) -> Item:
+    options: list[str] = []
+    for letter in _LETTERS:
+        if letter not in row:
+            break
+        options.append(row[letter])
+    group = row.get("g_index", str(index % _ROTATION_STEP))
+    question = row.get("question", "")
+    lines = [row["hint"]] if "hint" in row else []
+    lines += [
+        question,
+        *(f"{letter}. {text}" for letter, text in zip(_LETTERS, options, strict=False)),
+    ]
+    lines.append(_SUFFIX_CN if is_chinese else _SUFFIX)
+    answer = row.get("answer", "").strip()
+    return Item(
+        id=str(index),
+        image=ImageSource(where, encoded=_resolve_image(images, index)),
+        prompt="\n".join(lines),
+        answers=(answer,) if answer else (),
+        group=group,
+        category=row.get("category", "all"),
+        options=tuple(options),
+        question=question,
+        details={
+            "l2": row.get("l2-category", row.get("L2-category", "all")),
+            "rotation": index // _ROTATION_STEP,
+            "answer_text": _text_of(answer, options),
+            "n_options": len(options),
+        },
+    )
+
+
+def _text_of(answer: str, options: Sequence[str]) -> str | None:
+    place = _LETTERS.find(answer) if answer else -1
+    return options[place] if 0 <= place < len(options) else None
+
+
+def _resolve_image(images: Mapping[int, str | None], index: int) -> str | None:
+    """Follow short "images", which are the index of the row that holds the picture."""
+    seen = {index}
+    image = images[index]
+    while image and len(image) <= _LONGEST_REFERENCE_CHARS and image.strip().isdigit():
+        target = int(image)
+        if target in seen or target not in images:
+            return None
+        seen.add(target)
+        image = images[target]
+    return image
+
+
+def _warn_about_rotations(items: Sequence[Item], path: Path) -> None:
+    rows = defaultdict(list)
+    for item in items:
+        rows[item.group].append(item)
+    odd = sum(len(members) != len(members[0].options) for members in rows.values())
+    if odd:
+        logger.warning(
+            "%s: %d of %d questions lack a rotated row or an option", path, odd, len(rows)
+        )
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return the chosen letter, or None."""
+    return parse_option(text, item.options)
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Score one answer: 1 for the right letter. ``text`` None is a failed sample, always wrong."""
+    letter = None if text is None else parse(item, text)
+    return Row(
+        id=item.id,
+        group=item.group,
+        category=item.category,
+        answers=item.answers,
+        text=text,
+        parsed=letter,
+        score=float(letter is not None and letter in item.answers),
+        well_formed=text is not None
+        and text.strip().rstrip(".") in _LETTERS[: len(item.options)]
+        and text.strip() != "",
+        details=item.details,
+    )
+
+
+def headline_sums(rows: Sequence[Row]) -> statistics.Array:
+    """Return [G, 2]: whether all rotations of a question are right, and 1; groups sorted."""
+    return np.array([[min(group), 1.0] for _, group in sorted(_scores(rows).items())])
+
+
+def headline(sums: statistics.Array) -> statistics.Array:
+    """Return circular accuracy from sums [R, 2]."""
+    return statistics.ratio(sums)
+
+
+def _scores(rows: Sequence[Row]) -> dict[str, list[float]]:
+    scores = defaultdict(list)
+    for row in rows:
+        scores[row.group].append(row.score)
+    return dict(scores)
+
+
+def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
+    values = [row.score for row in rows]
+    if not values:
+        return {"score": None, "interval_95": None, "n": 0}
+    interval = statistics.mean_interval(values, [row.group for row in rows])
+    return {"score": float(np.mean(values)), "interval_95": list(interval), "n": len(values)}
+
+
+def _circular(rows: Sequence[Row]) -> dict[str, Any]:
+    sums = headline_sums(rows)
+    interval = statistics.bootstrap_interval(sums, headline)
+    return {"score": float(sums[:, 0].mean()), "interval_95": list(interval), "n": len(sums)}
+
+
+def _split(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    parts = defaultdict(list)
+    for row, label in zip(rows, labels, strict=True):
+        parts[label].append(row)
+    return {label: _circular(part) for label, part in sorted(parts.items())}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return score, interval and breakdown of all rows of the bench."""
+    by_category = _split(rows, [row.category for row in rows])
+    by_l2 = _split(rows, [row.details["l2"] for row in rows])
+    chosen = [row.parsed for row in rows]
+    has_rotations = any(row.details["rotation"] for row in rows)
+    return {
+        "metric": METRIC if has_rotations else "accuracy",
+        **_circular(rows),
+        "n_rows": len(rows),
+        "by_category": {name: part["score"] for name, part in by_category.items()},
+        "by_category_details": by_category,
+        "by_l2": {name: part["score"] for name, part in by_l2.items()},
+        "vanilla_circ0": _accuracy([row for row in rows if row.details["rotation"] == 0]),
+        "vanilla_all": _accuracy(rows),
+        "off_letter_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
+        "unparsed_rate": chosen.count(None) / len(rows),
+        "letter_share": {
+            letter: chosen.count(letter) / len(rows) for letter in sorted(set(chosen) - {None})
+        },
+    }
+
+
+def majority(items: Sequence[Item]) -> float:
+    """Return the circular accuracy of the best guess that never looks at picture or question.
+
+    In each category: always the text that is right most often (where it is not offered, one of
+    the options at random), or one option at random, whichever is better. The guesser may stay
+    with its choice through the rotations.
+    """
+    base: dict[str, Item] = {}
+    for item in items:
+        base.setdefault(item.group, item)
+    parts = defaultdict(list)
+    for item in base.values():
+        parts[item.category].append(item)
+    return sum(_best_constant(part) for part in parts.values()) / len(base)
+
+
+def _best_constant(items: Sequence[Item]) -> float:
+    chance = sum(1 / max(1, len(item.options)) for item in items)
+    texts = [text for item in items if (text := item.details["answer_text"])]
+    if not texts:
+        return chance
+    guess = most_common(texts)
+    credit = sum(
+        float(item.details["answer_text"] == guess)
+        if guess in item.options
+        else 1 / max(1, len(item.options))
+        for item in items
+    )
+    return max(chance, credit)
+
+
+def write_submission(
+    items: Sequence[Item], texts: Mapping[str, str | None], out_dir: Path
+) -> list[Path]:
+    """Write what the evaluation server takes: the questions with a column ``prediction``.
+
+    Returns:
+        The TSV and, if ``openpyxl`` is installed, the XLSX.
+    """
+    table = pd.DataFrame(
+        {
+            "index": int(item.id),
+            "question": item.question,
+            **dict(zip(_LETTERS, item.options, strict=False)),
+            "category": item.category,
+            "l2-category": item.details["l2"],
+            "prediction": texts[item.id],
+        }
+        for item in items
+    )
+    path = out_dir / "mmbench_submission.tsv"
+    write_text_atomic(path, table.to_csv(sep="\t", index=False))
+    if importlib.util.find_spec("openpyxl") is None:
+        return [path]
+    sheet = path.with_suffix(".xlsx")
+    temporary = out_dir / ".mmbench_submission.part.xlsx"
+    table.to_excel(temporary, index=False)
+    temporary.replace(sheet)
+    return [path, sheet]

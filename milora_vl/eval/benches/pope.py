@@ -1,0 +1,251 @@
+"""POPE: is an object in the picture? Three ways of choosing the absent objects, F1 of "yes".
+
+Official files: JSONL with ``question_id, image, text, label``, one a category. ``question_id``
+starts again in each file, so an answer belongs to (category, question_id), never to a line number.
+Questions are asked as they are written, with the misspelt "imange" of early releases too.
+"""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_vl.eval import statistics
+from milora_vl.eval.answers import parse_yes_no
+from milora_vl.eval.items import (
+    ImageSource,
+    Item,
+    Row,
+    find_file,
+    find_image,
+    read_json_lines,
+    reject_duplicates,
+    require,
+    take_sample,
+)
+from milora_vl.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+METRIC = "mean_f1"
+MAX_NEW_TOKENS = 8
+CATEGORIES = ("random", "popular", "adversarial")
+
+_SUFFIX = "Answer the question using a single word or phrase."
+_FOLDERS = ("pope", "pope/coco", "coco", "POPE", ".")
+_IMAGE_FOLDERS = (
+    *("images/bench", "images/val", "../images/bench", "../images/val", "images"),
+    *("pope/images", "pope/val2014", "val2014", "coco/val2014", "../val2014"),
+)
+_N_COUNTS = 4  # true positive, false positive, false negative, true negative
+
+
+def load(data_dir: Path, *, limit: int | None = None) -> list[Item]:
+    """Read the questions of all category files that are there.
+
+    Args:
+        data_dir: Folder with ``pope/{category}.jsonl`` or ``coco_pope_{category}.json``.
+        limit: Number of questions over all categories; half of them "yes", as far as there are.
+
+    Raises:
+        FileNotFoundError: If no category file is there.
+        ValueError: If a line is malformed or an id occurs twice; names file and line.
+    """
+    files = {}
+    for category in CATEGORIES:
+        path = find_file(data_dir, _FOLDERS, (f"{category}.jsonl", f"*pope_{category}.json*"))
+        if path is not None:
+            files[category] = path
+    if not files:
+        raise FileNotFoundError(
+            f"no random.jsonl or coco_pope_random.json (popular, adversarial) in {data_dir} or its "
+            "folders pope, coco"
+        )
+    missing = sorted(set(CATEGORIES) - set(files))
+    if missing:
+        logger.warning("POPE without %s: the mean is over %s", ", ".join(missing), ", ".join(files))
+    items = []
+    for place, (category, path) in enumerate(files.items()):
+        share = None if limit is None else (limit - place + len(files) - 1) // len(files)
+        items += _balanced(_read_category(data_dir, category, path), share)
+    return items
+
+
+def _read_category(data_dir: Path, category: str, path: Path) -> list[Item]:
+    folders = [data_dir / name for name in _IMAGE_FOLDERS] + [path.parent]
+    items = []
+    for number, row in enumerate(read_json_lines(path), start=1):
+        where = f"{path.name} row {number}"
+        question = require(row, "text", where)
+        label = str(require(row, "label", where)).strip().lower()
+        if label not in ("yes", "no"):
+            raise ValueError(f"{path} row {number}: label {label!r} is neither yes nor no")
+        image = str(require(row, "image", where))
+        items.append(
+            Item(
+                id=f"{category}/{require(row, 'question_id', where)}",
+                image=ImageSource(where, path=find_image(folders, image)),
+                prompt=f"{question}\n{_SUFFIX}",
+                answers=(label,),
+                group=image,
+                category=category,
+                question=question,
+                details={"question_id": row["question_id"], "image": image},
+            )
+        )
+    reject_duplicates((item.id for item in items), str(path))
+    return items
+
+
+def _balanced(items: Sequence[Item], limit: int | None) -> list[Item]:
+    if limit is None:
+        return list(items)
+    kept = set()
+    for label, share in (("yes", (limit + 1) // 2), ("no", limit // 2)):
+        one_label = [item.id for item in items if item.answers == (label,)]
+        kept |= set(take_sample(one_label, share))
+    return [item for item in items if item.id in kept]
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return "yes" or "no" by POPE's own rule, which takes anything that is not a no for yes."""
+    del item
+    return parse_yes_no(text, "official")
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Score one answer: 1 if right. ``text`` None is a failed sample, always wrong."""
+    said = None if text is None else parse(item, text)
+    strict = None if text is None else parse_yes_no(text, "strict")
+    return Row(
+        id=item.id,
+        group=item.group,
+        category=item.category,
+        answers=item.answers,
+        text=text,
+        parsed=said,
+        score=float(said in item.answers),
+        well_formed=strict is not None,
+        details={**item.details, "strict": strict},
+    )
+
+
+def _counts(label: str, said: str | None) -> list[float]:
+    """Return true positive, false positive, false negative, true negative of one answer."""
+    if label == "yes":
+        return [float(said == "yes"), 0.0, float(said != "yes"), 0.0]
+    return [0.0, float(said != "no"), 0.0, float(said == "no")]
+
+
+def _f1(sums: statistics.Array) -> statistics.Array:
+    positive, false_positive, false_negative = sums[:, 0], sums[:, 1], sums[:, 2]
+    total = 2 * positive + false_positive + false_negative
+    return np.divide(2 * positive, total, out=np.zeros(len(sums)), where=total > 0)
+
+
+def headline_sums(rows: Sequence[Row]) -> statistics.Array:
+    """Return [pictures, 4 * categories]: the four counts of each category present."""
+    present = [name for name in CATEGORIES if any(row.category == name for row in rows)]
+    table = np.zeros((len(rows), _N_COUNTS * len(present)))
+    for place, row in enumerate(rows):
+        start = _N_COUNTS * present.index(row.category)
+        table[place, start : start + _N_COUNTS] = _counts(row.answers[0], row.parsed)
+    return statistics.sum_by_group(table, [row.group for row in rows])
+
+
+def headline(sums: statistics.Array) -> statistics.Array:
+    """Return the unweighted mean of the categories' F1 from sums [R, 4 * categories]."""
+    starts = range(0, sums.shape[1], _N_COUNTS)
+    return np.mean([_f1(sums[:, start : start + _N_COUNTS]) for start in starts], axis=0)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _metrics(labels: Sequence[str], said: Sequence[str | None]) -> dict[str, float]:
+    pairs = zip(labels, said, strict=True)
+    positive, false_positive, false_negative, negative = np.sum(
+        [_counts(label, answer) for label, answer in pairs], axis=0
+    )
+    return {
+        "accuracy": _ratio(positive + negative, len(labels)),
+        "precision": _ratio(positive, positive + false_positive),
+        "recall": _ratio(positive, positive + false_negative),
+        "f1": _ratio(2 * positive, 2 * positive + false_positive + false_negative),
+        "yes_ratio": _ratio(list(said).count("yes"), len(labels)),
+    }
+
+
+def _category(rows: Sequence[Row]) -> dict[str, Any]:
+    labels = [row.answers[0] for row in rows]
+    strict = _metrics(labels, [row.details["strict"] for row in rows])
+    interval = statistics.bootstrap_interval(headline_sums(rows), headline)
+    accuracy = statistics.mean_interval([row.score for row in rows], [row.group for row in rows])
+    return {
+        **_metrics(labels, [row.parsed for row in rows]),
+        "f1_interval_95": list(interval),
+        "accuracy_interval_95": list(accuracy),
+        "label_yes_ratio": _ratio(labels.count("yes"), len(labels)),
+        "strict_accuracy": strict["accuracy"],
+        "strict_f1": strict["f1"],
+        "off_format_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
+        "n": len(rows),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return score, interval and breakdown of all rows of the bench."""
+    parts = defaultdict(list)
+    for row in rows:
+        parts[row.category].append(row)
+    details = {name: _category(parts[name]) for name in CATEGORIES if name in parts}
+    sums = headline_sums(rows)
+    said = [row.parsed for row in rows]
+    return {
+        "metric": METRIC,
+        "score": float(headline(sums.sum(axis=0, keepdims=True))[0]),
+        "interval_95": list(statistics.bootstrap_interval(sums, headline)),
+        "n": len(rows),
+        "by_category": {name: part["f1"] for name, part in details.items()},
+        "by_category_details": details,
+        "missing_categories": [name for name in CATEGORIES if name not in parts],
+        "accuracy": sum(row.score for row in rows) / len(rows),
+        "yes_ratio": said.count("yes") / len(rows),
+        "strict_f1": float(np.mean([part["strict_f1"] for part in details.values()])),
+        "off_format_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
+    }
+
+
+def majority(items: Sequence[Item]) -> float:
+    """Return the mean F1 of the better constant answer, which is always "yes"."""
+    return float(summarise([judge(item, "yes") for item in items])["score"])
+
+
+def write_submission(
+    items: Sequence[Item], texts: Mapping[str, str | None], out_dir: Path
+) -> list[Path]:
+    """Write one answer file a category, in the form of POPE's own scorer."""
+    paths = []
+    for category in CATEGORIES:
+        rows = [
+            {
+                "question_id": item.details["question_id"],
+                "question": item.question,
+                "answer": answer,
+            }
+            for item in items
+            if item.category == category and (answer := texts[item.id]) is not None
+        ]
+        if rows:
+            path = out_dir / f"pope_{category}_answers.jsonl"
+            write_text_atomic(
+                path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            )
+            paths.append(path)
+    return paths

@@ -1,0 +1,297 @@
+"""Greedy answers of a LLaVA model to many questions: batched, each picture and prefix computed once.
+
+Numbers do not depend on the batch: a row attends to its own tokens only, at their own positions, so
+in exact arithmetic the result is that of ``model.generate`` on one question at a time.
+``Answerer.answer_one_by_one`` is that reference.
+"""
+
+import io
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.data.encode import encode
+from milora_vl.data.images import build_image_transform, load_image
+from milora_vl.data.prompts import get_style
+from milora_vl.data.records import Turn
+from milora_vl.eval.generation import encode_pictures, generate_over_trees
+from milora_vl.eval.items import Answer, EvaluationError, ImageSource, Request
+from milora_vl.eval.prefix_tree import build_tree, plan_trees
+from milora_vl.model.load import count_image_tokens
+
+logger = logging.getLogger(__name__)
+
+MAX_NODES = 768
+"""Most nodes of a prefix tree; attention over a tree costs their square."""
+
+_FEATURE_CACHE_BYTES = 1 << 30
+_FAILURES = (RuntimeError, ValueError, OSError)  # out of memory is a RuntimeError
+
+
+@dataclass
+class _Job:
+    """The distinct questions of one call, and the answers so far."""
+
+    asked: list[list[Request]]
+    ids: list[list[int]]
+    keys: list[str | None]
+    max_new_tokens: int
+    allow_errors: int
+    answers: dict[str, Answer]
+
+    def fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """Mark requests as failed.
+
+        Raises:
+            EvaluationError: If that is more than allowed.
+        """
+        self.answers |= {one.id: Answer(None, error=str(error)) for one in requests}
+        failed = [(name, one.error) for name, one in self.answers.items() if one.error]
+        if len(failed) > self.allow_errors:
+            listed = "; ".join(f"{name}: {message}" for name, message in failed[:5])
+            raise EvaluationError(
+                f"{len(failed)} failed, {self.allow_errors} allowed (allow_errors): {listed}"
+            ) from error
+
+
+class Answerer:
+    """Asks one model; keeps the features of pictures between calls.
+
+    Args:
+        vlm: Has ``model`` (LlavaForConditionalGeneration, or a PEFT model around one),
+            ``processor`` and ``prompt_style`` (a style or its name).
+        batch_size: Most questions in one forward pass.
+        share_prefix: Compute common beginnings once; off only to compare.
+        pad_to_square: Whether pictures are padded with the mean colour, as LLaVA does.
+    """
+
+    def __init__(
+        self,
+        vlm: Any,
+        *,
+        batch_size: int = 32,
+        share_prefix: bool = True,
+        pad_to_square: bool = True,
+    ) -> None:
+        """See the class."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        self.vlm = vlm
+        self.model = vlm.model.get_base_model() if isinstance(vlm.model, PeftModel) else vlm.model
+        self.tokenizer = vlm.processor.tokenizer
+        self.style = get_style(vlm.prompt_style)
+        self.batch_size = batch_size
+        self.share_prefix = share_prefix
+        self.transform = build_image_transform(vlm.processor.image_processor, pad_to_square)
+        self.stop_ids = self._find_stop_ids()
+        self.n_image_tokens = count_image_tokens(vlm.processor)
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        allow_errors: int = 0,
+        label: str = "",
+        progress: bool = True,
+    ) -> dict[str, Answer]:
+        """Answer all requests; requests with the same picture and prompt are asked once.
+
+        Args:
+            requests: Questions with distinct ids.
+            max_new_tokens: Limit of an answer, in tokens.
+            allow_errors: Samples that may fail (unreadable picture, out of memory alone in a batch).
+            label: Of the progress bar.
+            progress: Whether to show one (stderr).
+
+        Returns:
+            Answers by request id, for every request.
+
+        Raises:
+            EvaluationError: As soon as more than ``allow_errors`` samples have failed.
+        """
+        job = self._prepare(requests, max_new_tokens, allow_errors)
+        trees = plan_trees(
+            job.ids,
+            job.keys,
+            max_rows=self.batch_size,
+            max_nodes=MAX_NODES,
+            share=self.share_prefix,
+        )
+        # Lines of a log file need no redrawing every half second.
+        interval_s = 0.5 if sys.stderr.isatty() else 15.0
+        bar = tqdm(
+            total=len(requests),
+            desc=label,
+            unit="item",
+            disable=not progress,
+            mininterval=interval_s,
+        )
+        bar.update(len(job.answers))
+        with self._ready(), bar:
+            for batch in self._batches(trees, job):
+                self._run(batch, job)
+                bar.update(len(job.answers) - bar.n)
+        return job.answers
+
+    def answer_one_by_one(
+        self, requests: Sequence[Request], *, max_new_tokens: int
+    ) -> dict[str, Answer]:
+        """Answer with plain ``model.generate``, one request at a time: slow, for comparison."""
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=min(self.stop_ids),
+        )
+        answers = {}
+        with self._ready():
+            for request in requests:
+                ids = torch.tensor([self.encode(request)], device=self.model.device)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                if request.image is not None:
+                    pixels = self._read_pixels(request.image)[None]
+                    inputs["pixel_values"] = pixels.to(self.model.device, self.model.dtype)
+                output = self.vlm.model.generate(**inputs, generation_config=config)
+                answers[request.id] = self._finish(output[0, ids.shape[1] :].tolist())
+        return answers
+
+    def encode(self, request: Request) -> list[int]:
+        """Return the prompt's token ids, made exactly as for training."""
+        text = request.prompt.replace(IMAGE_TOKEN, "").strip()
+        counts = []
+        if request.image is not None:
+            text = f"{IMAGE_TOKEN}\n{text}"
+            counts = [self.n_image_tokens]
+        turns = [Turn("user", text)]
+        return encode(
+            turns, self.style, self.tokenizer, counts, add_generation_prompt=True
+        ).input_ids
+
+    def _find_stop_ids(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        stops = set(configured if isinstance(configured, list) else [configured])
+        markers = [
+            name for name in self.style.special_tokens if name in self.style.assistant_suffix
+        ]
+        stops |= {self.tokenizer.convert_tokens_to_ids(name) for name in markers}
+        return (stops | {self.tokenizer.eos_token_id}) - {None}
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the training mode comes back afterwards."""
+        was_training = self.vlm.model.training
+        self.vlm.model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.vlm.model.train(was_training)
+
+    def _prepare(self, requests: Sequence[Request], max_new_tokens: int, allow_errors: int) -> _Job:
+        job = _Job([], [], [], max_new_tokens, allow_errors, {})
+        keys: dict[ImageSource, str] = {}
+        unique: dict[tuple[str | None, tuple[int, ...]], list[Request]] = {}
+        for request in requests:
+            try:
+                if request.image is not None and request.image not in keys:
+                    keys[request.image] = request.image.key()
+            except (ValueError, OSError) as error:
+                job.fail([request], error)
+                continue
+            key = None if request.image is None else keys[request.image]
+            unique.setdefault((key, tuple(self.encode(request))), []).append(request)
+        job.asked = list(unique.values())
+        job.ids = [list(ids) for _, ids in unique]
+        job.keys = [key for key, _ in unique]
+        return job
+
+    def _batches(self, trees: list[list[int]], job: _Job) -> Iterator[list[list[int]]]:
+        """Group trees of similar size, the largest first, so that a lack of memory shows at once."""
+        sizes = [sum(len(job.ids[row]) for row in tree) for tree in trees]
+        batch: list[list[int]] = []
+        for place in sorted(range(len(trees)), key=lambda place: -sizes[place]):
+            if batch and sum(map(len, batch)) + len(trees[place]) > self.batch_size:
+                yield batch
+                batch = []
+            batch.append(trees[place])
+        if batch:
+            yield batch
+
+    def _run(self, batch: list[list[int]], job: _Job) -> None:
+        """Answer a batch; if it fails, its halves, down to the question that is to blame."""
+        try:
+            outputs = self._generate(batch, job)
+        except _FAILURES as error:
+            if len(batch) == 1 and len(batch[0]) == 1:
+                job.fail(job.asked[batch[0][0]], error)
+                return
+            logger.debug("a batch failed, trying its halves: %s", error)
+        else:
+            for row, tokens in outputs.items():
+                answer = self._finish(tokens)
+                job.answers |= {request.id: answer for request in job.asked[row]}
+            return
+        if len(batch) == 1:
+            middle = len(batch[0]) // 2
+            halves = [[batch[0][:middle]], [batch[0][middle:]]]
+        else:
+            halves = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        for half in halves:
+            self._run(half, job)
+
+    def _generate(self, batch: list[list[int]], job: _Job) -> dict[int, list[int]]:
+        trees = [build_tree(job.ids, rows) for rows in batch]
+        sources = {job.keys[rows[0]]: job.asked[rows[0]][0].image for rows in batch}
+        features = self._encode_images(sources)
+        return generate_over_trees(
+            self.model,
+            trees,
+            [features[job.keys[rows[0]]] for rows in batch],
+            max_new_tokens=job.max_new_tokens,
+            stop_ids=self.stop_ids,
+        )
+
+    def _encode_images(
+        self, sources: dict[str | None, ImageSource | None]
+    ) -> dict[str | None, Tensor | None]:
+        """Return features [P, D] by key; None for the key None."""
+        new = {
+            key: self._read_pixels(source)
+            for key, source in sources.items()
+            if key is not None and source is not None and key not in self._features
+        }
+        if new:
+            self._features |= encode_pictures(self.model, new)
+        result: dict[str | None, Tensor | None] = {None: None}
+        for key in sources:
+            if key is not None:
+                self._features.move_to_end(key)
+                result[key] = self._features[key]
+        while sum(one.nbytes for one in self._features.values()) > _FEATURE_CACHE_BYTES:
+            self._features.popitem(last=False)
+        return result
+
+    def _read_pixels(self, source: ImageSource) -> Tensor:
+        try:
+            return self.transform(load_image(io.BytesIO(source.read())))
+        except ValueError as error:
+            raise ValueError(f"{source.where}: {source.path or 'base64 image'}: {error}") from error
+
+    def _finish(self, tokens: list[int]) -> Answer:
+        ended = bool(tokens) and tokens[-1] in self.stop_ids
+        said = tokens[:-1] if ended else tokens
+        text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+        return Answer(text, n_tokens=len(tokens), ended=ended)

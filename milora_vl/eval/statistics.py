@@ -1,0 +1,104 @@
+"""Confidence intervals by the bootstrap over groups, since rotations and pictures are not independent."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_CELLS_PER_CHUNK = 4_000_000
+
+
+def sum_by_group(values: Array | Sequence[Sequence[float]], groups: Sequence[str]) -> Array:
+    """Add up rows that belong to one group.
+
+    Args:
+        values: [n, k].
+        groups: n labels.
+
+    Returns:
+        [G, k], groups in alphabetical order.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if len(table) != len(groups):
+        raise ValueError(f"{len(table)} values but {len(groups)} group labels")
+    _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    sums = np.zeros((index.max() + 1 if len(index) else 0, table.shape[1]))
+    np.add.at(sums, index, table)
+    return sums
+
+
+def ratio(sums: Array) -> Array:
+    """Return column 0 divided by column 1: the mean of values whose counts are column 1. [R, 2] -> [R]."""
+    return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
+
+
+def bootstrap_interval(
+    sums: Array,
+    statistic: Callable[[Array], Array] = ratio,
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a statistic of column sums, resampling groups.
+
+    Args:
+        sums: [G, k], one row a group (``sum_by_group``).
+        statistic: [R, k] column sums of R resamples -> [R] values.
+        n_resamples: Resamples drawn.
+        seed: Of the draw; the same seed gives the same interval.
+
+    Returns:
+        Low and high end. With a single group both are its value.
+
+    Raises:
+        ValueError: If there is no group.
+    """
+    n_groups = len(sums)
+    if n_groups == 0:
+        raise ValueError("an interval needs at least one group")
+    rng = np.random.default_rng(seed)
+    step = max(1, _CELLS_PER_CHUNK // n_groups)
+    values = []
+    for start in range(0, n_resamples, step):
+        size = min(step, n_resamples - start)
+        times = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size)
+        values.append(statistic(times.astype(np.float64) @ sums))
+    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(
+    values: Sequence[float], groups: Sequence[str] | None = None, *, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, resampling ``groups`` (default: every value alone)."""
+    table = np.column_stack([np.asarray(values, dtype=np.float64), np.ones(len(values))])
+    sums = table if groups is None else sum_by_group(table, groups)
+    return bootstrap_interval(sums, ratio, seed=seed)
+
+
+def difference_interval(
+    before: Array, after: Array, statistic: Callable[[Array], Array] = ratio, *, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of ``statistic(after) - statistic(before)``, paired by group.
+
+    Args:
+        before: [G, k].
+        after: [G, k], the same groups in the same order.
+        statistic: As in ``bootstrap_interval``.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"not the same groups: {before.shape} before, {after.shape} after")
+    width = before.shape[1]
+    both = np.hstack([before, after])
+    return bootstrap_interval(
+        both, lambda sums: statistic(sums[:, width:]) - statistic(sums[:, :width]), seed=seed
+    )
