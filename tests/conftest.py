@@ -1,6 +1,7 @@
 """Small real models shared by the tests: random weights, no network."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,22 @@ def batch() -> dict[str, torch.Tensor]:
         "pixel_values": pixel_values,
         "labels": input_ids.clone(),
     }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--update-golden``: write the golden files instead of comparing with them."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden on purpose")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compare a text with a golden file, or write the file with ``--update-golden``."""
+
+    def check(path: Path, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing; make it with pytest --update-golden"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
