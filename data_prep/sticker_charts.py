@@ -1,0 +1,199 @@
+"""Bars, digit strings and words: the pictures that are not made of cut-outs."""
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from data_prep.sticker_scenes import PICTURE_PX, Plan, plan_background
+
+TRAIN_TABLES = ("gapminder", "countries", "obesity", "budget")
+BENCH_TABLES = ("penguins", "wheat")
+TRAIN_FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSansMono.ttf",
+    "cmr10.ttf",
+    "cmss10.ttf",
+)
+BENCH_FONT = "STIXGeneralBol.ttf"
+N_BARS = 4
+_MIN_GAP_RATIO = 0.08
+
+
+def font_path(name: str) -> str:
+    """Return the path of a font shipped with matplotlib."""
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
+
+
+def bar_series(tables: dict[str, Any], names: tuple[str, ...]) -> list[list[tuple[str, float]]]:
+    """Turn tables into series of short labels and positive values.
+
+    Args:
+        tables: Parsed JSON by table name.
+        names: Which tables.
+
+    Returns:
+        One list of (label, value) a series, each with at least ``N_BARS`` entries.
+    """
+    readers = {
+        "gapminder": _gapminder,
+        "countries": _countries,
+        "obesity": _obesity,
+        "budget": _budget,
+        "penguins": _penguins,
+        "wheat": _wheat,
+    }
+    series = [row for name in names if name in tables for row in readers[name](tables[name])]
+    return [
+        kept
+        for row in series
+        if len(kept := [(label, value) for label, value in row if value > 0]) >= 2
+    ]
+
+
+def plan_chart(
+    rng: Random, series: list[list[tuple[str, float]]], n_bars: int, *, held_out: bool
+) -> Plan | None:
+    """Plan a bar chart whose highest and lowest bars stand out.
+
+    Args:
+        rng: Random source.
+        series: From ``bar_series``.
+        n_bars: How many bars.
+        held_out: Use the background hues and font of the bench.
+
+    Returns:
+        None if no such bars were found.
+    """
+    for _ in range(200):
+        row = rng.choice(series)
+        if len(row) < n_bars:
+            continue
+        bars = rng.sample(row, n_bars)
+        values = sorted(value for _, value in bars)
+        step = _MIN_GAP_RATIO * values[-1]
+        if values[-1] - values[-2] >= step and values[1] - values[0] >= step:
+            break
+    else:
+        return None
+    background = {**plan_background(rng, held_out=held_out), "kind": "plain"}
+    colours = [tuple(rng.randrange(30, 200) for _ in range(3)) for _ in bars]
+    font = BENCH_FONT if held_out else rng.choice(TRAIN_FONTS[:4])
+    size_px = 17 if max(len(label) for label, _ in bars) * n_bars <= 16 else 13
+    content = {
+        "bars": bars, "colours": colours, "font": font_path(font), "size_px": size_px,
+    }  # fmt: skip
+    return Plan("chart", background, content=content)
+
+
+def plan_digits(
+    rng: Random, digits: dict[int, np.ndarray], span: tuple[float, float], *, held_out: bool
+) -> Plan:
+    """Plan a handwritten number of one to three digits.
+
+    Args:
+        rng: Random source.
+        digits: digit -> uint8 [n, 28, 28].
+        span: Which part of each digit's pictures may be used, as fractions.
+        held_out: Use the background hues of the bench.
+    """
+    length = rng.randint(1, 3)
+    low = 10 ** (length - 1) if length > 1 else 0
+    text = str(rng.randrange(low, 10**length))
+    pictures, indices = [], []
+    for character in text:
+        stock = digits[int(character)]
+        index = rng.randrange(int(span[0] * len(stock)), int(span[1] * len(stock)))
+        indices.append(index)
+        pictures.append(stock[index].tobytes())
+    size_px = rng.randint(64, 84) if length == 3 else rng.randint(76, 104)
+    width = round(size_px * (1 + 0.78 * (length - 1)))
+    content = {
+        "text": text,
+        "pictures": pictures,
+        "indices": indices,
+        "size_px": size_px,
+        "left_px": rng.randint(2, PICTURE_PX - width - 2),
+        "top_px": rng.randint(2, PICTURE_PX - size_px - 2),
+        "ink": tuple(rng.randrange(0, 110) for _ in range(3)),
+    }
+    return Plan("digits", plan_background(rng, held_out=held_out), content=content)
+
+
+def plan_word(rng: Random, word: str, *, held_out: bool) -> Plan:
+    """Plan a printed word.
+
+    Args:
+        rng: Random source.
+        word: What to print.
+        held_out: Use the font and background hues of the bench.
+    """
+    font = BENCH_FONT if held_out else rng.choice(TRAIN_FONTS)
+    content = {
+        "text": word,
+        "font": font_path(font),
+        "size_px": rng.randint(38, 60),
+        "ink": tuple(rng.randrange(0, 110) for _ in range(3)),
+        "across": rng.random(),
+        "down": rng.random(),
+    }
+    return Plan("word", plan_background(rng, held_out=held_out), content=content)
+
+
+def _gapminder(rows: list[dict]) -> list[list[tuple[str, float]]]:
+    return _by_year(rows, "fertility")
+
+
+def _countries(rows: list[dict]) -> list[list[tuple[str, float]]]:
+    return _by_year(rows, "life_expect")
+
+
+def _by_year(rows: list[dict], column: str) -> list[list[tuple[str, float]]]:
+    years = sorted({row["year"] for row in rows})
+    return [
+        [
+            (row["country"], float(row[column]))
+            for row in rows
+            if row["year"] == year and len(row["country"]) <= 6 and row.get(column)
+        ]
+        for year in years
+    ]
+
+
+def _obesity(rows: list[dict]) -> list[list[tuple[str, float]]]:
+    return [[(row["state"], float(row["rate"])) for row in rows]]
+
+
+def _budget(rows: list[dict]) -> list[list[tuple[str, float]]]:
+    totals: dict[str, dict[str, float]] = {}
+    for row in rows:
+        sums = totals.setdefault(row["Source category name"], {})
+        for key, value in row.items():
+            if key.isdigit() and int(key) % 5 == 0:
+                number = float(str(value).replace(",", "") or 0)
+                sums[key] = sums.get(key, 0.0) + number
+    return [sorted(sums.items()) for _, sums in sorted(totals.items()) if sums]
+
+
+def _penguins(rows: list[dict]) -> list[list[tuple[str, float]]]:
+    series = []
+    for group in ("Species", "Island"):
+        for column in ("Beak Length (mm)", "Beak Depth (mm)", "Body Mass (g)"):
+            for sex in ("MALE", "FEMALE"):
+                values: dict[str, list[float]] = {}
+                for row in rows:
+                    if row["Sex"] == sex and row[column] is not None:
+                        values.setdefault(row[group][:6], []).append(float(row[column]))
+                series.append([(name, sum(each) / len(each)) for name, each in values.items()])
+    return series
+
+
+def _wheat(rows: list[dict]) -> list[list[tuple[str, float]]]:
+    return [
+        [(str(row["year"]), float(row[column])) for row in rows if row.get(column)]
+        for column in ("wheat", "wages")
+    ]

@@ -1,0 +1,306 @@
+"""Planning and painting of pictures: backgrounds, cut-outs on them, digits, words.
+
+A plan is plain data, made in one process from one random source; painting a plan is a pure
+function of the plan and the cut-outs, so it can run in any process and gives the same pixels.
+"""
+
+import colorsys
+import hashlib
+import io
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PICTURE_PX = 224
+BENCH_HUES = ((0.11, 0.19), (0.44, 0.53), (0.78, 0.86))
+"""Background hues (0-1) that only the bench uses: yellow, cyan, violet."""
+
+_SIDE_RATIOS = {1: (0.42, 0.62), 2: (0.36, 0.50), 3: (0.32, 0.44), 4: (0.30, 0.40)}
+_SMALL_SIDE_RATIO = (0.19, 0.29)
+_MARGIN_RATIO = 0.015
+_MAX_OVERLAP_RATIO = 0.08
+_MIN_GAP_RATIO = 0.30
+_MAX_OFF_AXIS_RATIO = 0.14
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One cut-out in a picture.
+
+    Attributes:
+        name: Concept.
+        style: Artist or medium.
+        variant: Which of the style's cut-outs of the concept.
+        box: x0, y0, x1, y1 as fractions of the side.
+        flip: Mirrored left to right.
+    """
+
+    name: str
+    style: str
+    variant: int
+    box: Box
+    flip: bool = False
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Return the centre of the box, as fractions."""
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is needed to paint one picture and to ask about it.
+
+    Attributes:
+        kind: "scene", "drawing", "digits", "word" or "chart".
+        background: Colours and texture, from ``plan_background``.
+        objects: Cut-outs, back to front.
+        content: What digits, words and charts show.
+    """
+
+    kind: str
+    background: dict[str, Any]
+    objects: tuple[Placed, ...] = ()
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cut-out that has no place yet; ``aspect`` is width / height."""
+
+    name: str
+    style: str
+    variant: int
+    aspect: float
+
+
+def plan_background(rng: Random, *, held_out: bool) -> dict[str, Any]:
+    """Choose a light background: plain, a gradient or a soft texture.
+
+    Args:
+        rng: Random source.
+        held_out: Use the hues kept for the bench, instead of all others.
+    """
+
+    def hue() -> float:
+        while True:
+            value = rng.random()
+            if any(low <= value < high for low, high in BENCH_HUES) == held_out:
+                return value
+
+    def colour() -> tuple[int, int, int]:
+        red, green, blue = colorsys.hsv_to_rgb(
+            hue(), rng.uniform(0.06, 0.38), rng.uniform(0.86, 1.0)
+        )
+        return round(255 * red), round(255 * green), round(255 * blue)
+
+    first = colour()
+    return {
+        "kind": rng.choice(("plain", "gradient", "soft")),
+        "colours": (first, colour()),
+        "angle": rng.randrange(4),
+        "noise_seed": rng.randrange(1 << 30),
+    }
+
+
+def place(rng: Random, wanted: list[Wanted]) -> tuple[Placed, ...]:
+    """Find places with little overlap for all cut-outs.
+
+    Args:
+        rng: Random source.
+        wanted: One entry a cut-out.
+
+    Returns:
+        The cut-outs in the given order, boxes inside the picture, overlapping by less than 8 % of
+        the smaller box.
+    """
+    low, high = _SIDE_RATIOS.get(len(wanted), _SMALL_SIDE_RATIO)
+    shrink = 1.0
+    while True:
+        boxes: list[Box] = []
+        for item in wanted:
+            for _ in range(60):
+                side = rng.uniform(low, high) * shrink
+                box = _box_at(rng, item.aspect, side)
+                if all(_overlap_ratio(box, other) < _MAX_OVERLAP_RATIO for other in boxes):
+                    boxes.append(box)
+                    break
+            else:
+                break
+        if len(boxes) == len(wanted):
+            return tuple(
+                Placed(item.name, item.style, item.variant, box, rng.random() < 0.5)
+                for item, box in zip(wanted, boxes, strict=True)
+            )
+        shrink = max(0.5, shrink * 0.97)
+
+
+def place_pair(rng: Random, wanted: list[Wanted], relation: str) -> tuple[Placed, ...]:
+    """Place the first cut-out in a clear relation to the second, and others anywhere.
+
+    Args:
+        rng: Random source.
+        wanted: At least two.
+        relation: "left", "right", "above" or "below": of the first as seen from the second.
+    """
+    while True:
+        placed = place(rng, wanted)
+        if relation_of(placed[0], placed[1]) == relation:
+            return placed
+
+
+def relation_of(one: Placed, other: Placed) -> str | None:
+    """Return where ``one`` is as seen from ``other``, or None where it is not clear-cut.
+
+    Clear-cut: the centres are at least 0.30 of the side apart along one axis and at most 0.14
+    along the other.
+    """
+    across, down = (a - b for a, b in zip(one.centre, other.centre, strict=True))
+    if abs(across) >= _MIN_GAP_RATIO and abs(down) <= _MAX_OFF_AXIS_RATIO:
+        return "left" if across < 0 else "right"
+    if abs(down) >= _MIN_GAP_RATIO and abs(across) <= _MAX_OFF_AXIS_RATIO:
+        return "above" if down < 0 else "below"
+    return None
+
+
+def _box_at(rng: Random, aspect: float, side: float) -> Box:
+    width, height = (side, side / aspect) if aspect >= 1 else (side * aspect, side)
+    x0 = rng.uniform(_MARGIN_RATIO, 1 - _MARGIN_RATIO - width)
+    y0 = rng.uniform(_MARGIN_RATIO, 1 - _MARGIN_RATIO - height)
+    return x0, y0, x0 + width, y0 + height
+
+
+def _overlap_ratio(one: Box, other: Box) -> float:
+    across = min(one[2], other[2]) - max(one[0], other[0])
+    down = min(one[3], other[3]) - max(one[1], other[1])
+    if across <= 0 or down <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return across * down / min(areas)
+
+
+def paint(plan: Plan, sprites: dict[str, dict[str, list[bytes]]]) -> Image.Image:
+    """Paint a plan.
+
+    Args:
+        plan: What to show.
+        sprites: style -> concept -> PNG files.
+
+    Returns:
+        RGB picture of ``PICTURE_PX`` a side.
+    """
+    image = _paint_background(plan.background)
+    for item in plan.objects:
+        with Image.open(io.BytesIO(sprites[item.style][item.name][item.variant])) as sprite:
+            x0, y0, x1, y1 = (round(PICTURE_PX * edge) for edge in item.box)
+            cut_out = sprite.resize((max(1, x1 - x0), max(1, y1 - y0)), Image.Resampling.BILINEAR)
+        if item.flip:
+            cut_out = cut_out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image.paste(cut_out, (x0, y0), cut_out)
+    if plan.kind == "digits":
+        _paint_digits(image, plan.content)
+    elif plan.kind == "word":
+        _paint_word(image, plan.content)
+    elif plan.kind == "chart":
+        _paint_chart(image, plan.content)
+    return image
+
+
+def _paint_background(background: dict[str, Any]) -> Image.Image:
+    first, second = (np.array(colour, dtype=np.float32) for colour in background["colours"])
+    side = PICTURE_PX
+    if background["kind"] == "plain":
+        return Image.new("RGB", (side, side), background["colours"][0])
+    if background["kind"] == "gradient":
+        ramp = np.linspace(0, 1, side, dtype=np.float32)
+        weight = np.rot90(np.tile(ramp, (side, 1)), background["angle"])
+    else:
+        noise = np.random.default_rng(background["noise_seed"]).integers(0, 256, (6, 6), np.uint8)
+        soft = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+        weight = np.asarray(soft, dtype=np.float32) / 255
+    pixels = first + (second - first) * weight[..., None]  # [side, side, 3]
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _paint_digits(image: Image.Image, content: dict[str, Any]) -> None:
+    ink = Image.new("RGB", (content["size_px"],) * 2, tuple(content["ink"]))
+    for index, digit in enumerate(content["pictures"]):
+        grey = Image.frombytes("L", (28, 28), digit)
+        mask = grey.resize(ink.size, Image.Resampling.BICUBIC)
+        x0 = content["left_px"] + round(index * content["size_px"] * 0.78)
+        image.paste(ink, (x0, content["top_px"]), mask)
+
+
+@lru_cache(maxsize=64)
+def load_font(path: str, size_px: int) -> ImageFont.FreeTypeFont:
+    """Return a font file at a size."""
+    return ImageFont.truetype(path, size_px)
+
+
+def _paint_word(image: Image.Image, content: dict[str, Any]) -> None:
+    draw = ImageDraw.Draw(image)
+    size_px = content["size_px"]
+    while True:
+        font = load_font(content["font"], size_px)
+        x0, y0, x1, y1 = draw.textbbox((0, 0), content["text"], font=font)
+        if x1 - x0 <= PICTURE_PX - 12:
+            break
+        size_px -= 2
+    free_x, free_y = PICTURE_PX - 8 - (x1 - x0), PICTURE_PX - 8 - (y1 - y0)
+    at = (4 - x0 + free_x * content["across"], 4 - y0 + free_y * content["down"])
+    draw.text(at, content["text"], font=font, fill=tuple(content["ink"]))
+
+
+def _paint_chart(image: Image.Image, content: dict[str, Any]) -> None:
+    draw = ImageDraw.Draw(image)
+    font = load_font(content["font"], content["size_px"])
+    left, top, right, bottom = 10, 14, PICTURE_PX - 10, PICTURE_PX - 30
+    slot = (right - left) / len(content["bars"])
+    highest = max(value for _, value in content["bars"])
+    draw.line((left, bottom, right, bottom), fill=(60, 60, 60), width=2)
+    for index, (label, value) in enumerate(content["bars"]):
+        x0 = left + index * slot + slot * 0.18
+        height = (bottom - top) * value / highest
+        colour = tuple(content["colours"][index])
+        draw.rectangle((x0, bottom - height, x0 + slot * 0.64, bottom - 1), fill=colour)
+        draw.text((x0 + slot * 0.32, bottom + 6), label, font=font, fill=(30, 30, 30), anchor="ma")
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return the picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def difference_hash(image: Image.Image) -> int:
+    """Return a 256-bit hash that is nearly the same for nearly the same pictures.
+
+    Each bit tells whether a cell of a 17 x 16 grey thumbnail is brighter than its right neighbour.
+    """
+    small = image.convert("L").resize((17, 16), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.int16)  # [16, 17]
+    bits = grey[:, 1:] > grey[:, :-1]
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def paint_to_file(
+    plan: Plan, sprites: dict[str, dict[str, list[bytes]]], path: Path
+) -> tuple[str, int]:
+    """Paint a plan into a PNG file.
+
+    Returns:
+        SHA-256 of the file and the picture's difference hash.
+    """
+    image = paint(plan, sprites)
+    data = encode_png(image)
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest(), difference_hash(image)

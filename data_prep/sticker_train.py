@@ -1,0 +1,300 @@
+"""Train and validation pictures and their conversations, as LLaVA JSON records."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from data_prep.sticker_charts import (
+    N_BARS,
+    TRAIN_TABLES,
+    bar_series,
+    plan_chart,
+    plan_digits,
+    plan_word,
+)
+from data_prep.sticker_names import Concept, plural, with_article
+from data_prep.sticker_questions import (
+    BARS_QUESTION,
+    NAME_QUESTION,
+    NUMBER_QUESTION,
+    RELATIONS,
+    WORD_QUESTION,
+    Item,
+    Ledger,
+    caption_item,
+    choice_item,
+    clear_pairs,
+    count_held_out,
+    count_item,
+    count_options,
+    count_question,
+    existence_item,
+    is_where_item,
+    kind_item,
+    relation_held_out,
+    what_is_where_item,
+    what_kind_item,
+    where_item,
+)
+from data_prep.sticker_scene_plans import (
+    Stage,
+    boxes_of,
+    plan_counting,
+    plan_drawing,
+    plan_relation,
+)
+from data_prep.sticker_scenes import Plan
+from milora_vl.constants import IMAGE_TOKEN
+
+SHARES = {
+    "relation": 0.27, "counting": 0.27, "drawing": 0.22,
+    "digits": 0.08, "word": 0.06, "chart": 0.05, "text": 0.05,
+}  # fmt: skip
+"""Share of each kind of record in train; what a missing source leaves goes to the scenes."""
+
+
+@dataclass
+class Split:
+    """What one split is planned with.
+
+    Attributes:
+        stage: Cut-outs and styles.
+        digit_span: Part of each digit's pictures that belongs to this split.
+        series: Bar series of this split.
+        ledger: Its balance so far.
+    """
+
+    stage: Stage
+    digit_span: tuple[float, float]
+    series: list[list[tuple[str, float]]]
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def concepts(self) -> dict[str, Concept]:
+        """Return all concepts by name."""
+        return {concept.name: concept for concept in self.stage.catalogue.concepts}
+
+
+def train_series(split_tables: dict[str, Any]) -> list[list[tuple[str, float]]]:
+    """Return the bar series of the train tables."""
+    return bar_series(split_tables, TRAIN_TABLES)
+
+
+def plan_records(
+    rng: Random, split: Split, n_pictures: int, folder: str
+) -> tuple[list[dict], list[tuple[str, Plan]]]:
+    """Plan a split.
+
+    Args:
+        rng: Random source; decides everything.
+        split: What to plan with.
+        n_pictures: How many records, the text-only ones among them.
+        folder: "train" or "val": the folder below ``images`` and prefix of the ids.
+
+    Returns:
+        Records, and (file path below the set, plan) of the pictures to paint.
+    """
+    kinds = _kinds(rng, split, n_pictures)
+    records, plans = [], []
+    for index, kind in enumerate(kinds):
+        plan, items = _MAKERS[kind](rng, split)
+        record: dict[str, Any] = {"id": f"{folder}_{index:06d}", "source": kind}
+        if plan is not None:
+            record["source"] = plan.kind
+            record["image"] = f"images/{folder}/{index:06d}.png"
+            plans.append((record["image"], plan))
+        record["conversations"] = _conversation(items, has_image=plan is not None)
+        record["kinds"] = [item.category for item in items]
+        if plan is not None and plan.objects:
+            record["objects"] = boxes_of(plan)
+        records.append(record)
+    return records, plans
+
+
+def _kinds(rng: Random, split: Split, n_pictures: int) -> list[str]:
+    shares = dict(SHARES)
+    if not split.stage.catalogue.digits:
+        del shares["digits"]
+    if not split.series:
+        del shares["chart"]
+    if len({concept.kind for concept in split.concepts.values()} - {None}) < 2:
+        del shares["text"]
+    total = sum(shares.values())
+    kinds = []
+    for kind, share in shares.items():
+        kinds += [kind] * int(n_pictures * share / total)
+    kinds += ["counting"] * (n_pictures - len(kinds))
+    rng.shuffle(kinds)
+    return kinds
+
+
+def _conversation(items: list[Item], *, has_image: bool) -> list[dict[str, str]]:
+    turns = []
+    for index, item in enumerate(items):
+        question, answer = item.as_turn()
+        if index == 0 and has_image:
+            question = f"{IMAGE_TOKEN}\n{question}"
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return turns
+
+
+def _common_items(rng: Random, split: Split, plan: Plan, n_existence: int) -> list[Item]:
+    found = [
+        existence_item(rng, plan, split.ledger, split.concepts, yes=rng.random() < 0.5)
+        for _ in range(n_existence)
+    ]
+    found.append(choice_item(rng, plan, split.ledger, split.concepts))
+    by_question = {item.question: item for item in found if item is not None}
+    return list(by_question.values())
+
+
+def _finish(rng: Random, items: list[Item], caption: Item) -> list[Item]:
+    """Shuffle; the caption, which tells the other answers, mostly comes last."""
+    rng.shuffle(items)
+    return [caption, *items] if rng.random() < 0.3 else [*items, caption]
+
+
+def _counting(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    plan = plan_counting(rng, split.stage)
+    items = _common_items(rng, split, plan, n_existence=2)
+    name, count = plan.content["target"], plan.content["count"]
+    item = count_item(count_question(plural(name)), count, name)
+    if rng.random() < 0.5:
+        wrong = count_options(count, split.stage.max_objects)
+        item = split.ledger.lettered(rng, item, wrong)
+    items.append(item)
+    return plan, _finish(rng, items, caption_item(rng, plan))
+
+
+def _relation(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    plan = plan_relation(rng, split.stage)
+    items = _common_items(rng, split, plan, n_existence=1)
+    (one, other), relation = plan.content["pair"], plan.content["relation"]
+    items.append(_where(rng, split, one, other, relation))
+    more = [
+        (a.name, b.name, between)
+        for a, b, between in clear_pairs(plan)
+        if {a.name, b.name} != {one, other} and not relation_held_out(a.name, between, b.name)
+    ]
+    if more:
+        items.append(_where(rng, split, *rng.choice(more)))
+    return plan, _finish(rng, items, caption_item(rng, plan))
+
+
+def _where(rng: Random, split: Split, one: str, other: str, relation: str) -> Item:
+    form = rng.random()
+    asked = rng.choice([each for each in RELATIONS if not relation_held_out(one, each, other)])
+    if form < 0.5:
+        wrong = [each for each in RELATIONS if each != relation]
+        return split.ledger.lettered(rng, where_item(one, other, relation), wrong)
+    if form < 0.65:
+        return where_item(one, other, relation)
+    if form < 0.9:
+        return is_where_item(one, other, relation, relation if rng.random() < 0.5 else asked)
+    return what_is_where_item(one, other, relation)
+
+
+def _drawing(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    plan = plan_drawing(rng, split.stage)
+    name = plan.objects[0].name
+    items = _common_items(rng, split, plan, n_existence=1)
+    items.append(Item("naming", NAME_QUESTION, name, obj=name))
+    if not count_held_out(name, 1) and rng.random() < 0.0:
+        items.append(count_item(count_question(plural(name)), 1, name))
+    kind = split.concepts[name].kind
+    if kind is not None and rng.random() < 0.4:
+        items.append(Item("naming", "What kind of thing is shown in the picture?", kind, obj=name))
+    return plan, _finish(rng, items, caption_item(rng, plan))
+
+
+def digits_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
+    """Ask for the number, as a lettered question and freely, and for how many digits it has."""
+    text = plan.content["text"]
+    item = Item("digits", NUMBER_QUESTION, text)
+    low = 10 ** (len(text) - 1) if len(text) > 1 else 0
+    others = [str(number) for number in range(low, 10 ** len(text)) if str(number) != text]
+    # two of the wrong numbers differ in one digit only, so that every digit must be read
+    near = [each for each in others if sum(a != b for a, b in zip(each, text, strict=True)) == 1]
+    wrong = list(dict.fromkeys(rng.sample(near, 2) + rng.sample(others, 3)))[:3]
+    return [item, ledger.lettered(rng, item, wrong)]
+
+
+def word_items(rng: Random, ledger: Ledger, plan: Plan, words: list[str]) -> list[Item]:
+    """Ask for the word, freely and as a lettered question with words of a similar length."""
+    text = plan.content["text"]
+    item = Item("words", WORD_QUESTION, text)
+    near = [word for word in words if word != text and abs(len(word) - len(text)) <= 1]
+    wrong = rng.sample(near, 3)
+    return [item, ledger.lettered(rng, item, wrong)]
+
+
+def short_words(concepts: dict[str, Concept]) -> list[str]:
+    """Return the names that fit on a picture as one word, each with enough of similar length."""
+    words = [name for name in concepts if name.isalpha() and len(name) <= 9]
+    return [
+        word
+        for word in words
+        if sum(abs(len(word) - len(other)) <= 1 for other in words if other != word) >= 3
+    ]
+
+
+def chart_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
+    """Ask for the highest and the lowest bar, once with letters, and how many bars there are."""
+    bars = plan.content["bars"]
+    items = []
+    for word, choose in (("highest", max), ("lowest", min)):
+        label = choose(bars, key=lambda bar: bar[1])[0]
+        item = Item("charts", f"Which bar is the {word}?", label)
+        wrong = [other for other, _ in bars if other != label]
+        if len(bars) == N_BARS and rng.random() < 0.6:
+            item = ledger.lettered(rng, item, wrong)
+        items.append(item)
+    rng.shuffle(items)
+    return [*items, Item("charts", BARS_QUESTION, str(len(bars)))]
+
+
+def _digits(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    plan = plan_digits(rng, split.stage.catalogue.digits, split.digit_span, held_out=False)
+    items = digits_items(rng, split.ledger, plan)
+    length = str(len(plan.content["text"]))
+    items.append(Item("digits", "How many digits are in the picture?", length))
+    rng.shuffle(items)
+    return plan, items
+
+
+def _word(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    words = short_words(split.concepts)
+    plan = plan_word(rng, rng.choice(words), held_out=False)
+    items = word_items(rng, split.ledger, plan, words)
+    rng.shuffle(items)
+    return plan, items
+
+
+def _chart(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    n_bars = rng.randint(2, 5)
+    plan = plan_chart(rng, split.series, n_bars, held_out=False)
+    if plan is None:
+        return _counting(rng, split)
+    return plan, chart_items(rng, split.ledger, plan)
+
+
+def _text(rng: Random, split: Split) -> tuple[None, list[Item]]:
+    known = [concept for concept in split.concepts.values() if concept.kind is not None]
+    kinds = sorted({concept.kind for concept in known if concept.kind != "clothing"} - {None})
+    items = []
+    for concept in rng.sample(known, min(len(known), rng.randint(2, 4))):
+        if concept.kind not in kinds or rng.random() < 0.5:
+            items.append(what_kind_item(concept))
+            continue
+        wrong = [kind for kind in kinds if kind != concept.kind]
+        asked = concept.kind if rng.random() < 0.5 else rng.choice(wrong)
+        items.append(kind_item(concept, asked))
+    return None, items
+
+
+_MAKERS: dict[str, Callable[[Random, Split], tuple[Plan | None, list[Item]]]] = {
+    "relation": _relation, "counting": _counting, "drawing": _drawing, "digits": _digits,
+    "word": _word, "chart": _chart, "text": _text,
+}  # fmt: skip
+_ = with_article

@@ -1,0 +1,194 @@
+"""Pinned downloads through the package clients, kept once under the cache folder.
+
+Every file is named by registry, package, version and SHA-256. A file with another checksum is
+refused; a missing client or an unreachable registry raises ``SourceUnavailableError``, which a
+caller turns into "this source is left out, which means ...".
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from milora_vl.files import cache_folder, sha256_of
+
+DEFAULT_TIMEOUT_S = 600
+
+
+class FetchError(RuntimeError):
+    """A pinned file could not be provided."""
+
+
+class SourceUnavailableError(FetchError):
+    """The client is missing, or it could not reach its registry."""
+
+
+class ChecksumError(FetchError):
+    """A file does not have the pinned SHA-256; it was not used."""
+
+
+def download_folder() -> Path:
+    """Return the folder that holds downloaded packages, below ``cache_folder()``."""
+    return cache_folder() / "downloads"
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Refuse a file whose content is not the pinned one.
+
+    Args:
+        path: The file.
+        sha256: Expected digest, 64 hexadecimal digits.
+
+    Raises:
+        ChecksumError: Naming the file, the expected and the found digest.
+    """
+    found = sha256_of(path)
+    if found != sha256.lower():
+        raise ChecksumError(
+            f"{path}: SHA-256 is {found}, pinned is {sha256}; the file is not used. "
+            "Remove it if it is a broken copy, or correct the pin if the new content is wanted."
+        )
+
+
+def fetch_npm(name: str, version: str, sha256: str) -> Path:
+    """Fetch one npm package with ``npm pack``.
+
+    Args:
+        name: Package name, with its scope, for example ``@iconify-json/noto``.
+        version: Exact version.
+        sha256: SHA-256 of the .tgz.
+
+    Returns:
+        Path of the .tgz in the cache.
+
+    Raises:
+        SourceUnavailableError: If npm is missing or fails.
+        ChecksumError: If the file is not the pinned one.
+    """
+    file_name = f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
+
+    def run(folder: Path) -> None:
+        cache = ["--cache", str(folder / ".npm")]
+        _run_client(["npm", "pack", f"{name}@{version}", "--ignore-scripts", *cache], folder)
+
+    return _fetch(f"npm/{file_name}", sha256, run, "*.tgz")
+
+
+def fetch_pypi(name: str, version: str, sha256: str) -> Path:
+    """Fetch one wheel or source archive with ``pip download --no-deps``.
+
+    Args:
+        name: Distribution name.
+        version: Exact version.
+        sha256: SHA-256 of the file for this platform.
+
+    Returns:
+        Path of the wheel in the cache.
+
+    Raises:
+        SourceUnavailableError: If pip is missing or fails.
+        ChecksumError: If the file is not the pinned one.
+    """
+
+    def run(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", str(folder), f"{name}=={version}"]
+        _run_client(command, folder)
+
+    return _fetch(f"pypi/{name}-{version}.whl", sha256, run, "*.whl")
+
+
+def fetch_debian(name: str, version: str, sha256: str) -> Path:
+    """Fetch one Debian package with ``apt-get download`` (needs no root).
+
+    Args:
+        name: Binary package name.
+        version: Exact Debian version.
+        sha256: SHA-256 of the .deb.
+
+    Returns:
+        Path of the .deb in the cache.
+
+    Raises:
+        SourceUnavailableError: If apt-get is missing or fails.
+        ChecksumError: If the file is not the pinned one.
+    """
+
+    def run(folder: Path) -> None:
+        command = ["apt-get", "download", "-o", "APT::Sandbox::User=", f"{name}={version}"]
+        _run_client(command, folder)
+
+    return _fetch(f"debian/{name}_{version}.deb", sha256, run, "*.deb")
+
+
+def extract_debian(package: Path, folder: Path) -> Path:
+    """Unpack a .deb with ``dpkg-deb -x`` once; later calls return the same folder.
+
+    Args:
+        package: The .deb file.
+        folder: Where its tree shall be; whole or absent.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        SourceUnavailableError: If dpkg-deb is missing or fails.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _run_client(["dpkg-deb", "-x", str(package), str(temporary)], temporary)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except OSError:
+        # another process finished the same tree first
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _fetch(key: str, sha256: str, run: Callable[[Path], None], pattern: str) -> Path:
+    final = download_folder() / key
+    if final.is_file():
+        check_sha256(final, sha256)
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=final.parent) as name:
+        folder = Path(name)
+        run(folder)
+        files = sorted(folder.glob(pattern))
+        if len(files) != 1:
+            found = ", ".join(path.name for path in sorted(folder.iterdir())) or "nothing"
+            raise SourceUnavailableError(f"{key}: expected one {pattern} file, got {found}")
+        check_sha256(files[0], sha256)
+        files[0].replace(final)
+    return final
+
+
+def _run_client(command: Sequence[str], folder: Path) -> None:
+    client = Path(command[0]).name
+    if shutil.which(command[0]) is None:
+        raise SourceUnavailableError(f"{client} is not installed")
+    try:
+        done = subprocess.run(
+            list(command),
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DEFAULT_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SourceUnavailableError(f"{client} did not end in {DEFAULT_TIMEOUT_S} s") from error
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise SourceUnavailableError(f"{client} failed ({done.returncode}): {lines[-1].strip()}")
