@@ -80,10 +80,12 @@ class ConversationDataset(Dataset):
         """Return one sample; see the class.
 
         Raises:
+            IndexError: If there is no such sample.
             ValueError: If the record does not fit ``max_length`` (naming it), or too many pictures
                 in a row are unreadable.
             BadImageError: If a picture is unreadable and ``on_bad_image`` is "error".
         """
+        index = range(len(self))[index]  # an index beyond the end must not wrap
         for step in range(min(_MAX_REPLACEMENTS, len(self))):
             at = (index + step) % len(self)
             try:

@@ -24,7 +24,7 @@ def rendered(turns, style):
 
 
 def marked(turns, style, counts):
-    """Render ids and labels as text: [[ ]] around what is learnt, ⏎ before each line break."""
+    """Render ids and labels as text: [[ ]] around what is learnt, ⏎ before a line break."""
     tokenizer = build_byte_level(trained=False)
     encoded = encode(turns, style, tokenizer, counts)
     spans = []
@@ -61,9 +61,9 @@ def test_prompt_and_mask_equal_the_golden_file(style, golden):
 def test_vicuna_prompt_is_the_published_one():
     segments = render_segments(IMAGE_TALK[:1], "vicuna_v1", add_generation_prompt=True)
     assert "".join(segment.text for segment in segments) == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-        "helpful, detailed, and polite answers to the user's questions. USER: <image>\n"
-        "What is in the picture? ASSISTANT:"
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nWhat is in the picture? ASSISTANT:"
     )
 
 
