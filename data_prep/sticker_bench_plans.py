@@ -1,27 +1,30 @@
 """What the benches ask: bench pictures and their questions, on the held-out axes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from data_prep.sticker_benches import BenchPicture
+from data_prep.sticker_benches import BenchPicture, balanced_existence
 from data_prep.sticker_charts import (
     N_BARS,
+    bar_item,
+    digits_items,
     plan_chart,
     plan_digits,
     plan_word,
+    short_words,
+    word_items,
 )
-from data_prep.sticker_names import plural
+from data_prep.sticker_names import may_deny, plural
+from data_prep.sticker_paint import difference_hash, encode_png, is_near_duplicate, paint
 from data_prep.sticker_questions import (
     RELATIONS,
     Item,
     choice_item,
-    clear_pairs,
     count_item,
     count_options,
     count_question,
-    existence_item,
-    names_in,
+    existence_question,
     what_is_where_item,
     where_item,
 )
@@ -33,7 +36,7 @@ from data_prep.sticker_scene_plans import (
 )
 from data_prep.sticker_scenes import Plan
 from data_prep.sticker_sources import PHOTO_STYLE
-from data_prep.sticker_train import Split, chart_items, digits_items, short_words, word_items
+from data_prep.sticker_train import Split
 
 CATEGORY_SHARES = {
     "naming photos": 0.25, "naming drawings": 0.22, "presence": 0.16, "counting": 0.13,
@@ -41,7 +44,41 @@ CATEGORY_SHARES = {
 }  # fmt: skip
 """Share of each MMBench category; what a missing source leaves goes to the drawings."""
 
-Painter = Callable[[Callable[[], Plan]], BenchPicture]
+_TRIES = 50
+
+
+class BenchPainter:
+    """Paints bench pictures that keep clear of the train pictures, and numbers them from 1."""
+
+    def __init__(self, sprites: dict[str, dict[str, list[bytes]]], keep_off: Sequence[int]) -> None:
+        """Start at picture 1.
+
+        Args:
+            sprites: style -> concept -> PNG files.
+            keep_off: Difference hashes that no picture may come near.
+        """
+        self.sprites = sprites
+        self.keep_off = keep_off
+        self.number = 0
+
+    def paint(self, make: Callable[[], Plan]) -> BenchPicture:
+        """Paint what ``make`` plans, planning anew while it nearly equals a train picture.
+
+        Raises:
+            RuntimeError: If 50 plans in a row do.
+        """
+        for _ in range(_TRIES):
+            plan = make()
+            image = paint(plan, self.sprites)
+            if not is_near_duplicate(difference_hash(image), self.keep_off):
+                break
+        else:
+            raise RuntimeError(
+                f"{_TRIES} bench pictures in a row nearly equal a train picture; use another seed"
+            )
+        self.number += 1
+        styles = sorted({item.style for item in plan.objects}) or [plan.kind]
+        return BenchPicture(self.number, plan, encode_png(image), "+".join(styles))
 
 
 @dataclass
@@ -56,7 +93,7 @@ class BenchPlanner:
 
     split: Split
     held_out: bool
-    paint: Painter
+    paint: Callable[[Callable[[], Plan]], BenchPicture]
 
     def restricted(self, styles: tuple[str, ...]) -> Split:
         """Return the split with only some of its styles."""
@@ -78,15 +115,27 @@ class BenchPlanner:
                     yield (*row, category)
 
     def scenes(self, rng: Random, n_pictures: int) -> Iterator[BenchPicture]:
-        """Yield scenes of different things for the existence questions, a quarter of photos."""
-        drawings, photos = self._styles()
-        by_subgroup: dict[str, list[str]] = {}
-        for concept in self.split.stage.pool():
-            by_subgroup.setdefault(concept.subgroup, []).append(concept.name)
-        del by_subgroup
+        """Yield scenes of different things for the existence questions, a quarter of photos.
+
+        In every other scene one thing has a subgroup mate that may be denied beside it: the
+        adversarial questions need such pictures.
+        """
+        drawings, photos = self.styles()
+        concepts = list(self.split.concepts.values())
+        mated = [
+            one.name
+            for one in concepts
+            if any(
+                other.subgroup == one.subgroup and may_deny(other, [one])
+                for other in concepts
+                if other is not one
+            )
+        ]
         for index in range(n_pictures):
-            split = self.restricted(photos if photos and index % 4 == 3 else drawings)
-            yield self.paint(lambda split=split: plan_presence(rng, split.stage))
+            stage = self.restricted(photos if photos and index % 4 == 3 else drawings).stage
+            here = [concept.name for concept in stage.pool() if concept.name in mated]
+            with_mate = [stage.pick(rng, here)] if here and index % 2 == 0 else []
+            yield self.paint(lambda stage=stage, names=with_mate: plan_presence(rng, stage, names))
 
     def open_questions(
         self, rng: Random, scenes: list[BenchPicture], n_questions: int
@@ -99,21 +148,16 @@ class BenchPlanner:
             n_questions: How many; 40 % yes/no, 25 % counts, the rest names and positions.
         """
         n_yes_no, n_counts = int(0.4 * n_questions) // 2 * 2, int(0.25 * n_questions)
-        asked: set[tuple[int, str]] = set()
-        while len(asked) < n_yes_no:
-            picture = rng.choice(scenes)
-            item = existence_item(
-                rng, picture.plan, self.split.ledger, self.split.concepts, yes=len(asked) % 2 == 0
-            )
-            if item is not None and (picture.number, item.question) not in asked:
-                asked.add((picture.number, item.question))
-                yield picture, item
+        rows = balanced_existence(rng, "random", scenes, self.split.concepts, n_yes_no)
+        for picture, name, label in rows:
+            yield picture, Item("existence", existence_question(name), label, obj=name)
         for _ in range(n_counts):
-            yield self._count(rng)
+            yield self.count(rng)
         for index in range(n_questions - n_yes_no - n_counts):
             yield self._what(rng) if index % 2 else self._name(rng)
 
-    def _styles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def styles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the drawing styles and the photo style, the latter empty without photos."""
         styles = self.split.stage.styles
         drawings = tuple(style for style in styles if style != PHOTO_STYLE)
         return drawings, tuple(style for style in styles if style == PHOTO_STYLE)
@@ -132,21 +176,22 @@ class BenchPlanner:
         counts["naming drawings"] += n_questions - sum(counts.values())
         return counts
 
-    def _count(self, rng: Random) -> tuple[BenchPicture, Item]:
-        split = self.restricted(self._styles()[0])
+    def count(self, rng: Random) -> tuple[BenchPicture, Item]:
+        """Paint a counting scene of drawings; returns it with its question."""
+        split = self.restricted(self.styles()[0])
         picture = self.paint(lambda: plan_counting(rng, split.stage, only_held_out=self.held_out))
         name, count = picture.plan.content["target"], picture.plan.content["count"]
         return picture, count_item(count_question(plural(name)), count, name)
 
     def _what(self, rng: Random) -> tuple[BenchPicture, Item]:
-        split = self.restricted(self._styles()[0])
+        split = self.restricted(self.styles()[0])
         stage = replace(split.stage, max_objects=2)
         picture = self.paint(lambda: plan_relation(rng, stage, only_held_out=self.held_out))
         (one, other), relation = picture.plan.content["pair"], picture.plan.content["relation"]
         return picture, what_is_where_item(one, other, relation)
 
     def _name(self, rng: Random) -> tuple[BenchPicture, Item]:
-        drawings, photos = self._styles()
+        drawings, photos = self.styles()
         split = self.restricted(photos if photos and rng.random() < 0.5 else drawings)
         picture = self.paint(lambda: plan_drawing(rng, split.stage))
         name = picture.plan.objects[0].name
@@ -162,28 +207,28 @@ def _naming(planner: BenchPlanner, rng: Random, styles: tuple[str, ...]) -> tupl
 
 
 def _naming_photos(planner: BenchPlanner, rng: Random) -> tuple | None:
-    return _naming(planner, rng, planner._styles()[1])
+    return _naming(planner, rng, planner.styles()[1])
 
 
 def _naming_drawings(planner: BenchPlanner, rng: Random) -> tuple | None:
-    return _naming(planner, rng, planner._styles()[0])
+    return _naming(planner, rng, planner.styles()[0])
 
 
 def _presence(planner: BenchPlanner, rng: Random) -> tuple | None:
-    split = planner.restricted(planner._styles()[0])
+    split = planner.restricted(planner.styles()[0])
     picture = planner.paint(lambda: plan_presence(rng, split.stage))
     item = choice_item(rng, picture.plan, split.ledger, split.concepts, split.stage.pool())
     return None if item is None else (picture, item)
 
 
 def _counting(planner: BenchPlanner, rng: Random) -> tuple:
-    picture, item = planner._count(rng)
+    picture, item = planner.count(rng)
     wrong = count_options(int(item.answer), planner.split.stage.max_objects)
     return picture, planner.split.ledger.lettered(rng, item, wrong)
 
 
 def _position(planner: BenchPlanner, rng: Random) -> tuple:
-    split = planner.restricted(planner._styles()[0])
+    split = planner.restricted(planner.styles()[0])
     picture = planner.paint(lambda: plan_relation(rng, split.stage, only_held_out=planner.held_out))
     (one, other), relation = picture.plan.content["pair"], picture.plan.content["relation"]
     wrong = [each for each in RELATIONS if each != relation]
@@ -207,14 +252,13 @@ def _words(planner: BenchPlanner, rng: Random) -> tuple:
     return picture, word_items(rng, split.ledger, picture.plan, words)[1]
 
 
-def _charts(planner: BenchPlanner, rng: Random) -> tuple | None:
+def _charts(planner: BenchPlanner, rng: Random) -> tuple:
     split = planner.split
     picture = planner.paint(
         lambda: plan_chart(rng, split.series, N_BARS, held_out=planner.held_out)
     )
-    items = chart_items(rng, split.ledger, picture.plan)
-    item = next((each for each in items if each.options), None)
-    return None if item is None else (picture, item)
+    word = rng.choice(("highest", "lowest"))
+    return picture, bar_item(rng, split.ledger, picture.plan, word, lettered=True)
 
 
 _LETTERED: dict[str, Callable[[BenchPlanner, Random], tuple | None]] = {
@@ -222,4 +266,3 @@ _LETTERED: dict[str, Callable[[BenchPlanner, Random], tuple | None]] = {
     "counting": _counting, "position": _position, "digits": _digits, "words": _words,
     "charts": _charts,
 }  # fmt: skip
-__all__ = ["CATEGORY_SHARES", "BenchPlanner", "clear_pairs", "names_in"]

@@ -88,13 +88,13 @@ def mmbench_tsv(rows: Sequence[tuple[BenchPicture, Item, str]], split: str) -> s
     return buffer.getvalue()
 
 
-def pope_rows(
+def balanced_existence(
     rng: Random,
     kind: str,
     pictures: Sequence[BenchPicture],
     concepts: dict[str, Concept],
     n_rows: int,
-) -> list[dict[str, Any]]:
+) -> list[tuple[BenchPicture, str, str]]:
     """Ask for objects so that each has as many "yes" as "no".
 
     Args:
@@ -103,29 +103,29 @@ def pope_rows(
             "adversarial": a "no" in a picture that holds a mate from the object's subgroup.
         pictures: Scenes.
         concepts: All, by name.
-        n_rows: Rows wanted; fewer if the pictures do not give as many.
+        n_rows: Rows wanted, even; fewer if the pictures do not give as many.
 
     Returns:
-        POPE records, half "yes", shuffled; an object's "no" is never about its "yes" picture.
+        (picture, object, "yes" or "no"), shuffled, no question twice about a picture.
     """
     holds = [(picture, names_in(picture.plan)) for picture in pictures]
     shown = Counter(name for _, names in holds for name in names)
     wanted = list(shown)
     if kind == "popular":
         wanted = [name for name, _ in shown.most_common(max(4, len(shown) // 3))]
-    yes = {name: [pic for pic, names in holds if name in names] for name in wanted}
+    yes: dict[str, list[BenchPicture]] = {}
     no: dict[str, list[BenchPicture]] = {}
     for name in wanted:
+        yes[name] = [picture for picture, names in holds if name in names]
         no[name] = [
             picture
             for picture, names in holds
             if may_deny(concepts[name], [concepts[each] for each in names])
             and (kind != "adversarial" or _has_mate(concepts, name, names))
         ]
-    for table in (yes, no):
-        for found in table.values():
-            rng.shuffle(found)
-    rows = []
+        rng.shuffle(yes[name])
+        rng.shuffle(no[name])
+    rows: list[tuple[BenchPicture, str, str]] = []
     while len(rows) < n_rows:
         left = [name for name in wanted if yes[name] and no[name]]
         rng.shuffle(left)
@@ -135,6 +135,11 @@ def pope_rows(
             rows.append((yes[name].pop(), name, "yes"))
             rows.append((no[name].pop(), name, "no"))
     rng.shuffle(rows)
+    return rows
+
+
+def pope_rows(rows: Iterable[tuple[BenchPicture, str, str]]) -> list[dict[str, Any]]:
+    """Return questions from ``balanced_existence`` as POPE records."""
     return [
         {
             "question_id": index,

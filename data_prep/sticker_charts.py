@@ -1,4 +1,4 @@
-"""Bars, digit strings and words: the pictures that are not made of cut-outs."""
+"""Bars, digit strings and words: pictures that are not made of cut-outs, and their questions."""
 
 from pathlib import Path
 from random import Random
@@ -7,6 +7,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from data_prep.sticker_names import Concept
+from data_prep.sticker_questions import (
+    BARS_QUESTION,
+    IS_WORD_QUESTION,
+    NUMBER_QUESTION,
+    WORD_QUESTION,
+    Item,
+    Ledger,
+)
 from data_prep.sticker_scenes import PICTURE_PX, Plan, plan_background
 
 TRAIN_TABLES = ("gapminder", "countries", "obesity", "budget")
@@ -142,6 +151,60 @@ def plan_word(rng: Random, word: str, *, held_out: bool) -> Plan:
         "down": rng.random(),
     }
     return Plan("word", plan_background(rng, held_out=held_out), content=content)
+
+
+def digits_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
+    """Ask for the number, as a lettered question and freely, and for how many digits it has."""
+    text = plan.content["text"]
+    item = Item("digits", NUMBER_QUESTION, text)
+    low = 10 ** (len(text) - 1) if len(text) > 1 else 0
+    others = [str(number) for number in range(low, 10 ** len(text)) if str(number) != text]
+    # two of the wrong numbers differ in one digit only, so that every digit must be read
+    near = [each for each in others if sum(a != b for a, b in zip(each, text, strict=True)) == 1]
+    wrong = list(dict.fromkeys(rng.sample(near, 2) + rng.sample(others, 3)))[:3]
+    return [item, ledger.lettered(rng, item, wrong)]
+
+
+def word_items(rng: Random, ledger: Ledger, plan: Plan, words: list[str]) -> list[Item]:
+    """Ask for the word, freely, with letters and by yes or no; others are of a similar length."""
+    text = plan.content["text"]
+    item = Item("words", WORD_QUESTION, text)
+    near = [word for word in words if word != text and abs(len(word) - len(text)) <= 1]
+    wrong = rng.sample(near, 3)
+    yes = ledger.say_yes(rng, "word")
+    asked = IS_WORD_QUESTION.format(word=text if yes else rng.choice(near))
+    return [item, ledger.lettered(rng, item, wrong), Item("words", asked, "yes" if yes else "no")]
+
+
+def short_words(concepts: dict[str, Concept]) -> list[str]:
+    """Return the names that fit on a picture as one word, each with enough of similar length."""
+    words = [name for name in concepts if name.isalpha() and len(name) <= 9]
+    return [
+        word
+        for word in words
+        if sum(abs(len(word) - len(other)) <= 1 for other in words if other != word) >= 3
+    ]
+
+
+def bar_item(rng: Random, ledger: Ledger, plan: Plan, word: str, *, lettered: bool) -> Item:
+    """Ask for the "highest" or the "lowest" bar of a chart."""
+    bars = plan.content["bars"]
+    label = (max if word == "highest" else min)(bars, key=lambda bar: bar[1])[0]
+    item = Item("charts", f"Which bar is the {word}?", label)
+    if not lettered:
+        return item
+    return ledger.lettered(rng, item, [other for other, _ in bars if other != label])
+
+
+def chart_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
+    """Ask for the highest and the lowest bar, often with letters, and how many bars there are."""
+    n_bars = len(plan.content["bars"])
+    items = [
+        bar_item(rng, ledger, plan, word, lettered=n_bars == N_BARS and rng.random() < 0.6)
+        for word in ("highest", "lowest")
+    ]
+    rng.shuffle(items)
+    return [*items, Item("charts", BARS_QUESTION, str(n_bars))]
 
 
 def _gapminder(rows: list[dict]) -> list[list[tuple[str, float]]]:

@@ -39,12 +39,13 @@ RENAMED = {
 _CLASS_WORDS = "bird bug fish blossom seat station label package instrument tangerine"
 _NEAR_SYNONYMS = (
     "poodle boar ram ewe ox rooster rat hamster chipmunk leopard gorilla orangutan dove goose "
-    "wing feather rosette hibiscus hyacinth lotus melon burrito flatbread shortcake cupcake custard "
-    "locomotive metro tram monorail trolleybus minibus taxi speedboat ferry sailboat softball "
-    "purse handbag notebook ledger memo books houses microbe mosquito fly cricket beetle blowfish "
-    "cyclone fog foggy firecracker sparkler stopwatch pick axe dagger luggage seedling shamrock "
-    "comet cockroach moose bison bikini kimono sari briefs shorts dress coat paintbrush pen crayon "
-    "clipboard receipt scroll newspaper pager satellite canoe toolbox alembic"
+    "wing feather rosette hibiscus hyacinth lotus melon burrito flatbread shortcake cupcake "
+    "custard locomotive metro tram monorail trolleybus minibus taxi speedboat ferry sailboat "
+    "softball purse handbag notebook ledger memo books houses microbe mosquito fly cricket "
+    "beetle blowfish cyclone fog foggy firecracker sparkler stopwatch pick axe dagger luggage "
+    "seedling shamrock comet cockroach moose bison bikini kimono sari briefs shorts dress coat "
+    "paintbrush pen crayon clipboard receipt scroll newspaper pager satellite canoe toolbox "
+    "alembic"
 )
 _NOT_COUNTED_OR_SCENES = (
     "bread bacon garlic broccoli butter salt popcorn spaghetti sushi oden dango sake mate ice wood "
@@ -53,22 +54,34 @@ _NOT_COUNTED_OR_SCENES = (
     "soap shower tamale falafel fondue mountain corn cheese volcano fountain stadium link joker "
     "hospital bank hotel school factory mosque synagogue kaaba amphora moai hamsa placard "
     "dna dvd videocassette abacus trackball battery locked unlocked clamp cigarette coffin "
-    "skis headstone lipstick razor sponge plunger bullseye ticket bookmark ribbon droplet thermometer "
-    "elevator wheel gear hook crutch bubbles mammoth sauropod dodo"
+    "skis headstone lipstick razor sponge plunger bullseye ticket bookmark ribbon droplet "
+    "thermometer elevator wheel gear hook crutch bubbles mammoth sauropod dodo"
 )
 TRAPS = frozenset(" ".join((_CLASS_WORDS, _NEAR_SYNONYMS, _NOT_COUNTED_OR_SCENES)).split())
 """One-word names left out of ``core``."""
 
+_NOT_COUNTED = (
+    "bacon broccoli butter salt popcorn spaghetti sushi oden dango sake mate ice wood coral "
+    "camping cooking sunrise sunset wedding construction fire fog foggy tennis bowling "
+    "lacrosse badminton thread yarn soap rice shower falafel fondue rail railway money milk "
+    "food meat tea salad green ramen wind way mail night day dusk park cash skiing"
+)
 FULL_TRAPS = frozenset(
     (
-        "locked with key", "locked with pen", "dna", "oncoming taxi", "oncoming automobile",
-        "oncoming bus", "oncoming police car", "unlocked", "locked", "label", "link",
+        "locked with key", "locked with pen", "DNA", "dna", "oncoming taxi", "oncoming automobile",
+        "oncoming bus", "oncoming police car", "unlocked", "locked", "label", "link", "station",
+        "black bird", "black cat", "guide dog", "service dog",
     )
 )  # fmt: skip
 """Labels left out of ``full`` too: the picture does not settle the name."""
 
 _FULL_SKIP = re.compile(
-    r"o.clock|thirty|moon|button|symbol|sign$|face$|map of|globe|Japanese|globe|levitating", re.I
+    r"o.clock|thirty|moon|button|symbol|sign$|face$|map of|globe|Japanese|done$|clinking|two |"
+    r"fluttering|departure|arrival|suit$|\d|sun behind",
+    re.I,
+)
+_LINKING_WORDS = frozenset(
+    ("with", "of", "in", "on", "at", "over", "behind", "without", "from", "and", "showing")
 )
 _IRREGULAR_PLURALS = {
     "mouse": "mice", "wolf": "wolves", "leaf": "leaves", "knife": "knives", "deer": "deer",
@@ -115,8 +128,8 @@ def with_article(name: str) -> str:
 
 
 def plural(name: str) -> str:
-    """Return the plural of a name; the last word of several is inflected."""
-    *before, word = name.split(" ")
+    """Return the plural of a name; its head word is inflected."""
+    before, word, after = _parts(name)
     if word in _IRREGULAR_PLURALS:
         word = _IRREGULAR_PLURALS[word]
     elif re.search(r"(s|x|z|ch|sh)$", word) or (
@@ -127,7 +140,19 @@ def plural(name: str) -> str:
         word = word[:-1] + "ies"
     else:
         word += "s"
-    return " ".join((*before, word))
+    return " ".join((*before, word, *after))
+
+
+def head_word(name: str) -> str:
+    """Return the noun a name is about: "cloud" of "cloud with rain", "bus" of "school bus"."""
+    return _parts(name)[1]
+
+
+def _parts(name: str) -> tuple[list[str], str, list[str]]:
+    words = name.split(" ")
+    linking = [index for index, word in enumerate(words) if word in _LINKING_WORDS and index]
+    end = linking[0] if linking else len(words)
+    return words[: end - 1], words[end - 1], words[end:]
 
 
 def counted(name: str, count: int) -> str:
@@ -136,7 +161,7 @@ def counted(name: str, count: int) -> str:
 
 
 def is_plural_form(name: str) -> bool:
-    """Tell whether a one-word name is grammatically plural, such as "grapes"."""
+    """Tell whether a word is grammatically plural, such as "grapes"."""
     return name.endswith("s") and not re.search(r"(ss|us|is)$", name) and name != "compass"
 
 
@@ -149,10 +174,12 @@ def core_name(label: str) -> str | None:
 
 
 def full_name(label: str) -> str | None:
-    """Return the name for ``full``, or None for clocks, moons, buttons, symbols and traps."""
+    """Return the name for ``full``; None for clocks, moons, symbols, traps and uncountables."""
     if label in FULL_TRAPS or _FULL_SKIP.search(label) or not label.isascii():
         return None
-    return label.lower()
+    name = label.lower()
+    head = head_word(name)
+    return None if is_plural_form(head) or head in _NOT_COUNTED.split() else name
 
 
 def may_deny(name: Concept, present: Iterable[Concept]) -> bool:
@@ -169,7 +196,7 @@ def may_deny(name: Concept, present: Iterable[Concept]) -> bool:
 
 
 def _overlap(one: Concept, other: Concept) -> bool:
-    if one.name == other.name or one.name.split()[-1] == other.name.split()[-1]:
+    if one.name == other.name or head_word(one.name) == head_word(other.name):
         return True
     if set(one.name.split()) & other.tags or set(other.name.split()) & one.tags:
         return True

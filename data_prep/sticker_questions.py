@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from data_prep.sticker_names import NUMBER_WORDS, Concept, counted, may_deny, with_article
+from data_prep.sticker_names import Concept, counted, may_deny, with_article
 from data_prep.sticker_scenes import Placed, Plan, relation_of
 
 LETTERS = "ABCD"
@@ -32,6 +32,7 @@ NAME_QUESTION = "What is shown in the picture?"
 PRESENCE_QUESTION = "Which of these is in the picture?"
 NUMBER_QUESTION = "What number is written in the picture?"
 WORD_QUESTION = "What word is written in the picture?"
+IS_WORD_QUESTION = "Is the word {word} written in the picture?"
 BARS_QUESTION = "How many bars are in the chart?"
 
 
@@ -81,6 +82,7 @@ class Ledger:
     yes_minus_no: Counter = field(default_factory=Counter)
     right_minus_wrong: Counter = field(default_factory=Counter)
     letters: Counter = field(default_factory=Counter)
+    truths: Counter = field(default_factory=Counter)
 
     def arrange(self, rng: Random, answer: str, wrong: Sequence[str]) -> tuple[str, ...]:
         """Return the options in an order that keeps the letters of the answers uniform."""
@@ -90,6 +92,15 @@ class Ledger:
         options = rng.sample(list(wrong), len(LETTERS) - 1)
         options.insert(LETTERS.index(letter), answer)
         return tuple(options)
+
+    def say_yes(self, rng: Random, kind: str) -> bool:
+        """Decide the truth of a yes/no question so that both stay about equally frequent.
+
+        The pull back to even is soft: strict alternation would tell the next answer.
+        """
+        yes = rng.random() < min(0.9, max(0.1, 0.5 - self.truths[kind] / 30))
+        self.truths[kind] += 1 if yes else -1
+        return yes
 
     def lettered(self, rng: Random, item: Item, wrong: Sequence[str]) -> Item:
         """Return the item as a lettered question with the given wrong options."""
@@ -155,19 +166,41 @@ def caption_item(rng: Random, plan: Plan) -> Item:
 
 
 def existence_item(
-    rng: Random, plan: Plan, ledger: Ledger, concepts: dict[str, Concept], yes: bool
+    rng: Random,
+    plan: Plan,
+    ledger: Ledger,
+    concepts: dict[str, Concept],
+    asked: Iterable[str] = (),
 ) -> Item | None:
     """Ask "Is there a dog in the image?", balanced for each object.
 
+    A "yes" goes to the thing in the picture that had the fewest, a "no" to the absent thing that
+    had the most.
+
+    Args:
+        rng: Random source.
+        plan: The picture.
+        ledger: Of the split.
+        concepts: All, by name.
+        asked: Names this picture was asked about already.
+
     Returns:
-        None if nothing can surely be denied.
+        None if nothing is left to ask for.
     """
-    names = names_in(plan)
+    asked = set(asked)
+    names = [name for name in names_in(plan) if name not in asked]
+    yes = bool(names) and ledger.say_yes(rng, "existence")
+    if not names:
+        ledger.truths["existence"] -= 1
     if not yes:
-        present = [concepts[name] for name in names]
-        names = [name for name, concept in concepts.items() if may_deny(concept, present)]
-        if not names:
-            return None
+        present = [concepts[name] for name in names_in(plan)]
+        names = [
+            name
+            for name, concept in concepts.items()
+            if name not in asked and may_deny(concept, present)
+        ]
+    if not names:
+        return None
     rng.shuffle(names)
     sign = 1 if yes else -1
     name = min(names, key=lambda each: sign * ledger.yes_minus_no[each])
@@ -264,8 +297,3 @@ def what_kind_item(concept: Concept) -> Item:
     """Ask, without a picture, for the class of a thing."""
     question = f"What kind of thing is {with_article(concept.name)}?"
     return Item("text", question, concept.kind or "", obj=concept.name)
-
-
-def figure_word(count: int) -> str:
-    """Return a count as a word."""
-    return NUMBER_WORDS[count]

@@ -36,6 +36,7 @@ class Stage:
         max_objects: Most cut-outs in a picture.
         held_out: True for the bench: its background hues, and only held-out combinations asked.
         shown: How often each concept was chosen so far.
+        asked: How often each count and each relation was planned so far.
     """
 
     catalogue: Catalogue
@@ -44,6 +45,14 @@ class Stage:
     max_objects: int
     held_out: bool
     shown: Counter = field(default_factory=Counter)
+    asked: Counter = field(default_factory=Counter)
+
+    def least_asked(self, rng: Random, choices: Sequence[int | str]) -> int | str:
+        """Choose so that all choices become equally frequent: no answer is a better guess."""
+        fewest = min(self.asked[each] for each in choices)
+        choice = rng.choice([each for each in choices if self.asked[each] == fewest])
+        self.asked[choice] += 1
+        return choice
 
     def pool(self) -> list[Concept]:
         """Return the concepts that have a cut-out in the stage's styles."""
@@ -94,9 +103,12 @@ def plan_counting(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
     """
     names = [concept.name for concept in stage.pool()]
     highest = stage.max_objects
-    count = rng.randint(1, highest)
-    fitting = [name for name in names if count_held_out(name, count) == only_held_out]
-    target = stage.pick(rng, fitting or names)
+    fitting = {
+        count: [name for name in names if count_held_out(name, count) == only_held_out]
+        for count in range(1, highest + 1)
+    }
+    count = int(stage.least_asked(rng, [count for count, found in fitting.items() if found]))
+    target = stage.pick(rng, fitting[count])
     n_more = rng.randint(0, highest - count) if count > 1 else rng.randint(1, highest - 1)
     others = _others(rng, stage, {target}, n_more)
     wanted = [stage.cut_out(rng, target) for _ in range(count)]
@@ -118,7 +130,7 @@ def plan_relation(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
         A scene; ``content["pair"]`` and ``content["relation"]`` say what to ask.
     """
     names = [concept.name for concept in stage.pool()]
-    relation = rng.choice(RELATIONS)
+    relation = str(stage.least_asked(rng, RELATIONS))
     for _ in range(_TRIES):
         one = rng.choice(names)
         other = rng.choice(names)

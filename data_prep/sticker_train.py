@@ -6,26 +6,25 @@ from random import Random
 from typing import Any
 
 from data_prep.sticker_charts import (
-    N_BARS,
     TRAIN_TABLES,
     bar_series,
+    chart_items,
+    digits_items,
     plan_chart,
     plan_digits,
     plan_word,
+    short_words,
+    word_items,
 )
-from data_prep.sticker_names import Concept, plural, with_article
+from data_prep.sticker_names import Concept, plural
 from data_prep.sticker_questions import (
-    BARS_QUESTION,
     NAME_QUESTION,
-    NUMBER_QUESTION,
     RELATIONS,
-    WORD_QUESTION,
     Item,
     Ledger,
     caption_item,
     choice_item,
     clear_pairs,
-    count_held_out,
     count_item,
     count_options,
     count_question,
@@ -140,13 +139,14 @@ def _conversation(items: list[Item], *, has_image: bool) -> list[dict[str, str]]
 
 
 def _common_items(rng: Random, split: Split, plan: Plan, n_existence: int) -> list[Item]:
-    found = [
-        existence_item(rng, plan, split.ledger, split.concepts, yes=rng.random() < 0.5)
-        for _ in range(n_existence)
-    ]
+    found: list[Item | None] = []
+    asked: list[str] = []
+    for _ in range(n_existence):
+        item = existence_item(rng, plan, split.ledger, split.concepts, asked)
+        found.append(item)
+        asked.append(item.obj if item is not None else "")
     found.append(choice_item(rng, plan, split.ledger, split.concepts))
-    by_question = {item.question: item for item in found if item is not None}
-    return list(by_question.values())
+    return [item for item in found if item is not None]
 
 
 def _finish(rng: Random, items: list[Item], caption: Item) -> list[Item]:
@@ -169,29 +169,38 @@ def _counting(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
 
 def _relation(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_relation(rng, split.stage)
-    items = _common_items(rng, split, plan, n_existence=1)
+    items = _common_items(rng, split, plan, n_existence=2)
     (one, other), relation = plan.content["pair"], plan.content["relation"]
-    items.append(_where(rng, split, one, other, relation))
+    only_two = len(plan.objects) == 2
+    items.append(_where(rng, split, (one, other, relation), only_two=only_two))
     more = [
         (a.name, b.name, between)
         for a, b, between in clear_pairs(plan)
         if {a.name, b.name} != {one, other} and not relation_held_out(a.name, between, b.name)
     ]
     if more:
-        items.append(_where(rng, split, *rng.choice(more)))
+        items.append(_where(rng, split, rng.choice(more), only_two=only_two))
     return plan, _finish(rng, items, caption_item(rng, plan))
 
 
-def _where(rng: Random, split: Split, one: str, other: str, relation: str) -> Item:
+def _where(rng: Random, split: Split, related: tuple[str, str, str], *, only_two: bool) -> Item:
+    one, other, relation = related
     form = rng.random()
-    asked = rng.choice([each for each in RELATIONS if not relation_held_out(one, each, other)])
     if form < 0.5:
         wrong = [each for each in RELATIONS if each != relation]
         return split.ledger.lettered(rng, where_item(one, other, relation), wrong)
     if form < 0.65:
         return where_item(one, other, relation)
-    if form < 0.9:
-        return is_where_item(one, other, relation, relation if rng.random() < 0.5 else asked)
+    if form < 0.9 or not only_two:
+        false = [
+            each
+            for each in RELATIONS
+            if each != relation and not relation_held_out(one, each, other)
+        ]
+        yes = split.ledger.say_yes(rng, "relation")
+        return is_where_item(
+            one, other, relation, relation if yes or not false else rng.choice(false)
+        )
     return what_is_where_item(one, other, relation)
 
 
@@ -200,58 +209,10 @@ def _drawing(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     name = plan.objects[0].name
     items = _common_items(rng, split, plan, n_existence=1)
     items.append(Item("naming", NAME_QUESTION, name, obj=name))
-    if not count_held_out(name, 1) and rng.random() < 0.0:
-        items.append(count_item(count_question(plural(name)), 1, name))
     kind = split.concepts[name].kind
     if kind is not None and rng.random() < 0.4:
         items.append(Item("naming", "What kind of thing is shown in the picture?", kind, obj=name))
     return plan, _finish(rng, items, caption_item(rng, plan))
-
-
-def digits_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
-    """Ask for the number, as a lettered question and freely, and for how many digits it has."""
-    text = plan.content["text"]
-    item = Item("digits", NUMBER_QUESTION, text)
-    low = 10 ** (len(text) - 1) if len(text) > 1 else 0
-    others = [str(number) for number in range(low, 10 ** len(text)) if str(number) != text]
-    # two of the wrong numbers differ in one digit only, so that every digit must be read
-    near = [each for each in others if sum(a != b for a, b in zip(each, text, strict=True)) == 1]
-    wrong = list(dict.fromkeys(rng.sample(near, 2) + rng.sample(others, 3)))[:3]
-    return [item, ledger.lettered(rng, item, wrong)]
-
-
-def word_items(rng: Random, ledger: Ledger, plan: Plan, words: list[str]) -> list[Item]:
-    """Ask for the word, freely and as a lettered question with words of a similar length."""
-    text = plan.content["text"]
-    item = Item("words", WORD_QUESTION, text)
-    near = [word for word in words if word != text and abs(len(word) - len(text)) <= 1]
-    wrong = rng.sample(near, 3)
-    return [item, ledger.lettered(rng, item, wrong)]
-
-
-def short_words(concepts: dict[str, Concept]) -> list[str]:
-    """Return the names that fit on a picture as one word, each with enough of similar length."""
-    words = [name for name in concepts if name.isalpha() and len(name) <= 9]
-    return [
-        word
-        for word in words
-        if sum(abs(len(word) - len(other)) <= 1 for other in words if other != word) >= 3
-    ]
-
-
-def chart_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
-    """Ask for the highest and the lowest bar, once with letters, and how many bars there are."""
-    bars = plan.content["bars"]
-    items = []
-    for word, choose in (("highest", max), ("lowest", min)):
-        label = choose(bars, key=lambda bar: bar[1])[0]
-        item = Item("charts", f"Which bar is the {word}?", label)
-        wrong = [other for other, _ in bars if other != label]
-        if len(bars) == N_BARS and rng.random() < 0.6:
-            item = ledger.lettered(rng, item, wrong)
-        items.append(item)
-    rng.shuffle(items)
-    return [*items, Item("charts", BARS_QUESTION, str(len(bars)))]
 
 
 def _digits(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
@@ -283,7 +244,7 @@ def _text(rng: Random, split: Split) -> tuple[None, list[Item]]:
     known = [concept for concept in split.concepts.values() if concept.kind is not None]
     kinds = sorted({concept.kind for concept in known if concept.kind != "clothing"} - {None})
     items = []
-    for concept in rng.sample(known, min(len(known), rng.randint(2, 4))):
+    for concept in rng.sample(known, min(len(known), rng.randint(3, 5))):
         if concept.kind not in kinds or rng.random() < 0.5:
             items.append(what_kind_item(concept))
             continue
@@ -297,4 +258,3 @@ _MAKERS: dict[str, Callable[[Random, Split], tuple[Plan | None, list[Item]]]] = 
     "relation": _relation, "counting": _counting, "drawing": _drawing, "digits": _digits,
     "word": _word, "chart": _chart, "text": _text,
 }  # fmt: skip
-_ = with_article

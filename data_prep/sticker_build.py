@@ -1,0 +1,276 @@
+"""One build of StickerVQA into a temporary folder: plan, paint, ask, count."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.sticker_attribution import attribution_text
+from data_prep.sticker_bench_plans import BenchPainter, BenchPlanner
+from data_prep.sticker_benches import (
+    BenchPicture,
+    balanced_existence,
+    category_counts,
+    json_lines,
+    letter_counts,
+    mmbench_tsv,
+    pope_rows,
+    vqa_files,
+)
+from data_prep.sticker_charts import BENCH_TABLES, TRAIN_TABLES, bar_series
+from data_prep.sticker_paint import paint_to_file
+from data_prep.sticker_pool import worker_pool
+from data_prep.sticker_scene_plans import Stage
+from data_prep.sticker_scenes import Plan
+from data_prep.sticker_sources import Catalogue
+from data_prep.sticker_train import Split, plan_records
+from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
+
+VERSION = 1
+TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)
+_POPE_KINDS = ("random", "popular", "adversarial")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        n_train: Records in train, about 5 % of them without a picture.
+        n_val: Records in val.
+        max_objects: Most cut-outs in a picture.
+        n_mmbench: Base questions of the bench; ``n_val_mmbench`` of validation.
+        n_pope: Rows of each POPE file; ``n_val_pope`` of validation.
+        n_vqa: Questions of the VQA files.
+        n_scenes: Pictures the POPE questions are asked about.
+    """
+
+    n_train: int
+    n_val: int
+    max_objects: int
+    n_mmbench: int
+    n_val_mmbench: int
+    n_pope: int
+    n_val_pope: int
+    n_vqa: int
+    n_scenes: int
+
+
+SIZES = {
+    "core": Sizes(4000, 200, 4, 300, 150, 300, 200, 200, 220),
+    "full": Sizes(6000, 400, 8, 1000, 300, 500, 300, 500, 420),
+    "tiny": Sizes(60, 12, 4, 24, 12, 24, 12, 20, 24),
+}
+"""``tiny`` is for tests."""
+
+
+class Builder:
+    """One build: plans, paints and writes everything below a folder."""
+
+    def __init__(
+        self, folder: Path, catalogue: Catalogue, sizes: Sizes, seed: int, show_progress: bool
+    ) -> None:
+        """Keep what the steps share.
+
+        Args:
+            folder: Empty folder to fill.
+            catalogue: What pictures are made from.
+            sizes: How much of everything.
+            seed: Decides everything that is drawn by chance.
+            show_progress: Show a bar while painting.
+        """
+        self.folder = folder
+        self.catalogue = catalogue
+        self.sizes = sizes
+        self.seed = seed
+        self.show_progress = show_progress
+        self.aspects = _aspects(catalogue)
+        self.train_hashes: list[int] = []
+        self.picture_digests: dict[str, str] = {}
+        self.counts: dict[str, Any] = {}
+
+    def build(self, n_train: int, size: str) -> dict[str, Any]:
+        """Fill the folder.
+
+        Args:
+            n_train: Records in train.
+            size: Name of the size, for the manifest.
+
+        Returns:
+            The manifest, also written.
+        """
+        for name in ("train", "val", "bench"):
+            (self.folder / "images" / name).mkdir(parents=True)
+        tables = self.catalogue.tables
+        train_styles, bench_styles = self.catalogue.train_styles, self.catalogue.bench_styles
+        train = self._split(train_styles, False, TRAIN_DIGITS, bar_series(tables, TRAIN_TABLES))
+        val = self._split(train_styles, False, VAL_DIGITS, bar_series(tables, TRAIN_TABLES))
+        bench = self._split(bench_styles, True, BENCH_DIGITS, bar_series(tables, BENCH_TABLES))
+        self._records("train", train, n_train)
+        self._records("val", val, self.sizes.n_val)
+        self._benches("val", val, held_out=False)
+        self._benches("bench", bench, held_out=True)
+        write_text_atomic(self.folder / "ATTRIBUTION.md", attribution_text(self.catalogue))
+        manifest = self._manifest(size)
+        write_json_atomic(self.folder / "manifest.json", manifest)
+        return manifest
+
+    def _split(
+        self,
+        styles: tuple[str, ...],
+        held_out: bool,
+        digit_span: tuple[float, float],
+        series: list[list[tuple[str, float]]],
+    ) -> Split:
+        stage = Stage(self.catalogue, self.aspects, styles, self.sizes.max_objects, held_out)
+        return Split(stage, digit_span, series)
+
+    def _records(self, name: str, split: Split, n_records: int) -> None:
+        records, plans = plan_records(Random(f"{self.seed}/{name}"), split, n_records, name)
+        paint_job = partial(_paint_one, self.catalogue.sprites, self.folder)
+        with worker_pool(paint_job) as results:
+            done = zip(self._bar(plans, name), results(plans), strict=True)
+            for _, (path, digest, picture_hash) in done:
+                self.picture_digests[path] = digest
+                if name == "train":
+                    self.train_hashes.append(picture_hash)
+        self.counts[name] = _record_counts(records)
+        write_text_atomic(
+            self.folder / f"{name}.json", json.dumps(records, ensure_ascii=False, indent=0) + "\n"
+        )
+
+    def _benches(self, name: str, split: Split, *, held_out: bool) -> None:
+        sizes = self.sizes
+        rng = Random(f"{self.seed}/{name}/bench")
+        place = self.folder if held_out else self.folder / "val"
+        n_mmbench, n_pope = (
+            (sizes.n_mmbench, sizes.n_pope) if held_out else (sizes.n_val_mmbench, sizes.n_val_pope)
+        )
+        n_vqa = sizes.n_vqa if held_out else 0
+        painter = BenchPainter(
+            self.catalogue.sprites, keep_off=self.train_hashes if held_out else ()
+        )
+        planner = BenchPlanner(split, held_out, painter.paint)
+
+        lettered = list(
+            self._bar(planner.lettered(rng, n_mmbench), f"{name} lettered questions", n_mmbench)
+        )
+        write_text_atomic(place / "mmbench.tsv", mmbench_tsv(lettered, name))
+        scenes = list(
+            self._bar(planner.scenes(rng, sizes.n_scenes), f"{name} scenes", sizes.n_scenes)
+        )
+        self._write(name, scenes)
+        pope = {}
+        for kind in _POPE_KINDS if held_out else _POPE_KINDS[:1]:
+            rows = pope_rows(balanced_existence(rng, kind, scenes, split.concepts, n_pope))
+            write_text_atomic(place / "pope" / f"{kind}.jsonl", json_lines(rows))
+            pope[kind] = dict(sorted(Counter(row["label"] for row in rows).items()))
+        counts: dict[str, Any] = {
+            "mmbench_base": category_counts(category for _, _, category in lettered),
+            "mmbench_letters": letter_counts(lettered),
+            "pope": pope,
+        }
+        if held_out:
+            rows = list(
+                self._bar(planner.open_questions(rng, scenes, n_vqa), "open questions", n_vqa)
+            )
+            self._write(name, [picture for picture, _ in rows])
+            questions, annotations = vqa_files(rows)
+            write_json_atomic(place / "vqa" / "questions.json", questions)
+            write_json_atomic(place / "vqa" / "annotations.json", annotations)
+            types = (row["answer_type"] for row in annotations["annotations"])
+            counts["vqa"] = category_counts(types)
+        self.counts[f"{name}_benches"] = counts
+
+    def _write(self, name: str, pictures: Sequence[BenchPicture]) -> None:
+        for picture in pictures:
+            path = f"images/{name}/{picture.file_name}"
+            (self.folder / path).write_bytes(picture.png)
+            self.picture_digests[path] = hashlib.sha256(picture.png).hexdigest()
+
+    def _bar(self, rows: Iterable, text: str, total: int | None = None) -> tqdm:
+        return tqdm(
+            rows,
+            f"StickerVQA {text}",
+            total,
+            unit="pic",
+            mininterval=0.5,
+            disable=not self.show_progress,
+        )
+
+    def _manifest(self, size: str) -> dict[str, Any]:
+        texts = sorted(
+            path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".png"
+        )
+        pictures = "".join(f"{path} {sha}\n" for path, sha in sorted(self.picture_digests.items()))
+        return {
+            "name": "StickerVQA",
+            "version": VERSION,
+            "size": size,
+            "seed": self.seed,
+            "drawn_in_code": not self.catalogue.used,
+            "train_styles": list(self.catalogue.train_styles),
+            "held_out_styles": list(self.catalogue.bench_styles),
+            "concepts": [concept.name for concept in self.catalogue.concepts],
+            "sources": [
+                {"name": each.name, "package": each.package, "registry": each.registry,
+                 "version": each.version, "sha256": each.sha256, "licence": each.licence}
+                for each in self.catalogue.used
+            ],
+            "left_out": [
+                {"name": each.name, "package": each.package, "version": each.version,
+                 "means": each.without, "reason": reason}
+                for each, reason in self.catalogue.left_out
+            ],
+            "counts": self.counts,
+            "files_sha256": {
+                path.relative_to(self.folder).as_posix(): sha256_of(path) for path in texts
+            },
+            "n_pictures": len(self.picture_digests),
+            "pictures_sha256": hashlib.sha256(pictures.encode()).hexdigest(),
+        }  # fmt: skip
+
+
+def _aspects(catalogue: Catalogue) -> dict[tuple[str, str, int], float]:
+    aspects = {}
+    for style, by_name in catalogue.sprites.items():
+        for name, files in by_name.items():
+            for variant, data in enumerate(files):
+                # width and height are the first fields of a PNG file's header
+                width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+                aspects[style, name, variant] = width / height
+    return aspects
+
+
+def _paint_one(
+    sprites: dict[str, dict[str, list[bytes]]], folder: Path, job: tuple[str, Plan]
+) -> tuple[str, str, int]:
+    path, plan = job
+    return (path, *paint_to_file(plan, sprites, folder / path))
+
+
+def _record_counts(records: list[dict]) -> dict[str, Any]:
+    answers: Counter = Counter()
+    counts: Counter = Counter()
+    for record in records:
+        turns = record["conversations"]
+        for item, answer in zip(record["kinds"], turns[1::2], strict=True):
+            counts[item] += 1
+            if answer["value"] in "ABCD":
+                answers[answer["value"]] += 1
+            elif item == "existence":
+                answers[answer["value"].lower()] += 1
+    return {
+        "records": len(records),
+        "turns": sum(counts.values()),
+        "sources": category_counts(record["source"] for record in records),
+        "questions": dict(sorted(counts.items())),
+        "answers": dict(sorted(answers.items())),
+    }
