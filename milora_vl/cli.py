@@ -1,0 +1,109 @@
+"""Command line: ``milora-vl VERB`` or ``python -m milora_vl VERB``, one function a verb."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from milora_vl.config import Config, ConfigError, load_config
+
+OVERRIDES_HELP = "section.key=value, for example training.max_steps=10 adapter.r=64"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG, overrides and --run."""
+    parser.add_argument("config", type=Path, help="YAML file; shipped ones are in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES_HELP)
+    parser.add_argument("--run", type=Path, help="run folder (default: run_folder of the config)")
+
+
+def read_config(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    """Read the config with its overrides and the run folder."""
+    config = load_config(arguments.config, arguments.overrides)
+    return config, arguments.run or Path(config.run_folder)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Finetune: stage 1 if the config has one, evaluation before and after, report."""
+    from milora_vl.eval.report import print_comparison
+    from milora_vl.pipeline import peak_memory_gib, run_pipeline
+
+    config, folder = read_config(arguments)
+    results = run_pipeline(config, folder)
+    if results["after"]:
+        print_comparison(results["before"], results["after"])
+    print(f"adapter: {folder / 'adapter'}")
+    print(f"report:  {folder / 'report.html'}")
+    print(f"peak memory of this process: {peak_memory_gib():.1f} GiB")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Pass on to ``python -m milora_vl.eval``."""
+    from milora_vl.eval.__main__ import main as eval_main
+
+    return eval_main(arguments.rest) or 0
+
+
+def ask(arguments: argparse.Namespace) -> int:
+    """Answer one question about one picture."""
+    from milora_vl.inference import ask as ask_model
+    from milora_vl.inference import load_for_inference
+
+    vlm = load_for_inference(arguments.model, arguments.adapter, device=arguments.device)
+    print(ask_model(vlm, arguments.image, arguments.question, arguments.max_new_tokens))
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check a config and print it with everything filled in."""
+    import yaml
+
+    config, _ = read_config(arguments)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="milora-vl", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser(
+        "train", help="finetune a model as a config says", description=train.__doc__
+    )
+    add_config_arguments(verb)
+    verb.set_defaults(run_verb=train)
+    verb = verbs.add_parser("check", help="check a config and print it", description=check.__doc__)
+    add_config_arguments(verb)
+    verb.set_defaults(run_verb=check)
+    verb = verbs.add_parser("eval", help="evaluate (see milora-vl eval --help)", add_help=False)
+    verb.add_argument("rest", nargs=argparse.REMAINDER)
+    verb.set_defaults(run_verb=evaluate)
+    verb = verbs.add_parser("ask", help="ask a question about a picture", description=ask.__doc__)
+    verb.add_argument("image", type=Path, help="picture file")
+    verb.add_argument("question")
+    verb.add_argument("--model", required=True, help="hub id or folder")
+    verb.add_argument("--adapter", type=Path, help="adapter folder of a run")
+    verb.add_argument("--device", default="auto")
+    verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.set_defaults(run_verb=ask)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Errors that the user can mend print without a trace."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["eval"]:  # its options are its own; argparse would take them for ours
+        arguments = argparse.Namespace(run_verb=evaluate, rest=words[1:])
+    else:
+        arguments = build_parser().parse_args(words)
+    try:
+        return arguments.run_verb(arguments)
+    except (ConfigError, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        logging.getLogger("milora_vl").debug("trace", exc_info=True)
+        print(f"milora-vl: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("milora-vl: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130

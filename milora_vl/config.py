@@ -1,0 +1,308 @@
+"""A run's settings: typed sections, read from YAML plus ``section.key=value`` overrides."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from milora_vl.files import cache_folder, write_text_atomic
+
+Slice = Literal["minor", "principal", "middle", "random"]
+SvdMethod = Literal["auto", "exact", "krylov"]
+Residual = Literal["auto", "subtract", "anchor"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the text says where and what to write instead."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MiloraConfig(Section):
+    """How to build a MiLoRA adapter.
+
+    Attributes:
+        r: Adapter rank, at most the smaller side of every adapted weight.
+        lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
+        slice: Where in the spectrum to start: minor (MiLoRA), principal (PiSSA), middle, random.
+        residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
+            with a frozen second adapter; "auto" subtracts in float32 only, else anchors.
+        svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
+        target_modules: "all-linear" (attention and MLP of the language model), a regular
+            expression for full names, or a list of names or name endings.
+        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
+            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
+            train mode. This holds for both residual modes.
+        train_projector: Train the vision-language projector in full.
+    """
+
+    r: int = Field(default=128, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0)
+    slice: Slice = "minor"
+    residual: Residual = "auto"
+    svd: SvdMethod = "auto"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    train_projector: bool = True
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, dimensionless."""
+        return (self.lora_alpha or self.r) / self.r
+
+
+class ModelSection(Section):
+    """Which model, and how it is loaded.
+
+    Attributes:
+        path: Hub id, folder, or "demo" for the embedded small model.
+        revision: Hub revision (branch, tag or commit).
+        dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
+        device: "auto" takes CUDA when there is one.
+        attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
+        prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``.
+        trust_remote_code: Run code that comes with the checkpoint. Off unless you ask for it.
+        image_size_px: "demo" only: side of the picture the tower sees, a multiple of 14.
+        vision_feature_layer: "demo" only: hidden state(s) of the tower that feed the projector.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    attn_implementation: str | None = None
+    prompt_style: str
+    trust_remote_code: bool = False
+    image_size_px: int = Field(default=112, ge=14)
+    vision_feature_layer: int | list[int] = 9
+
+
+class DataSection(Section):
+    """Records to train and validate on.
+
+    Attributes:
+        train: One or more files of LLaVA records (JSON list or JSONL). ``${MILORA_CACHE}`` is
+            replaced by the cache folder.
+        image_folder: Folder that the records' image paths start from.
+        validation: File of records for the validation loss; None for none.
+        max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
+            image tokens never.
+        pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
+        on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
+        on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
+        limit: Use only the first records of each file.
+    """
+
+    train: list[str]
+    image_folder: str
+    validation: str | None = None
+    max_length: int = Field(default=2048, ge=8)
+    pad_to_square: bool = True
+    on_bad_record: Literal["error", "skip"] = "error"
+    on_bad_image: Literal["error", "skip"] = "error"
+    limit: int | None = Field(default=None, ge=1)
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class AlignmentSection(Section):
+    """Stage 1: the projector alone, before any adapter. Its result is cached as the base model.
+
+    Attributes:
+        sources: Values of the records' "source" field to train on; empty for all records.
+        patch_steps: Steps of patch alignment, which comes first: patches inside an object's box are
+            drawn to the token embeddings of its name. Needs records with "objects".
+        patch_learning_rate: Its learning rate.
+        patch_pictures: How many pictures it looks at.
+        training: Keys of ``transformers.TrainingArguments`` for the stage.
+    """
+
+    sources: list[str] = []
+    patch_steps: int = Field(default=0, ge=0)
+    patch_learning_rate: float = Field(default=1e-3, gt=0)
+    patch_pictures: int = Field(default=2000, ge=1)
+    training: dict[str, Any] = {}
+
+
+class ProjectorSection(Section):
+    """The projector's own optimiser settings.
+
+    Attributes:
+        learning_rate: Peak learning rate of the projector; None takes ``training.learning_rate``.
+    """
+
+    learning_rate: float | None = Field(default=None, gt=0)
+
+
+class EvalSection(Section):
+    """Benchmarks before and after training.
+
+    Attributes:
+        benches: Names as in ``python -m milora_vl.eval --bench``; empty for none.
+        data_dir: Folder that holds the benches' files.
+        batch_size: Prompts in one forward pass.
+        blind: Also answer without the picture.
+        limit: Only the first questions of each bench.
+    """
+
+    benches: list[str] = []
+    data_dir: str = ""
+    batch_size: int = Field(default=32, ge=1)
+    blind: bool = True
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Config(Section):
+    """All settings of one run; ``training`` goes to ``TrainingArguments`` unchanged."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: MiloraConfig = MiloraConfig()
+    projector: ProjectorSection = ProjectorSection()
+    alignment: AlignmentSection | None = None
+    training: dict[str, Any] = {}
+    eval: EvalSection = EvalSection()
+    run_folder: str = "runs/run"
+    seed: int = 0
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: ``1e-3`` is a number, and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; refuse repeated keys, of which YAML would keep the last."""
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: key written twice: {sorted(twice)}"
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides and check everything.
+
+    Args:
+        path: The YAML file.
+        overrides: For example ``["training.max_steps=10", "adapter.r=64"]``; values are YAML.
+
+    Raises:
+        ConfigError: If the file is missing or malformed, or a key or value is wrong; the message
+            names the file, the key and the nearest known name.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; shipped ones are in configs/") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
+    """Check plain values and return the typed config.
+
+    Raises:
+        ConfigError: See ``load_config``.
+    """
+    try:
+        config = Config.model_validate(_expand_cache(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(where, item) for item in error.errors())) from None
+    _check_training_keys(config.training, f"{where}: training")
+    if config.alignment:
+        _check_training_keys(config.alignment.training, f"{where}: alignment.training")
+    return config
+
+
+def dump_config(config: Config, path: Path | str) -> None:
+    """Write the resolved config; ``load_config`` of the file gives an equal config."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text_atomic(path, text)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(f"override {override!r}: write section.key=value")
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+        values = inner
+    try:
+        values[key] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {error}") from error
+
+
+def _expand_cache(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("${MILORA_CACHE}", str(cache_folder()))
+    if isinstance(value, Mapping):
+        return {key: _expand_cache(inner) for key, inner in value.items()}
+    return [_expand_cache(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint naming the known name nearest to ``name``, or all of them when none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _explain(where: str, error: Mapping[str, Any]) -> str:
+    location = tuple(error["loc"])
+    name = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        hint = nearest(str(location[-1]), _known_keys(location[:-1]))
+        return f"{where}: unknown key {name!r}; {hint}"
+    return f"{where}: {name}: {error['msg']}, got {error.get('input')!r}"
+
+
+def _check_training_keys(training: Mapping[str, Any], where: str) -> None:
+    from transformers import TrainingArguments  # seconds to import; only a whole config needs it
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for key in training:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see transformers.TrainingArguments"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")

@@ -1,0 +1,1 @@
+"""Models: loading, composing, the embedded default."""

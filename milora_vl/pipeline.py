@@ -1,0 +1,181 @@
+"""The main job: base model, evaluation before, finetuning, evaluation after, report."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from milora_vl.config import Config, ConfigError, dump_config, load_config
+from milora_vl.data.dataset import mixture
+from milora_vl.eval.evaluation import evaluate
+from milora_vl.eval.report import write_report
+from milora_vl.files import write_json_atomic
+from milora_vl.model.embedded import cached_demo_base
+from milora_vl.model.load import VLM
+from milora_vl.training import stage1
+from milora_vl.training.run import (
+    autocast_as,
+    build_arguments,
+    build_dataset,
+    describe_environment,
+    finetune,
+    load_conversations,
+    load_model,
+    seed_everything,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def claim_run_folder(config: Config, folder: Path) -> None:
+    """Make the run folder, or check that the one there belongs to the same config.
+
+    Raises:
+        ConfigError: If it holds a run with other settings; the sections that differ are named.
+    """
+    file = folder / "config.yaml"
+    if file.exists():
+        before = load_config(file).model_dump(mode="json")
+        now = config.model_dump(mode="json")
+        differing = [key for key in now if now[key] != before[key] and key != "run_folder"]
+        if differing:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({', '.join(differing)} differ); "
+                "give another folder with --run, or remove it"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run; give another folder with --run")
+    dump_config(config, file)
+
+
+def check_data(config: Config) -> None:
+    """Check that the files of the config are there, before anything long starts.
+
+    Raises:
+        ConfigError: If one is missing; the message names it and says how the demo's are made.
+    """
+    files = [*config.data.train, config.data.validation]
+    folders = [config.data.image_folder, config.eval.data_dir if config.eval.benches else None]
+    for name in [*files, *folders]:
+        if name and not Path(name).exists():
+            raise ConfigError(
+                f"{name}: not found. The demo's data are made by "
+                "`bash scripts/finetune_llava_milora.sh` or `python data_prep/stickervqa.py`"
+            )
+
+
+def prepare_base(config: Config, run_folder: Path) -> Path | str:
+    """Return the base model of stage 2: as named, composed, or composed and aligned (cached)."""
+    base: Path | str = config.model.path
+    if base == "demo":
+        base = cached_demo_base(config.model.image_size_px, config.model.vision_feature_layer)
+    if config.alignment is None:
+        return base
+    section = config.alignment
+    folder = stage1.aligned_base_folder(Path(base), section, config.data, config.seed)
+    if (folder / "config.json").exists():
+        logger.info("stage 1 is done: aligned base %s", folder)
+        return folder
+    logger.info("stage 1: aligning the projector of %s", base)
+    vlm = load_model(config.model, base)
+    conversations = load_conversations(config.data, config.data.train[0])
+    if section.sources:
+        chosen = stage1.select_sources(config.data.train[0], section.sources)
+        conversations = [item for item in conversations if item.id in chosen]
+    stage1.align_projector(
+        vlm,
+        section,
+        config.data,
+        build_dataset(vlm, config.data, conversations),
+        build_arguments(section.training, run_folder / "alignment", config.seed),
+        metrics_file=run_folder / "metrics.jsonl",
+    )
+    return stage1.save_base(vlm, folder)
+
+
+def evaluate_once(
+    vlm: VLM, config: Config, folder: Path, arguments: TrainingArguments, adapter_name: str | None
+) -> dict[str, Any]:
+    """Evaluate into ``folder``, or return the results that an earlier call left there."""
+    if (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    with autocast_as(arguments, vlm.model):
+        return evaluate(
+            vlm,
+            config.eval.benches,
+            config.eval.data_dir,
+            folder,
+            batch_size=config.eval.batch_size,
+            limit=config.eval.limit,
+            blind=config.eval.blind,
+            model_name=vlm.path,
+            adapter_name=adapter_name,
+        )
+
+
+def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
+    """Do the whole job; what an interrupted earlier call finished is not done again.
+
+    Args:
+        config: The settings.
+        run_folder: Where everything goes; see the README for its files.
+
+    Returns:
+        ``{"before": results, "after": results}``, each as in ``results.json`` (empty without
+        benches).
+
+    Raises:
+        ConfigError: If the settings cannot be used or the folder holds another run.
+    """
+    check_data(config)
+    claim_run_folder(config, run_folder)
+    seed_everything(config.seed)
+    arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
+    manifest = Path(config.data.image_folder) / "manifest.json"
+    write_json_atomic(run_folder / "environment.json", describe_environment(config.seed, manifest))
+    started = time.perf_counter()
+    base = prepare_base(config, run_folder)
+    vlm = load_model(config.model, base)
+    datasets = [
+        build_dataset(vlm, config.data, load_conversations(config.data, file))
+        for file in config.data.train
+    ]
+    dataset = (
+        mixture(datasets, [1] * len(datasets), config.seed) if len(datasets) > 1 else datasets[0]
+    )
+    validation = None
+    if config.data.validation:
+        records = load_conversations(config.data, config.data.validation)
+        validation = build_dataset(vlm, config.data, records)
+    before: dict[str, Any] = {}
+    if config.eval.benches:
+        before = evaluate_once(vlm, config, run_folder / "eval_before", arguments, None)
+    seed_everything(config.seed)  # the same training whether or not the stages before were cached
+    tuned = finetune(
+        vlm,
+        config.adapter,
+        dataset,
+        validation,
+        arguments,
+        run_folder=run_folder,
+        projector=config.projector,
+    )
+    after: dict[str, Any] = {}
+    if config.eval.benches:
+        adapter = str(run_folder / "adapter")
+        after = evaluate_once(tuned, config, run_folder / "eval_after", arguments, adapter)
+    results = {"before": before, "after": after}
+    write_json_atomic(run_folder / "results.json", results)
+    write_report(run_folder)
+    logger.info("done in %.1f min", (time.perf_counter() - started) / 60)
+    return results
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident memory of this process so far, in GiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,1 @@
+"""Training: the two stages and what they share."""

@@ -1,0 +1,184 @@
+"""Patch alignment: a cheap start for a projector when the place of objects is known.
+
+Before the language model takes part, each patch inside an object's box is drawn to the token
+embeddings of the object's name, each other patch to those of the line break. It costs seconds and
+spares the next stage from finding, word by word, which patches speak of what.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+TEMPERATURE = 0.07
+BACKGROUND = 0
+UNCERTAIN = -1
+PICTURES_PER_PASS = 32
+
+
+@dataclass(frozen=True)
+class LabelledPicture:
+    """A picture and its named boxes.
+
+    Attributes:
+        path: Image file.
+        names: Name of each object.
+        boxes: [x0, y0, x1, y1] of each object, as fractions of width and height.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    boxes: tuple[tuple[float, float, float, float], ...]
+
+
+def label_patches(
+    boxes: Sequence[Sequence[float]], classes: Sequence[int], width: int, height: int, grid: int
+) -> Tensor:
+    """Say for each patch of a square-padded picture which class it shows.
+
+    Args:
+        boxes: [x0, y0, x1, y1] as fractions of the unpadded picture.
+        classes: Class of each box, at least 1.
+        width: Width of the unpadded picture in px.
+        height: Its height in px.
+        grid: Patches on a side.
+
+    Returns:
+        int64 [grid * grid]: a class for patches whose centre lies in one box, ``BACKGROUND`` for
+        those in none, ``UNCERTAIN`` for those in several.
+    """
+    side = max(width, height)
+    centre = (torch.arange(grid) + 0.5) / grid * side
+    x = ((centre - (side - width) / 2) / width)[None, :].expand(grid, grid)
+    y = ((centre - (side - height) / 2) / height)[:, None].expand(grid, grid)
+    labels = torch.full((grid, grid), BACKGROUND)
+    for (x0, y0, x1, y1), label in zip(boxes, classes, strict=True):
+        inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
+        labels[inside] = torch.where(labels[inside] == BACKGROUND, label, UNCERTAIN)
+    return labels.flatten()
+
+
+@torch.no_grad()
+def name_embeddings(model: Any, tokenizer: Any, names: Sequence[str]) -> Tensor:
+    """Compute the target vector of each class: the mean token embedding, row 0 a line break.
+
+    Returns:
+        float32 [1 + len(names), D].
+    """
+    table = model.get_input_embeddings()
+    rows = []
+    for text in ["\n", *[f" {name}" for name in names]]:
+        ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), device=model.device)
+        rows.append(table(ids).float().mean(0))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def compute_tower_features(model: Any, pixel_values: Tensor) -> Tensor:
+    """Compute what the projector gets: the chosen hidden state(s) without the class token.
+
+    Args:
+        model: A LLaVA model.
+        pixel_values: [B, 3, H, W].
+
+    Returns:
+        [B, P, D_vision], or D_vision times the number of chosen layers.
+    """
+    layers = model.config.vision_feature_layer
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    start = 1 if model.config.vision_feature_select_strategy == "default" else 0
+    return torch.cat([state[:, start:] for state in chosen], dim=-1)
+
+
+def align_patches_(  # noqa: PLR0913  settings by keyword
+    model: Any,
+    tokenizer: Any,
+    transform: Callable[[Image.Image], Tensor],
+    load: Callable[[str], Image.Image],
+    pictures: Sequence[LabelledPicture],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    patches_per_step: int = 2048,
+) -> float:
+    """Train the projector alone, in place, on patches whose class is known.
+
+    Args:
+        model: A LLaVA model with a frozen tower; only its projector changes.
+        tokenizer: The language model's tokenizer.
+        transform: RGB picture -> float32 [3, H, W].
+        load: Path -> RGB picture.
+        pictures: What to look at.
+        steps: Optimiser steps.
+        learning_rate: Peak learning rate (AdamW, cosine to zero).
+        seed: Seed of the patches' order.
+        patches_per_step: Patches in one step.
+
+    Returns:
+        Share of object patches of the last tenth of the steps that name their class, 0 to 1.
+
+    Raises:
+        ValueError: If no picture has an object.
+    """
+    names = sorted({name for picture in pictures for name in picture.names})
+    if not names:
+        raise ValueError("patch alignment needs records with an 'objects' field; none has one")
+    index = {name: i + 1 for i, name in enumerate(names)}
+    features, labels = [], []
+    for at in tqdm(range(0, len(pictures), PICTURES_PER_PASS), desc="patch features", unit="batch"):
+        group = pictures[at : at + PICTURES_PER_PASS]
+        images = [load(picture.path) for picture in group]
+        pixel_values = torch.stack([transform(image) for image in images])
+        batch = compute_tower_features(model, pixel_values.to(model.device, model.dtype)).float()
+        grid = math.isqrt(batch.shape[1])
+        for picture, image in zip(group, images, strict=True):
+            classes = [index[name] for name in picture.names]
+            labels.append(label_patches(picture.boxes, classes, *image.size, grid))
+        features.append(batch.flatten(0, 1))
+    x, y = torch.cat(features), torch.cat(labels).to(model.device)
+    objects = (y > BACKGROUND).nonzero().squeeze(1)
+    background = (y == BACKGROUND).nonzero().squeeze(1)
+    targets = name_embeddings(model, tokenizer, names)
+    norm = targets[1:].norm(dim=1).mean()
+    projector = model.model.multi_modal_projector
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    n_background = patches_per_step // 8 if len(background) else 0
+    right: list[float] = []
+    for _ in tqdm(range(steps), desc="patch alignment", unit="step"):
+        chosen = torch.cat(
+            [
+                objects[torch.randint(len(objects), (patches_per_step,), generator=generator)],
+                background[
+                    torch.randint(max(len(background), 1), (n_background,), generator=generator)
+                ],
+            ]
+        )
+        out = projector(x[chosen].to(model.dtype)).float()  # [n, D]
+        logits = functional.normalize(out, dim=-1) @ functional.normalize(targets, dim=-1).T
+        loss = functional.cross_entropy(logits / TEMPERATURE, y[chosen])
+        loss = loss + 0.1 * (out.norm(dim=-1) / norm - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        hits = logits[:patches_per_step].argmax(-1) == y[chosen[:patches_per_step]]
+        right.append(hits.float().mean().item())
+    last = right[-max(1, steps // 10) :]
+    share = sum(last) / len(last)
+    logger.info(
+        "patch alignment: %.0f %% of object patches name theirs (of %d)", 100 * share, len(names)
+    )
+    return share

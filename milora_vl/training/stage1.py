@@ -1,0 +1,127 @@
+"""Stage 1: the projector alone. The result is a plain checkpoint, the base model of stage 2."""
+
+import hashlib
+import json
+import logging
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
+
+from milora_vl.config import AlignmentSection, DataSection, ProjectorSection
+from milora_vl.data.dataset import ConversationDataset
+from milora_vl.data.images import build_image_transform, load_image, resolve_image
+from milora_vl.files import cache_folder, replace_folder
+from milora_vl.model.load import VLM
+from milora_vl.training.align import LabelledPicture, align_patches_
+from milora_vl.training.run import train
+from milora_vl.training.trainer import last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "projector.safetensors"
+
+
+def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
+    """Read pictures with named boxes from the ``objects`` field of LLaVA records.
+
+    Raises:
+        ValueError: If the file is no JSON list.
+    """
+    records = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(records, list):
+        raise ValueError(f"{file}: patch alignment reads a JSON list of records")
+    pictures = []
+    for record in records:
+        if record.get("objects"):
+            names = tuple(item["name"] for item in record["objects"])
+            boxes = tuple(tuple(item["box"]) for item in record["objects"])
+            path = resolve_image(section.image_folder, record["image"])
+            pictures.append(LabelledPicture(str(path), names, boxes))
+    return pictures
+
+
+def select_sources(file: str, sources: list[str]) -> set[str]:
+    """Return the ids of records whose ``source`` field is in ``sources``."""
+    records = json.loads(Path(file).read_text(encoding="utf-8"))
+    return {str(record["id"]) for record in records if record.get("source") in sources}
+
+
+def aligned_base_folder(
+    base: Path, alignment: AlignmentSection, data: DataSection, seed: int
+) -> Path:
+    """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
+    facts: list[Any] = [base.name, alignment.model_dump(), data.model_dump(), seed]
+    for file in data.train:
+        facts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "models" / f"{base.name}-aligned-{digest[:12]}"
+
+
+def align_projector(
+    vlm: VLM,
+    section: AlignmentSection,
+    data: DataSection,
+    dataset: ConversationDataset,
+    arguments: TrainingArguments,
+    *,
+    metrics_file: Path,
+) -> None:
+    """Train the projector in place: patch alignment, then captions through the frozen model."""
+    model = vlm.model
+    model.requires_grad_(False)
+    projector = model.model.multi_modal_projector
+    projector.requires_grad_(True)
+    checkpoint = last_checkpoint(Path(arguments.output_dir))
+    if checkpoint:
+        projector.load_state_dict(load_file(checkpoint / "adapter" / WEIGHTS_FILE))
+    elif section.patch_steps:
+        pictures = read_objects(data, data.train[0])
+        random.Random(arguments.seed).shuffle(pictures)
+        align_patches_(
+            model,
+            vlm.processor.tokenizer,
+            build_image_transform(vlm.processor.image_processor, data.pad_to_square),
+            load_image,
+            pictures[: section.patch_pictures],
+            steps=section.patch_steps,
+            learning_rate=section.patch_learning_rate,
+            seed=arguments.seed,
+        )
+
+    def save_weights(folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / "adapter"
+            made.mkdir()
+            weights = {name: value.contiguous() for name, value in projector.state_dict().items()}
+            save_file(weights, made / WEIGHTS_FILE, metadata={"format": "pt"})
+            replace_folder(made, folder)
+
+    if section.training:  # without it the stage is patch alignment alone
+        train(
+            model,
+            vlm,
+            dataset,
+            None,
+            arguments,
+            save_weights=save_weights,
+            metrics_file=metrics_file,
+            stage="align",
+            projector=ProjectorSection(),
+        )
+    model.requires_grad_(False)
+
+
+def save_base(vlm: VLM, folder: Path) -> Path:
+    """Write model and processor as a plain transformers checkpoint, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        vlm.model.save_pretrained(made)
+        vlm.processor.save_pretrained(made)
+        replace_folder(made, folder)
+    return folder

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Finetune a LLaVA-style model with MiLoRA.
+#
+#   bash scripts/finetune_llava_milora.sh                                  the embedded demo, CPU
+#   bash scripts/finetune_llava_milora.sh CONFIG [section.key=value ...] [--run DIR]
+#
+# Interrupted? The same command goes on where it was. On several GPUs it starts through
+# `accelerate launch` (settings: `accelerate config`, or ACCELERATE_CONFIG=FILE).
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+config="$root/configs/demo_cpu.yaml"
+case "${1:-}" in
+-h | --help)
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+*.yaml | *.yml)
+    config="$1"
+    shift
+    ;;
+esac
+. "$root/scripts/setup_env.sh"
+
+cache="${MILORA_CACHE:-$HOME/.cache/milora_vl}"
+if grep -q 'MILORA_CACHE}/stickervqa/core' "$config"; then
+    python "$root/data_prep/stickervqa.py" --size core --seed 0 --out "$cache/stickervqa/core"
+fi
+
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+if [ "$gpus" -gt 1 ] || [ -n "${ACCELERATE_CONFIG:-}" ]; then
+    exec accelerate launch ${ACCELERATE_CONFIG:+--config_file "$ACCELERATE_CONFIG"} \
+        -m milora_vl train "$config" "$@"
+fi
+exec python -m milora_vl train "$config" "$@"

@@ -1,0 +1,51 @@
+# Source this file: it makes .venv on first use and activates it.
+# MILORA_NO_VENV=1 uses the environment that is active already. Safe to call again and again.
+
+milora_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+milora_find_python() {
+    local candidate
+    for candidate in "${MILORA_PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 \
+            && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: Python 3.10 or newer is needed; install it or set MILORA_PYTHON" >&2
+    return 1
+}
+
+milora_install() { # installs what pyproject.toml names; again only when that file changes
+    local stamp="$1/milora_installed" wanted
+    wanted="$(cat "$milora_root/pyproject.toml" "$milora_root/scripts/setup_env.sh" | cksum)"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
+    echo "setup: installing packages into $1 (several GB with PyTorch; once)" >&2
+    # torch and torchvision first and together, so that they match
+    python -m pip install --quiet torch torchvision || return 1
+    python -m pip install --quiet -e "$milora_root[dev]" || return 1
+    echo "$wanted" >"$stamp"
+}
+
+milora_setup() {
+    if [ "${MILORA_NO_VENV:-}" = 1 ]; then
+        python -c 'import milora_vl, torch, transformers, peft' || {
+            echo "setup: MILORA_NO_VENV=1, but the active environment lacks packages; run: pip install -e '.[dev]'" >&2
+            return 1
+        }
+        return
+    fi
+    local python
+    python="$(milora_find_python)" || return 1
+    if ! "$milora_root/.venv/bin/python" -c '' 2>/dev/null; then
+        "$python" -m venv --clear "$milora_root/.venv" || {
+            echo "setup: could not make .venv (on Debian: apt-get install python3-venv)" >&2
+            return 1
+        }
+    fi
+    # shellcheck disable=SC1091
+    . "$milora_root/.venv/bin/activate"
+    milora_install "$milora_root/.venv"
+}
+
+milora_setup
