@@ -4,6 +4,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import ANCHOR, MILORA, factors, lora_layer, recall
 
@@ -38,6 +39,7 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
         merged = weight.detach().to(torch.float32, copy=True)  # [d_out, d_in]
         for adapter in adapters:
             lora_A, lora_B = factors(peft_model, name, adapter)
-            merged.addmm_(lora_B.detach(), lora_A.detach(), alpha=scaling)
+            with full_precision():
+                merged.addmm_(lora_B.detach(), lora_A.detach(), alpha=scaling)
         weight.data.copy_(merged)
     return peft_model.unload()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from milora_vl.adapter.certificate import Certificate, LayerCertificate, certify_layer
 from milora_vl.adapter.fingerprint import combine_digests, weight_digests
-from milora_vl.adapter.minor_svd import Slice, SvdMethod, minor_svd
+from milora_vl.adapter.minor_svd import Slice, SvdMethod, full_precision, minor_svd
 from milora_vl.adapter.quantize import (
     dense_weight,
     evaluating,
@@ -125,7 +125,8 @@ def attach_milora(
     )
     peft_model = add_adapters(model, state)
     try:
-        layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
+        with full_precision():
+            layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
     except BaseException:
         peft_model.unload()
         raise

@@ -11,6 +11,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.minor_svd import full_precision
+
 MILORA = "milora"
 ANCHOR = "anchor"
 
@@ -96,8 +98,10 @@ def subtract_anchor_(peft_model: PeftModel, modules: Sequence[str]) -> None:
         layer = lora_layer(peft_model, name)
         lora_A, negative_lora_B = factors(peft_model, name, ANCHOR)
         weight = layer.get_base_layer().weight
-        minor = layer.scaling[ANCHOR] * (negative_lora_B.detach() @ lora_A.detach())
-        weight.data.copy_(weight.detach().to(torch.float32) + minor)
+        with full_precision():
+            negative_minor = negative_lora_B.detach() @ lora_A.detach()  # [d_out, d_in]
+        negative_minor.mul_(layer.scaling[ANCHOR])
+        weight.data.copy_(weight.detach().to(torch.float32) + negative_minor)
 
 
 def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
