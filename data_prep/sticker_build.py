@@ -27,7 +27,7 @@ from data_prep.sticker_benches import (
 from data_prep.sticker_charts import BENCH_TABLES, TRAIN_TABLES, bar_series
 from data_prep.sticker_paint import paint_to_file
 from data_prep.sticker_pool import worker_pool
-from data_prep.sticker_scene_plans import Stage
+from data_prep.sticker_scene_plans import Stage, boxes_of
 from data_prep.sticker_scenes import Plan
 from data_prep.sticker_sources import Catalogue
 from data_prep.sticker_train import Split, plan_records
@@ -185,6 +185,9 @@ class Builder:
             questions, annotations = vqa_files(rows)
             write_json_atomic(place / "vqa" / "questions.json", questions)
             write_json_atomic(place / "vqa" / "annotations.json", annotations)
+            shown = [*scenes, *(picture for picture, _ in rows)]
+            truth = {picture.file_name: boxes_of(picture.plan) for picture in shown}
+            write_json_atomic(place / "bench_objects.json", truth)
             types = (row["answer_type"] for row in annotations["annotations"])
             counts["vqa"] = category_counts(types)
         self.counts[f"{name}_benches"] = counts

@@ -41,6 +41,7 @@ def build_stickervqa(
     *,
     n_train_pictures: int | None = None,
     allow_fetch: bool = True,
+    catalogue: Catalogue | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Build the set into a folder, whole or not at all.
@@ -51,6 +52,7 @@ def build_stickervqa(
         seed: Decides everything that is drawn by chance.
         n_train_pictures: Records in train, instead of the size's own number.
         allow_fetch: False: do not ask any registry, use the set drawn in code.
+        catalogue: From ``find_catalogue``, to build several sets from one; else it is called.
         show_progress: Show a bar while painting.
 
     Returns:
@@ -67,7 +69,8 @@ def build_stickervqa(
     n_train = sizes.n_train if n_train_pictures is None else n_train_pictures
     if n_train < 1:
         raise ValueError(f"{n_train} train pictures wanted; at least 1 is needed")
-    catalogue = find_catalogue(size, allow_fetch=allow_fetch, show_progress=show_progress)
+    if catalogue is None:
+        catalogue = find_catalogue(size, allow_fetch=allow_fetch, show_progress=show_progress)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
