@@ -1,4 +1,4 @@
-"""Evaluation: benches in their official file formats, scored with intervals and a blind baseline."""
+"""Evaluation: benches in their official file formats, with intervals and a blind baseline."""
 
 from typing import Any
 

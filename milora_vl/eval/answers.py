@@ -20,15 +20,8 @@ _PERIOD = re.compile(r"\.(?!\d)")
 # It is called with a flag in the place of the count, and that flag's value is 32.
 _PERIODS_REMOVED = 32
 
-_NUMBERS = {
-    "none": "0",
-    **{
-        word: str(value)
-        for value, word in enumerate(
-            "zero one two three four five six seven eight nine ten".split()
-        )
-    },
-}
+_NUMBER_WORDS = """zero one two three four five six seven eight nine ten"""
+_NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = frozenset(("a", "an", "the"))
 
 _PLAIN_CONTRACTIONS = """

@@ -84,7 +84,7 @@ class _Rows:
         self.attends = self.attends[going]
 
     def compact_trees(self) -> NDArray[np.int64] | None:
-        """Renumber trees so that only those with a live row are left; return the old numbers kept."""
+        """Drop trees without a live row; return the old numbers of the others, None if all stay."""
         kept, self.tree_of = np.unique(self.tree_of, return_inverse=True)
         if len(kept) == self.n_trees:
             return None

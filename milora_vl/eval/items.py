@@ -206,15 +206,15 @@ def require(row: dict[str, Any], name: str, where: str) -> Any:
     return row[name]
 
 
-def find_image(folders: Sequence[Path], name: str) -> Path:
+def find_image(folders: Sequence[Path], *names: str) -> Path:
     """Return the first ``folder / name`` that exists, else the first candidate.
 
     A missing file is not an error yet: it becomes one, naming the row, when the picture is read.
 
     Raises:
-        ImagePathError: If ``name`` points out of the folder.
+        ImagePathError: If a name points out of the folder.
     """
-    candidates = [resolve_image(folder, name) for folder in folders]
+    candidates = [resolve_image(folder, name) for name in names for folder in folders]
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
@@ -229,6 +229,14 @@ def reject_duplicates(ids: Iterable[Hashable], where: str) -> None:
         if one in seen:
             raise ValueError(f"{where}: id {one!r} occurs twice")
         seen.add(one)
+
+
+def split_rows(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, list[Row]]:
+    """Return rows by label, labels in alphabetical order."""
+    parts: dict[str, list[Row]] = {label: [] for label in sorted(set(labels))}
+    for row, label in zip(rows, labels, strict=True):
+        parts[label].append(row)
+    return parts
 
 
 def take_sample(values: Sequence[T], n: int | None, seed: int = 0) -> list[T]:

@@ -1,8 +1,8 @@
 """Token sequences that begin alike, laid out so that a common beginning is computed once.
 
 The rows of a tree become one sequence of nodes: each distinct prefix is there once, and a node may
-attend to its ancestors only. With causal attention that is exact: a token's state depends on nothing
-but the tokens before it in its own row.
+attend to its ancestors only. With causal attention that is exact: a token's state depends only on
+the tokens before it in its own row.
 
     row 0:  a b c d            nodes      a b c d e f
     row 1:  a b e f            positions  0 1 2 3 2 3
@@ -102,8 +102,8 @@ def plan_trees(
         groups: What a row may share its beginning with; image tokens of two pictures are equal, so
             rows of different pictures must be in different groups.
         max_rows: Most rows in a tree.
-        max_nodes: Most nodes in a tree, since attention grows with their square; a single longer row
-            is a tree of its own.
+        max_nodes: Most nodes in a tree, since attention grows with their square; a longer row is a
+            tree of its own.
         share: Whether rows share at all; without it every row is a tree.
 
     Returns:

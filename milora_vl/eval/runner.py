@@ -1,4 +1,4 @@
-"""Greedy answers of a LLaVA model to many questions: batched, each picture and prefix computed once.
+"""Greedy answers of a LLaVA model to many questions: batched, pictures and prefixes computed once.
 
 Numbers do not depend on the batch: a row attends to its own tokens only, at their own positions, so
 in exact arithmetic the result is that of ``model.generate`` on one question at a time.
@@ -32,7 +32,7 @@ from milora_vl.model.load import count_image_tokens
 
 logger = logging.getLogger(__name__)
 
-MAX_NODES = 768
+MAX_NODES = 512
 """Most nodes of a prefix tree; attention over a tree costs their square."""
 
 _FEATURE_CACHE_BYTES = 1 << 30
@@ -112,7 +112,7 @@ class Answerer:
         Args:
             requests: Questions with distinct ids.
             max_new_tokens: Limit of an answer, in tokens.
-            allow_errors: Samples that may fail (unreadable picture, out of memory alone in a batch).
+            allow_errors: Samples that may fail (unreadable picture, out of memory on its own).
             label: Of the progress bar.
             progress: Whether to show one (stderr).
 
@@ -219,7 +219,7 @@ class Answerer:
         return job
 
     def _batches(self, trees: list[list[int]], job: _Job) -> Iterator[list[list[int]]]:
-        """Group trees of similar size, the largest first, so that a lack of memory shows at once."""
+        """Group trees of similar size; the largest first, so that lack of memory shows at once."""
         sizes = [sum(len(job.ids[row]) for row in tree) for tree in trees]
         batch: list[list[int]] = []
         for place in sorted(range(len(trees)), key=lambda place: -sizes[place]):

@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap over groups, since rotations and pictures are not independent."""
+"""Confidence intervals by the bootstrap over groups: answers on one picture are not independent."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,7 +33,7 @@ def sum_by_group(values: Array | Sequence[Sequence[float]], groups: Sequence[str
 
 
 def ratio(sums: Array) -> Array:
-    """Return column 0 divided by column 1: the mean of values whose counts are column 1. [R, 2] -> [R]."""
+    """Return column 0 over column 1: values over their counts, [R, 2] -> [R]."""
     return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
 
 

@@ -9,6 +9,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from milora_vl.eval.items import (
     Row,
     find_file,
     reject_duplicates,
+    split_rows,
     take_sample,
 )
 from milora_vl.files import write_text_atomic
@@ -48,13 +50,10 @@ def find(data_dir: Path) -> Path:
     """
     if data_dir.is_file():
         return data_dir
-    path = find_file(
-        data_dir, (".", "mmbench", "MMBench"), ("mmbench.tsv", "*[mM][mM][bB]ench*.tsv")
-    )
+    patterns = ("mmbench.tsv", "*[mM][mM][bB]ench*.tsv")
+    path = find_file(data_dir, (".", "mmbench", "MMBench"), patterns)
     if path is None:
-        raise FileNotFoundError(
-            f"no mmbench.tsv or *mmbench*.tsv in {data_dir} or its folder mmbench"
-        )
+        raise FileNotFoundError(f"no *mmbench*.tsv in {data_dir} or its folder mmbench")
     return path
 
 
@@ -107,18 +106,11 @@ def _item(
     images: Mapping[int, str | None],
     is_chinese: bool,
 ) -> Item:
-    options: list[str] = []
-    for letter in _LETTERS:
-        if letter not in row:
-            break
-        options.append(row[letter])
+    lettered = {name: row[name] for name in takewhile(row.__contains__, _LETTERS)}
     group = row.get("g_index", str(index % _ROTATION_STEP))
     question = row.get("question", "")
     lines = [row["hint"]] if "hint" in row else []
-    lines += [
-        question,
-        *(f"{letter}. {text}" for letter, text in zip(_LETTERS, options, strict=False)),
-    ]
+    lines += [question, *(f"{letter}. {text}" for letter, text in lettered.items())]
     lines.append(_SUFFIX_CN if is_chinese else _SUFFIX)
     answer = row.get("answer", "").strip()
     return Item(
@@ -128,20 +120,14 @@ def _item(
         answers=(answer,) if answer else (),
         group=group,
         category=row.get("category", "all"),
-        options=tuple(options),
+        options=tuple(lettered.values()),
         question=question,
         details={
             "l2": row.get("l2-category", row.get("L2-category", "all")),
             "rotation": index // _ROTATION_STEP,
-            "answer_text": _text_of(answer, options),
-            "n_options": len(options),
+            "answer_text": lettered.get(answer),
         },
     )
-
-
-def _text_of(answer: str, options: Sequence[str]) -> str | None:
-    place = _LETTERS.find(answer) if answer else -1
-    return options[place] if 0 <= place < len(options) else None
 
 
 def _resolve_image(images: Mapping[int, str | None], index: int) -> str | None:
@@ -222,17 +208,11 @@ def _circular(rows: Sequence[Row]) -> dict[str, Any]:
     return {"score": float(sums[:, 0].mean()), "interval_95": list(interval), "n": len(sums)}
 
 
-def _split(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    parts = defaultdict(list)
-    for row, label in zip(rows, labels, strict=True):
-        parts[label].append(row)
-    return {label: _circular(part) for label, part in sorted(parts.items())}
-
-
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown of all rows of the bench."""
-    by_category = _split(rows, [row.category for row in rows])
-    by_l2 = _split(rows, [row.details["l2"] for row in rows])
+    parts = split_rows(rows, [row.category for row in rows])
+    by_category = {name: _circular(part) for name, part in parts.items()}
+    by_l2 = split_rows(rows, [row.details["l2"] for row in rows])
     chosen = [row.parsed for row in rows]
     has_rotations = any(row.details["rotation"] for row in rows)
     return {
@@ -241,7 +221,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "n_rows": len(rows),
         "by_category": {name: part["score"] for name, part in by_category.items()},
         "by_category_details": by_category,
-        "by_l2": {name: part["score"] for name, part in by_l2.items()},
+        "by_l2": {name: _circular(part)["score"] for name, part in by_l2.items()},
         "vanilla_circ0": _accuracy([row for row in rows if row.details["rotation"] == 0]),
         "vanilla_all": _accuracy(rows),
         "off_letter_rate": 1 - sum(row.well_formed for row in rows) / len(rows),

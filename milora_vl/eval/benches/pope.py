@@ -7,7 +7,6 @@ Questions are asked as they are written, with the misspelt "imange" of early rel
 
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from milora_vl.eval.items import (
     read_json_lines,
     reject_duplicates,
     require,
+    split_rows,
     take_sample,
 )
 from milora_vl.files import write_text_atomic
@@ -201,9 +201,7 @@ def _category(rows: Sequence[Row]) -> dict[str, Any]:
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown of all rows of the bench."""
-    parts = defaultdict(list)
-    for row in rows:
-        parts[row.category].append(row)
+    parts = split_rows(rows, [row.category for row in rows])
     details = {name: _category(parts[name]) for name in CATEGORIES if name in parts}
     sums = headline_sums(rows)
     said = [row.parsed for row in rows]

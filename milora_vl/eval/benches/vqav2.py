@@ -1,7 +1,8 @@
 """VQAv2: free short answers, scored against ten people's answers with leave-one-out accuracy.
 
 Official files: a questions file and, where answers are published, an annotations file; pictures are
-``COCO_{subset}_{image_id:012d}.jpg``. A question may name its picture itself, under ``image``.
+``COCO_{subset}_{image_id:012d}.jpg``, or without ``COCO_`` for other sets. A question may also name
+its picture itself, under ``image``.
 """
 
 import json
@@ -23,6 +24,7 @@ from milora_vl.eval.items import (
     read_json_object,
     reject_duplicates,
     require,
+    split_rows,
     take_sample,
 )
 from milora_vl.files import write_text_atomic
@@ -104,9 +106,10 @@ def _item(
     question_id = require(row, "question_id", where)
     image_id = require(row, "image_id", where)
     question = require(row, "question", where)
-    image = row.get("image")
-    if image is None:
-        image = f"COCO_{subset}_{image_id:012d}.jpg" if isinstance(image_id, int) else image_id
+    names = [str(row.get("image", image_id))]
+    if "image" not in row and isinstance(image_id, int):
+        stem = f"{subset}_{image_id:012d}"
+        names = [f"COCO_{stem}.jpg", f"{stem}.png", f"{stem}.jpg"]
     answer: dict[str, Any] = {}
     if annotations is not None:
         if str(question_id) not in annotations:
@@ -114,7 +117,7 @@ def _item(
         answer = annotations[str(question_id)]
     return Item(
         id=str(question_id),
-        image=ImageSource(where, path=find_image(folders, image)),
+        image=ImageSource(where, path=find_image(folders, *names)),
         prompt=f"{question}\n{_SUFFIX}",
         answers=tuple(str(one["answer"]) for one in answer.get("answers", ())),
         group=str(image_id),
@@ -165,23 +168,17 @@ def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
     return {"score": score, "interval_95": list(interval), "n": len(rows)}
 
 
-def _split(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    parts = defaultdict(list)
-    for row, label in zip(rows, labels, strict=True):
-        parts[label].append(row)
-    return {label: _accuracy(part) for label, part in sorted(parts.items())}
-
-
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown (answer type, question type) of all rows."""
-    by_category = _split(rows, [row.category for row in rows])
-    by_type = _split(rows, [row.details["question_type"] for row in rows])
+    parts = split_rows(rows, [row.category for row in rows])
+    by_category = {name: _accuracy(part) for name, part in parts.items()}
+    types = split_rows(rows, [row.details["question_type"] for row in rows])
     return {
         "metric": METRIC,
         **_accuracy(rows),
         "by_category": {name: part["score"] for name, part in by_category.items()},
         "by_category_details": by_category,
-        "by_question_type": {name: part["score"] for name, part in by_type.items()},
+        "by_question_type": {name: _accuracy(part)["score"] for name, part in types.items()},
         "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
     }
 
