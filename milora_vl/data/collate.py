@@ -86,11 +86,9 @@ def pad_batch(
         if "labels" in batch:
             batch["labels"][row, real] = _checked_labels(sample, length, row)
     if add_dummy:
-        padding = width - lengths[dummy_row]
-        start = width - dummy_image.n_tokens if side == "right" else padding - dummy_image.n_tokens
-        batch["input_ids"][dummy_row, start : start + dummy_image.n_tokens] = (
-            dummy_image.image_token_id
-        )
+        start = width - dummy_image.n_tokens if side == "right" else 0
+        place = slice(start, start + dummy_image.n_tokens)
+        batch["input_ids"][dummy_row, place] = dummy_image.image_token_id
         images = [dummy_image.pixel_values]
     if images:
         batch["pixel_values"] = torch.cat(images)  # [N, 3, H, W]
