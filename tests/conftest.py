@@ -1,5 +1,9 @@
 """Small real models shared by the tests: random weights, no network."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub client
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +12,15 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+
+from milora_vl.model.compose import compose_llava
+from chat_tokenizers import build_byte_level
 
 IMAGE_TOKEN_ID = 63
 IMAGE_SIZE_PX = 28
@@ -101,3 +110,45 @@ def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
         assert text == path.read_text(encoding="utf-8")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A composed LLaVA checkpoint on disk with processor and tokenizer: random, 28-px images."""
+    tokenizer = build_byte_level()
+    torch.manual_seed(1)
+    tower = Dinov2Model(
+        Dinov2Config(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            mlp_ratio=2,
+            image_size=IMAGE_SIZE_PX,
+            patch_size=PATCH_SIZE_PX,
+        )
+    )
+    language_model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return compose_llava(
+        tower,
+        language_model,
+        tokenizer,
+        tmp_path_factory.mktemp("tiny") / "checkpoint",
+        image_size_px=IMAGE_SIZE_PX,
+        image_mean=[0.5, 0.4, 0.3],
+        image_std=[0.2, 0.2, 0.2],
+        vision_feature_layer=-1,
+    )

@@ -169,13 +169,16 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
         out = projector(x[chosen].to(model.dtype)).float()  # [n, D]
         logits = functional.normalize(out, dim=-1) @ functional.normalize(targets, dim=-1).T
         loss = functional.cross_entropy(logits / TEMPERATURE, y[chosen])
-        loss = loss + 0.1 * (out.norm(dim=-1) / norm - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         hits = logits[:patches_per_step].argmax(-1) == y[chosen[:patches_per_step]]
         right.append(hits.float().mean().item())
+    with torch.no_grad():  # the loss sees directions alone; a word's embedding also has a length
+        length = projector(x[objects[:4096]].to(model.dtype)).float().norm(dim=-1).mean()
+        for parameter in projector.linear_2.parameters():
+            parameter.mul_((norm / length).to(parameter.dtype))
     last = right[-max(1, steps // 10) :]
     share = sum(last) / len(last)
     logger.info(

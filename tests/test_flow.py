@@ -1,0 +1,148 @@
+"""The main job end to end on a tiny random model and pictures drawn in code; then what hangs on it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.stickervqa import build_stickervqa
+from milora_vl.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def drawn_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "drawn"
+    build_stickervqa(folder, n_train_pictures=24, allow_fetch=False, show_progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config_file(
+    tiny_checkpoint: Path, drawn_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    config = {
+        "model": {
+            "path": str(tiny_checkpoint),
+            "dtype": "float32",
+            "device": "cpu",
+            "prompt_style": "chatml",
+        },
+        "data": {
+            "train": str(drawn_data / "train.json"),
+            "image_folder": str(drawn_data),
+            "validation": str(drawn_data / "val.json"),
+            "max_length": 512,
+            "limit": 24,
+        },
+        "alignment": {
+            "sources": ["scene", "drawing"],
+            "patch_steps": 5,
+            "patch_pictures": 8,
+            "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"},
+        },
+        "adapter": {"r": 4},
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "logging_steps": 1,
+        },
+        "eval": {
+            "benches": ["mmbench", "pope", "vqav2"],
+            "data_dir": str(drawn_data),
+            "limit": 6,
+        },
+    }
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", str(config_file), "--run", str(folder)]) == 0
+    yield folder
+    patch.undo()
+
+
+def test_a_run_folder_holds_everything(finished_run: Path) -> None:
+    for name in (
+        "config.yaml",
+        "certificate.json",
+        "environment.json",
+        "metrics.jsonl",
+        "results.json",
+        "report.html",
+        "adapter/adapter_model.safetensors",
+        "adapter/milora.json",
+        "eval_before/results.json",
+        "eval_before/predictions.jsonl",
+        "eval_after/results.json",
+    ):
+        assert (finished_run / name).stat().st_size > 0, name
+    results = json.loads((finished_run / "results.json").read_text())
+    for bench in ("mmbench", "pope", "vqav2"):
+        row = results["after"]["benches"][bench]
+        assert 0 <= row["interval_95"][0] <= row["score"] <= row["interval_95"][1] <= 1
+        assert row["blind"] is not None
+        assert row["majority"] is not None
+    certificate = json.loads((finished_run / "certificate.json").read_text())
+    assert certificate["step0_logit_difference"] < 1e-4
+    stages = [json.loads(x)["stage"] for x in (finished_run / "metrics.jsonl").open()]
+    assert {"align", "finetune"} <= set(stages)
+
+
+def test_a_finished_run_is_not_done_again(finished_run: Path, config_file: Path) -> None:
+    file = finished_run / "adapter" / "adapter_model.safetensors"
+    before = file.stat().st_mtime_ns
+    assert main(["train", str(config_file), "--run", str(finished_run)]) == 0
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_run_folder_belongs_to_one_config(
+    finished_run: Path, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["train", str(config_file), "adapter.r=2", "--run", str(finished_run)]
+    assert main(words) == 1
+    assert "adapter" in capsys.readouterr().err
+
+
+def test_missing_data_are_named(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["train", str(config_file), "data.train=nowhere.json", "--run", str(tmp_path / "r")]
+    assert main(words) == 1
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_eval_command_gives_the_runs_scores(finished_run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    adapter = json.loads((finished_run / "adapter" / "milora.json").read_text())
+    words = ["eval", "--bench", "mmbench", "--model", adapter["base"]["name_or_path"]]
+    words += ["--adapter", str(finished_run / "adapter"), "--data", config["eval"]["data_dir"]]
+    words += ["--limit", "6", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(words) == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["benches"]["mmbench"]
+    first = json.loads((finished_run / "eval_after" / "results.json").read_text())
+    assert again["score"] == first["benches"]["mmbench"]["score"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(finished_run: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    path = Path(__file__).parents[1] / "scripts" / "image_qa_demo.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    environment = os.environ | {"MILORA_RUN": str(finished_run), "MPLBACKEND": "agg"}
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    )
+    client.execute(env=environment)
+    assert "finetuned" in str(notebook.cells[-1]["outputs"])

@@ -1,0 +1,149 @@
+"""Laws of the repository itself: direction of imports, size of files, what the README says."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A layer may import itself and those before it; files of the package's top level count as layers.
+ORDER = [
+    {"constants", "files"},
+    {"config"},
+    {"data", "model"},
+    {"adapter"},
+    {"training"},
+    {"eval"},
+    {"inference", "pipeline"},
+    {"cli"},
+]
+CODE = sorted(
+    path
+    for folder in ("milora_vl", "data_prep", "scripts", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+PACKAGE = sorted((ROOT / "milora_vl").rglob("*.py"))
+
+
+def layer_of(module: str) -> int | None:
+    for index, names in enumerate(ORDER):
+        if module in names:
+            return index
+    return None
+
+
+def imported_modules(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *[f"{node.module}.{alias.name}" for alias in node.names]]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("milora_vl.")}
+    return found
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    own = layer_of(path.relative_to(ROOT / "milora_vl").parts[0].removesuffix(".py"))
+    if own is None:  # __init__ and __main__ of the package
+        return
+    for module in imported_modules(path.read_text(encoding="utf-8")):
+        used = layer_of(module)
+        assert used is not None, f"{path.name} imports {module}, which is in no layer"
+        assert used <= own, f"{path.name} imports {module}, a later layer"
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_conventions_are_written_once() -> None:
+    for path in PACKAGE:
+        if path.name == "constants.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            is_ignore = (
+                isinstance(node, ast.UnaryOp)
+                and isinstance(node.op, ast.USub)
+                and isinstance(node.operand, ast.Constant)
+                and node.operand.value == 100
+            )
+            assert not is_ignore, f"{path}: write IGNORE_INDEX"
+            if isinstance(node, ast.Constant) and node.value == "<image>":
+                raise AssertionError(f"{path}:{node.lineno}: write IMAGE_TOKEN")
+
+
+def test_minor_svd_and_encode_see_no_config() -> None:
+    for name in ("adapter/minor_svd.py", "data/encode.py"):
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse((ROOT / "milora_vl" / name).read_text("utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module == "milora_vl.config"
+            for alias in node.names
+        }
+        assert not {n for n in names if "Config" in n or "Section" in n}
+
+
+def tracked_files() -> set[str]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name for name in listing.stdout.splitlines() if (ROOT / name).exists()}
+
+
+def readme_tree() -> dict[str, str]:
+    """Return {path: its line} of the README's file tree."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- tree -->\n```text\n(.*?)```", text, re.DOTALL)
+    assert block, "README.md has no file tree between <!-- tree --> and its code fence"
+    stack: list[str] = []
+    found = {}
+    for line in block.group(1).splitlines():
+        if not line.strip():
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, description = line.strip().partition("  ")
+        stack = [*stack[:depth], name.rstrip("/")]
+        found["/".join(stack) + ("/" if name.endswith("/") else "")] = description.strip()
+    return found
+
+
+def test_the_readme_tree_is_the_real_tree() -> None:
+    tree = readme_tree()
+    files = tracked_files()
+    for name, description in tree.items():
+        assert (ROOT / name).exists(), f"README names {name}, which is not there"
+        assert description, f"README says nothing of {name}"
+    shown = {name for name in tree if not name.endswith("/")}
+    package = {
+        name
+        for name in files
+        if name.startswith(("milora_vl/", "data_prep/", "configs/", "scripts/"))
+        and not name.endswith("__init__.py")
+    }
+    assert package <= shown, f"not in the README tree: {sorted(package - shown)}"
+
+
+def test_commands_named_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"(?:bash|python) ((?:scripts|data_prep)/[\w./-]+)", text):
+        assert (ROOT / name).exists(), f"README runs {name}, which is not there"
+    for name in re.findall(r"\b(configs/[\w-]+\.yaml)\b", text):
+        assert (ROOT / name).exists(), f"README names {name}, which is not there"
+
+
+def test_no_placeholder_is_left() -> None:
+    for name in tracked_files():
+        if name.endswith((".py", ".md", ".yaml", ".toml", ".sh")) and name != "tests/test_repo.py":
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not re.search(r"<n>|\bTODO\b|\bFIXME\b|\bXXX\b", text), name

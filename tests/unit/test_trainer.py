@@ -1,0 +1,194 @@
+"""Laws of training: token-normalised loss, groups, resume, complete checkpoints, finite loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from milora_vl.adapter.checkpoint import load_adapter, save_adapter
+from milora_vl.adapter.milora import attach_milora
+from milora_vl.config import MiloraConfig, ProjectorSection
+from milora_vl.data.collate import pad_batch
+from milora_vl.data.dataset import ConversationDataset
+from milora_vl.data.images import build_image_transform
+from milora_vl.data.records import Conversation, Turn
+from milora_vl.model.load import VLM, load_vlm
+from milora_vl.training.run import build_arguments, finetune, train
+from milora_vl.training.trainer import MetricsWriter, last_checkpoint, token_loss_sum
+
+
+@pytest.fixture
+def dataset(tiny_checkpoint: Path, tmp_path: Path) -> ConversationDataset:
+    from PIL import Image
+
+    vlm = load_vlm(tiny_checkpoint)
+    conversations = []
+    for index in range(8):
+        Image.new("RGB", (20 + index, 30), (index * 20, 50, 90)).save(tmp_path / f"{index}.png")
+        has_image = index % 4 != 3
+        mark = "<image>\n" if has_image else ""
+        turns = (
+            Turn("user", f"{mark}How many cats are there?"),
+            Turn("assistant", "Two cats." if index % 2 else f"It is {index}."),
+        )
+        images = (f"{index}.png",) if has_image else ()
+        conversations.append(Conversation(str(index), turns, images, f"made[{index}]"))
+    return ConversationDataset(
+        conversations,
+        tmp_path,
+        build_image_transform(vlm.processor.image_processor),
+        "chatml",
+        vlm.processor.tokenizer,
+        vlm.tokens_per_image,
+    )
+
+
+def collate(dataset: ConversationDataset, indices: list[int]) -> dict[str, torch.Tensor]:
+    return pad_batch([dataset[index] for index in indices], pad_token_id=0)
+
+
+def run(
+    vlm: VLM, dataset: ConversationDataset, folder: Path, steps: int, **training: Any
+) -> dict[str, torch.Tensor]:
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | training
+    finetune(
+        vlm,
+        MiloraConfig(r=4),
+        dataset,
+        None,
+        build_arguments(settings, folder / "checkpoints", 0),
+        run_folder=folder,
+        projector=ProjectorSection(learning_rate=1e-3),
+    )
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_loss_equals_the_models_own(tiny_checkpoint: Path, dataset: ConversationDataset) -> None:
+    vlm = load_vlm(tiny_checkpoint)
+    batch = collate(dataset, [0, 1, 3])
+    loss_sum, n_tokens = token_loss_sum(vlm.model, batch)
+    assert torch.isclose(loss_sum / n_tokens, vlm.model(**batch).loss, atol=1e-5)
+
+
+def test_micro_batches_give_the_gradient_of_one_batch(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    trained = [
+        run(
+            load_vlm(tiny_checkpoint),
+            dataset,
+            tmp_path / f"micro{size}",
+            1,
+            optim="sgd",
+            max_grad_norm=1e9,
+            save_strategy="no",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+        )
+        for size in (8, 2)  # all records in one step, in one piece and in four
+    ]
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_two_steps_and_two_more_after_a_stop_are_four(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    whole = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "whole", 4)
+    first = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "stopped", 2)
+    (tmp_path / "stopped" / "adapter" / "milora.json").unlink()  # as if stopped before the end
+    again = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "stopped", 4)
+    assert any(not torch.equal(first[name], again[name]) for name in first)
+    for name, value in whole.items():
+        assert torch.equal(again[name], value), name
+
+
+def test_only_adapter_and_projector_change(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    vlm = load_vlm(tiny_checkpoint)
+    peft_model, _ = attach_milora(vlm.model, MiloraConfig(r=4), progress=False)
+    before = {name: value.clone() for name, value in peft_model.named_parameters()}
+    train(
+        peft_model,
+        vlm,
+        dataset,
+        dataset,
+        build_arguments({"max_steps": 2, "disable_tqdm": True}, tmp_path / "c", 0),
+        save_weights=lambda folder: save_adapter(peft_model, folder, base="base"),
+        metrics_file=tmp_path / "metrics.jsonl",
+        stage="finetune",
+        projector=ProjectorSection(),
+    )
+    for name, value in peft_model.named_parameters():
+        is_trained = "milora" in name  # the adapter and the projector's trained copy
+        assert torch.equal(before[name], value) != is_trained, name
+
+
+def test_the_projector_has_its_own_rate(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    fast = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "a", 1, optim="sgd")
+    start, _ = attach_milora(load_vlm(tiny_checkpoint).model, MiloraConfig(r=4), progress=False)
+    save_adapter(start, tmp_path / "start", base="base")
+    zero = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    moved = {name: (fast[name] - zero[name]).abs().max() for name in fast}
+    assert max(v for k, v in moved.items() if "projector" in k) > 0
+    assert max(v for k, v in moved.items() if "lora_A" in k) > 0
+
+
+def test_mid_run_checkpoints_are_whole_adapters(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    run(load_vlm(tiny_checkpoint), dataset, tmp_path, 2)
+    loaded = load_adapter(
+        load_vlm(tiny_checkpoint).model, tmp_path / "checkpoints" / "checkpoint-2" / "adapter"
+    )
+    final = load_adapter(load_vlm(tiny_checkpoint).model, tmp_path / "adapter")
+    batch = collate(dataset, [0, 1])
+    torch.testing.assert_close(loaded(**batch).logits, final(**batch).logits)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_st'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", "finetune")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=7)
+    writer.on_log(arguments, state, TrainerControl(), logs={"loss": 1.5})
+    with pytest.raises(FloatingPointError, match="step 7"):
+        writer.on_log(arguments, state, TrainerControl(), logs={"loss": float("nan")})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"stage": "finetune", "step": 7, "loss_nats_per_token": 1.5}
+
+
+def test_metrics_beyond_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = [("align", 9), ("finetune", 1), ("finetune", 2), ("finetune", 3)]
+    text = "".join(json.dumps({"stage": s, "step": n}) + "\n" for s, n in rows)
+    file.write_text(text + '{"stage": "fine')
+    writer = MetricsWriter(file, "finetune")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    writer.on_train_begin(arguments, TrainerState(global_step=2), TrainerControl())
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in kept] == rows[:3]
