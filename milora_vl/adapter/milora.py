@@ -3,19 +3,18 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.certificate import Certificate, LayerCertificate, certify_layer
 from milora_vl.adapter.fingerprint import combine_digests, weight_digests
-from milora_vl.adapter.minor_svd import Slice, SvdMethod, full_precision, minor_svd
+from milora_vl.adapter.minor_svd import full_precision, minor_svd
 from milora_vl.adapter.quantize import (
     dense_weight,
     evaluating,
@@ -35,45 +34,11 @@ from milora_vl.adapter.state import (
     subtract_anchor_,
 )
 from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
+from milora_vl.config import MiloraConfig
 
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
-
-
-class MiloraConfig(BaseModel):
-    """How to build a MiLoRA adapter. Frozen; an unknown key is an error.
-
-    Attributes:
-        r: Adapter rank, at most the smaller side of every adapted weight.
-        lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
-        slice: Where in the spectrum to start: minor (MiLoRA), principal (PiSSA), middle, random.
-        residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
-            with a frozen second adapter; "auto" subtracts in float32 only, else anchors.
-        svd: Decomposition method, see ``minor_svd``.
-        target_modules: "all-linear" (attention and MLP of the language model), a regular
-            expression for full names, or a list of names or name endings.
-        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
-            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
-            train mode. This holds for both residual modes.
-        train_projector: Train the vision-language projector in full.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    r: int = Field(default=128, ge=1)
-    lora_alpha: float | None = Field(default=None, gt=0)
-    slice: Slice = "minor"
-    residual: Literal["auto", "subtract", "anchor"] = "auto"
-    svd: SvdMethod = "auto"
-    target_modules: str | tuple[str, ...] = "all-linear"
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    train_projector: bool = True
-
-    @property
-    def scaling(self) -> float:
-        """lora_alpha / r, dimensionless."""
-        return (self.lora_alpha or self.r) / self.r
 
 
 def attach_milora(

@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from milora_vl.adapter.certificate import Certificate, certify_layer
-from milora_vl.adapter.milora import MiloraConfig, attach_milora, compute_logits
+from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.minor_svd import minor_svd
+from milora_vl.config import MiloraConfig
 
 
 def attach(model, batch=None, **settings):

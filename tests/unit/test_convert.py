@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import MiloraConfig, attach_milora, compute_logits
+from milora_vl.adapter.milora import attach_milora, compute_logits
+from milora_vl.config import MiloraConfig
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 

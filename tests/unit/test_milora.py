@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.adapter.milora import MiloraConfig, attach_milora, compute_logits
+from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -19,6 +19,7 @@ from milora_vl.adapter.state import (
     lora_layer,
     pretrained_function,
 )
+from milora_vl.config import MiloraConfig
 
 RESIDUALS = ["subtract", "anchor"]
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
