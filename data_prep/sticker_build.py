@@ -30,7 +30,7 @@ from data_prep.sticker_pool import worker_pool
 from data_prep.sticker_scene_plans import Stage, boxes_of
 from data_prep.sticker_scenes import Plan
 from data_prep.sticker_sources import Catalogue
-from data_prep.sticker_train import Split, plan_records
+from data_prep.sticker_train import Split, caption_records, plan_records
 from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
 
 VERSION = 1
@@ -145,6 +145,9 @@ class Builder:
         write_text_atomic(
             self.folder / f"{name}.json", json.dumps(records, ensure_ascii=False, indent=0) + "\n"
         )
+        if name == "train":
+            captions = json.dumps(caption_records(records), ensure_ascii=False, indent=0)
+            write_text_atomic(self.folder / "captions.json", captions + "\n")
 
     def _benches(self, name: str, split: Split, *, held_out: bool) -> None:
         sizes = self.sizes

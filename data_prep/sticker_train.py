@@ -47,10 +47,13 @@ from data_prep.sticker_scenes import Plan
 from milora_vl.constants import IMAGE_TOKEN
 
 SHARES = {
-    "relation": 0.27, "counting": 0.27, "drawing": 0.22,
-    "digits": 0.08, "word": 0.06, "chart": 0.05, "text": 0.05,
+    "relation": 0.18, "counting": 0.20, "drawing": 0.46,
+    "digits": 0.04, "word": 0.04, "chart": 0.03, "text": 0.05,
 }  # fmt: skip
 """Share of each kind of record in train; what a missing source leaves goes to the scenes."""
+
+N_EXISTENCE, N_CHOICES = 3, 3
+"""Existence and lettered questions about a picture."""
 
 
 @dataclass
@@ -111,6 +114,19 @@ def plan_records(
     return records, plans
 
 
+def caption_records(records: list[dict]) -> list[dict]:
+    """Return stage-1 records: each captioned picture with its caption as the only turn."""
+    found = []
+    for record in records:
+        if "caption" in record["kinds"]:
+            at = 2 * record["kinds"].index("caption")
+            question, answer = record["conversations"][at : at + 2]
+            text = question["value"].removeprefix(f"{IMAGE_TOKEN}\n")
+            turns = [{**question, "value": f"{IMAGE_TOKEN}\n{text}"}, answer]
+            found.append({**record, "conversations": turns, "kinds": ["caption"]})
+    return found
+
+
 def _kinds(rng: Random, split: Split, n_pictures: int) -> list[str]:
     shares = dict(SHARES)
     if not split.stage.catalogue.digits:
@@ -138,14 +154,16 @@ def _conversation(items: list[Item], *, has_image: bool) -> list[dict[str, str]]
     return turns
 
 
-def _common_items(rng: Random, split: Split, plan: Plan, n_existence: int) -> list[Item]:
+def _common_items(rng: Random, split: Split, plan: Plan) -> list[Item]:
+    """Ask for existence and letters, each several times: the picture costs more than a turn."""
     found: list[Item | None] = []
     asked: list[str] = []
-    for _ in range(n_existence):
+    for _ in range(N_EXISTENCE):
         item = existence_item(rng, plan, split.ledger, split.concepts, asked)
         found.append(item)
         asked.append(item.obj if item is not None else "")
-    found.append(choice_item(rng, plan, split.ledger, split.concepts))
+    for _ in range(N_CHOICES):
+        found.append(choice_item(rng, plan, split.ledger, split.concepts))
     return [item for item in found if item is not None]
 
 
@@ -157,7 +175,7 @@ def _finish(rng: Random, items: list[Item], caption: Item) -> list[Item]:
 
 def _counting(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_counting(rng, split.stage)
-    items = _common_items(rng, split, plan, n_existence=2)
+    items = _common_items(rng, split, plan)
     name, count = plan.content["target"], plan.content["count"]
     item = count_item(count_question(plural(name)), count, name)
     if rng.random() < 0.5:
@@ -169,7 +187,7 @@ def _counting(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
 
 def _relation(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_relation(rng, split.stage)
-    items = _common_items(rng, split, plan, n_existence=2)
+    items = _common_items(rng, split, plan)
     (one, other), relation = plan.content["pair"], plan.content["relation"]
     only_two = len(plan.objects) == 2
     items.append(_where(rng, split, (one, other, relation), only_two=only_two))
@@ -207,7 +225,7 @@ def _where(rng: Random, split: Split, related: tuple[str, str, str], *, only_two
 def _drawing(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_drawing(rng, split.stage)
     name = plan.objects[0].name
-    items = _common_items(rng, split, plan, n_existence=1)
+    items = _common_items(rng, split, plan)
     items.append(Item("naming", NAME_QUESTION, name, obj=name))
     kind = split.concepts[name].kind
     if kind is not None and rng.random() < 0.4:

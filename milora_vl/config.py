@@ -121,7 +121,7 @@ class AlignmentSection(Section):
     """Stage 1: the projector alone, before any adapter. Its result is cached as the base model.
 
     Attributes:
-        sources: Values of the records' "source" field to train on; empty for all records.
+        train: Files of records of this stage, one caption a picture; empty: those of ``data``.
         patch_steps: Steps of patch alignment, which comes first: patches inside an object's box are
             drawn to the token embeddings of its name. Needs records with "objects".
         patch_learning_rate: Its learning rate.
@@ -129,7 +129,7 @@ class AlignmentSection(Section):
         training: Keys of ``transformers.TrainingArguments`` for the stage.
     """
 
-    sources: list[str] = []
+    train: list[str] = []
     patch_steps: int = Field(default=0, ge=0)
     patch_learning_rate: float = Field(default=1e-3, gt=0)
     patch_pictures: int = Field(default=2000, ge=1)
@@ -137,11 +137,7 @@ class AlignmentSection(Section):
 
 
 class ProjectorSection(Section):
-    """The projector's own optimiser settings.
-
-    Attributes:
-        learning_rate: Peak learning rate of the projector; None takes ``training.learning_rate``.
-    """
+    """The projector's own peak learning rate; None takes ``training.learning_rate``."""
 
     learning_rate: float | None = Field(default=None, gt=0)
 
@@ -225,11 +221,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """Check plain values and return the typed config.
-
-    Raises:
-        ConfigError: See ``load_config``.
-    """
+    """Check plain values and return the typed config; raises as ``load_config`` does."""
     try:
         config = Config.model_validate(_expand_cache(values))
     except ValidationError as error:
@@ -281,18 +273,18 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint naming the known name nearest to ``name``, or all of them when none is near."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Return a hint: the known name nearest to ``name``, or ``otherwise`` when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def _explain(where: str, error: Mapping[str, Any]) -> str:
     location = tuple(error["loc"])
     name = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        hint = nearest(str(location[-1]), _known_keys(location[:-1]))
+        known = _known_keys(location[:-1])
+        hint = nearest(str(location[-1]), known, f"known: {', '.join(known)}")
         return f"{where}: unknown key {name!r}; {hint}"
     return f"{where}: {name}: {error['msg']}, got {error.get('input')!r}"
 
@@ -303,6 +295,5 @@ def _check_training_keys(training: Mapping[str, Any], where: str) -> None:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in training:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see transformers.TrainingArguments"
+            hint = nearest(key, known, "see transformers.TrainingArguments")
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads and derived files: ``$MILORA_CACHE`` or one in ``~/.cache``."""
+    """Return the folder of downloads and derived files: ``$MILORA_CACHE`` or in ``~/.cache``."""
     return Path(os.environ.get("MILORA_CACHE") or Path.home() / ".cache" / "milora_vl").expanduser()
 
 

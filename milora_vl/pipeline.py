@@ -1,7 +1,9 @@
 """The main job: base model, evaluation before, finetuning, evaluation after, report."""
 
+import hashlib
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from milora_vl.config import Config, ConfigError, dump_config, load_config
 from milora_vl.data.dataset import mixture
 from milora_vl.eval.evaluation import evaluate
 from milora_vl.eval.report import write_report
-from milora_vl.files import write_json_atomic
+from milora_vl.files import cache_folder, sha256_of, write_json_atomic
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.load import VLM
 from milora_vl.training import stage1
@@ -58,6 +60,7 @@ def check_data(config: Config) -> None:
         ConfigError: If one is missing; the message names it and says how the demo's are made.
     """
     files = [*config.data.train, config.data.validation]
+    files += config.alignment.train if config.alignment else []
     folders = [config.data.image_folder, config.eval.data_dir if config.eval.benches else None]
     for name in [*files, *folders]:
         if name and not Path(name).exists():
@@ -81,10 +84,8 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
         return folder
     logger.info("stage 1: aligning the projector of %s", base)
     vlm = load_model(config.model, base)
-    conversations = load_conversations(config.data, config.data.train[0])
-    if section.sources:
-        chosen = stage1.select_sources(config.data.train[0], section.sources)
-        conversations = [item for item in conversations if item.id in chosen]
+    files = section.train or config.data.train
+    conversations = [item for file in files for item in load_conversations(config.data, file)]
     stage1.align_projector(
         vlm,
         section,
@@ -114,6 +115,27 @@ def evaluate_once(
             model_name=vlm.path,
             adapter_name=adapter_name,
         )
+
+
+def evaluate_before(
+    vlm: VLM, config: Config, folder: Path, arguments: TrainingArguments
+) -> dict[str, Any]:
+    """Evaluate the base; for a base in the cache the answers are kept there for the next run.
+
+    They depend on base, benches and settings alone; the key is a digest of these.
+    """
+    base, data_dir = Path(vlm.path).resolve(), Path(config.eval.data_dir)
+    manifest = data_dir / "manifest.json"
+    if not base.is_relative_to(cache_folder().resolve()) or not manifest.exists():
+        return evaluate_once(vlm, config, folder, arguments, None)
+    facts = [base.name, config.eval.model_dump(), config.model.model_dump(), sha256_of(manifest)]
+    facts += [arguments.bf16, arguments.fp16]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    kept = cache_folder() / "evaluations" / f"{base.name}-{digest[:12]}"
+    if not (folder / "results.json").exists():
+        evaluate_once(vlm, config, kept, arguments, None)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
@@ -152,7 +174,7 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
         validation = build_dataset(vlm, config.data, records)
     before: dict[str, Any] = {}
     if config.eval.benches:
-        before = evaluate_once(vlm, config, run_folder / "eval_before", arguments, None)
+        before = evaluate_before(vlm, config, run_folder / "eval_before", arguments)
     seed_everything(config.seed)  # the same training whether or not the stages before were cached
     tuned = finetune(
         vlm,

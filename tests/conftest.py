@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_tokenizers import build_byte_level
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from milora_vl.model.compose import compose_llava
-from chat_tokenizers import build_byte_level
 
 IMAGE_TOKEN_ID = 63
 IMAGE_SIZE_PX = 28

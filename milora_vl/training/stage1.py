@@ -44,18 +44,12 @@ def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
     return pictures
 
 
-def select_sources(file: str, sources: list[str]) -> set[str]:
-    """Return the ids of records whose ``source`` field is in ``sources``."""
-    records = json.loads(Path(file).read_text(encoding="utf-8"))
-    return {str(record["id"]) for record in records if record.get("source") in sources}
-
-
 def aligned_base_folder(
     base: Path, alignment: AlignmentSection, data: DataSection, seed: int
 ) -> Path:
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
     facts: list[Any] = [base.name, alignment.model_dump(), data.model_dump(), seed]
-    for file in data.train:
+    for file in [*data.train, *alignment.train]:
         facts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "models" / f"{base.name}-aligned-{digest[:12]}"
