@@ -67,7 +67,9 @@ class Certificate:
         trainable_parameters: Number of parameters that train.
         total_parameters: Number of parameters of the base model.
         step0_max_abs_logit_difference: Largest logit change on the given batch, or None.
-        step0_max_abs_logit: Largest logit of the base model on that batch, for scale.
+        step0_max_abs_logit: Largest logit of the base model on that batch.
+        step0_relative_logit_difference: The difference over the largest logit; 1e-6 to 1e-5 is
+            what rounding alone does to a deep float32 model.
     """
 
     layers: tuple[LayerCertificate, ...]
@@ -85,6 +87,7 @@ class Certificate:
     total_parameters: int
     step0_max_abs_logit_difference: float | None = None
     step0_max_abs_logit: float | None = None
+    step0_relative_logit_difference: float | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self, path: Path | str | None = None) -> str:
@@ -136,7 +139,8 @@ class Certificate:
         if self.step0_max_abs_logit_difference is not None:
             lines.append(
                 f"step-0 logit difference {self.step0_max_abs_logit_difference:.2e} "
-                f"(largest logit {self.step0_max_abs_logit:.2e})"
+                f"(largest logit {self.step0_max_abs_logit:.2e}, "
+                f"relative {self.step0_relative_logit_difference:.1e})"
             )
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)

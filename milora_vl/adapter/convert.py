@@ -4,9 +4,17 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.master import remove_master_weights_
 from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import is_quantised
-from milora_vl.adapter.state import ANCHOR, MILORA, factors, lora_layer, recall
+from milora_vl.adapter.state import (
+    ANCHOR,
+    MILORA,
+    factors,
+    lora_layer,
+    recall,
+    trained_projector,
+)
 
 
 def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
@@ -42,4 +50,6 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
             with full_precision():
                 merged.addmm_(lora_B.detach(), lora_A.detach(), alpha=scaling)
         weight.data.copy_(merged)
+    if state.projector:
+        remove_master_weights_(trained_projector(peft_model, state.projector))
     return peft_model.unload()

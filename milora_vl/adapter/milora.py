@@ -120,8 +120,7 @@ def attach_milora(
         peak_cuda_memory_gib=torch.cuda.max_memory_allocated() / GIB if cuda else None,
         trainable_parameters=sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
         total_parameters=total,
-        step0_max_abs_logit_difference=_max_difference(before, after),
-        step0_max_abs_logit=None if before is None else float(before.abs().max()),
+        **_compare_logits(before, after),
         warnings=_warnings(layers, residual),
     )
     for text in certificate.warnings:
@@ -192,8 +191,15 @@ def _write(target: tuple[Tensor, Tensor], lora_A: Tensor, lora_B: Tensor) -> Non
     target[1].data.copy_(lora_B)
 
 
-def _max_difference(before: Tensor | None, after: Tensor | None) -> float | None:
-    return None if before is None or after is None else float((before - after).abs().max())
+def _compare_logits(before: Tensor | None, after: Tensor | None) -> dict[str, float]:
+    if before is None or after is None:
+        return {}
+    difference, largest = float((before - after).abs().max()), float(before.abs().max())
+    return {
+        "step0_max_abs_logit_difference": difference,
+        "step0_max_abs_logit": largest,
+        "step0_relative_logit_difference": difference / largest if largest > 0 else 0.0,
+    }
 
 
 def _warnings(layers: Sequence[LayerCertificate], residual: Residual) -> list[str]:

@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from milora_vl.adapter.state import ANCHOR, MILORA, MiloraState, Residual, factors, recall
+from milora_vl.adapter.master import load_trained_state_, trained_state
+from milora_vl.adapter.state import (
+    ANCHOR,
+    MILORA,
+    MiloraState,
+    Residual,
+    factors,
+    recall,
+    trained_projector,
+)
 from milora_vl.files import sha256_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -81,7 +90,7 @@ def portable_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
     """Return the tensors of the plain rank-2r LoRA, under PEFT's names, as CPU copies.
 
     ``lora_A`` [2r, d_in] and ``lora_B`` [d_out, 2r] per layer, float32; the trained projector in
-    its own dtype.
+    float32 where it has master weights.
 
     Raises:
         ValueError: If a tensor is sharded over processes.
@@ -94,8 +103,8 @@ def portable_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([A, A0], dim=0)  # [2r, d_in]
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([B, minus_B0], dim=1)  # [d_out, 2r]
     if state.projector:
-        trained = peft_model.get_base_model().get_submodule(state.projector)
-        for key, value in trained.modules_to_save[MILORA].state_dict().items():
+        trained = trained_projector(peft_model, state.projector)
+        for key, value in trained_state(trained).items():
             # clone: on the CPU `.cpu()` is the live tensor, which training changes during the write
             tensors[f"{PREFIX}{state.projector}.{key}"] = value.detach().cpu().clone()
     return tensors
@@ -198,11 +207,10 @@ def read_tensors_(peft_model: PeftModel, state: MiloraState, folder: Path) -> No
                 lora_A.data.copy_(both_A[part])
                 lora_B.data.copy_(both_B[:, part])
         if state.projector:
-            wrapper = peft_model.get_base_model().get_submodule(state.projector)
             start = f"{PREFIX}{state.projector}."
             keys = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
             values = {key.removeprefix(start): file.get_tensor(key) for key in keys}
-            wrapper.modules_to_save[MILORA].load_state_dict(values)
+            load_trained_state_(trained_projector(peft_model, state.projector), values)
 
 
 @contextlib.contextmanager

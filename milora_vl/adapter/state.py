@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.master import keep_master_weights_
 from milora_vl.adapter.minor_svd import full_precision
 
 MILORA = "milora"
@@ -89,7 +90,14 @@ def add_adapters(model: PreTrainedModel, state: MiloraState) -> PeftModel:
     # once, so the anchor cancels the untrained adapter exactly
     peft_model = get_peft_model(model, milora, adapter_name=MILORA, autocast_adapter_dtype=True)
     peft_model.add_adapter(ANCHOR, LoraConfig(**shared), autocast_adapter_dtype=True)
+    if state.projector:
+        keep_master_weights_(trained_projector(peft_model, state.projector))
     return peft_model
+
+
+def trained_projector(peft_model: PeftModel, name: str) -> nn.Module:
+    """Return the copy of the projector that trains; the original stays beside it."""
+    return peft_model.get_base_model().get_submodule(name).modules_to_save[MILORA]
 
 
 def subtract_anchor_(peft_model: PeftModel, modules: Sequence[str]) -> None:
