@@ -1,6 +1,7 @@
 """A few processes that apply one function to many rows, results in order."""
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ def worker_pool(
 
 
 def _start(function: Callable[[Any], Any]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _work["function"] = function
 
 

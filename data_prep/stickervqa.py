@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-fetch", action="store_true", help="use the set drawn in code")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # a plain kill would skip the clean-up of the unfinished folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         manifest = build_stickervqa(
             options.out, options.size, options.seed,

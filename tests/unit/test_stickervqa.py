@@ -3,7 +3,11 @@
 import base64
 import io
 import re
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -30,6 +34,7 @@ from data_prep.stickervqa import build_stickervqa
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.fetch import ChecksumError, SourceUnavailableError
 from milora_vl.data.records import read_records
+from milora_vl.files import sha256_of
 
 
 def test_same_seed_same_set_other_seed_other_set(drawn_sets, tmp_path):
@@ -241,3 +246,20 @@ def test_painting_is_a_function_of_the_plan():
     sprites = drawn_catalogue().sprites
     plan = Plan("scene", plan_background(Random(1), held_out=False))
     assert paint(plan, sprites).tobytes() == paint(plan, sprites).tobytes()
+
+
+def test_runs_as_a_script_and_cleans_up_when_killed(tmp_path):
+    script = str(Path(stickervqa.__file__))
+    out = tmp_path / "set"
+    command = [sys.executable, script, "--no-fetch", "--out", str(out), "--size"]
+    done = subprocess.run([*command, "tiny"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    digest = sha256_of(out / "manifest.json")
+    killed = subprocess.Popen([*command, "core"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".set.*/images/train/*.png")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.terminate()
+    assert killed.wait(60) == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert sha256_of(out / "manifest.json") == digest
