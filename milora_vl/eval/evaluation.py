@@ -10,7 +10,14 @@ from typing import Any
 
 from milora_vl.eval import statistics
 from milora_vl.eval.benches import BENCHES
-from milora_vl.eval.items import Answer, EvaluationError, Item, Request, Row
+from milora_vl.eval.items import (
+    Answer,
+    EvaluationError,
+    Item,
+    Request,
+    Row,
+    read_json_object,
+)
 from milora_vl.eval.runner import Answerer
 from milora_vl.files import write_json_atomic, write_text_atomic
 
@@ -71,6 +78,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         "adapter": None if adapter_name is None else str(adapter_name),
         "prompt_style": answerer.style.name,
         "data": str(data_dir),
+        "data_set": _data_set_name(Path(data_dir)),
         "limit": {name: limits.get(name) for name in names},
         "benches": {},
     }
@@ -92,6 +100,12 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         write_text_atomic(out_dir / "predictions.jsonl", "".join(lines))
     write_json_atomic(out_dir / "results.json", results)
     return results
+
+
+def _data_set_name(data_dir: Path) -> str | None:
+    """Return the name in the data's manifest: its questions are not the published benches."""
+    file = (data_dir.parent if data_dir.name == "val" else data_dir) / "manifest.json"
+    return read_json_object(file).get("name") if file.is_file() else None
 
 
 def bench_names(benches: str | Sequence[str]) -> list[str]:

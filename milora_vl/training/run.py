@@ -26,7 +26,12 @@ from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, read_records
 from milora_vl.files import write_json_atomic
 from milora_vl.model.load import VLM, load_vlm
-from milora_vl.training.trainer import MetricsWriter, VlmTrainer, last_checkpoint
+from milora_vl.training.trainer import (
+    MetricsWriter,
+    VlmTrainer,
+    last_checkpoint,
+    supervised_positions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +170,8 @@ def finetune(
         peft_model = load_adapter(vlm.model, checkpoint / "adapter", trainable=True)
     else:
         batch = build_collate(vlm)([dataset[index] for index in range(min(2, len(dataset)))])
-        batch.pop("labels")
         batch = {name: value.to(vlm.model.device) for name, value in batch.items()}
+        batch["logits_to_keep"] = supervised_positions(batch.pop("labels"))
         peft_model, certificate = attach_milora(vlm.model, adapter, batch=batch)
         write_json_atomic(run_folder / "certificate.json", json.loads(certificate.to_json()))
         logger.info("init certificate\n%s", certificate.summary())

@@ -43,6 +43,13 @@ class GroupedSampler(Sampler[int]):
         return iter(order)
 
 
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Return the mask of positions whose next token is supervised: bool [B, T]."""
+    keep = torch.zeros_like(labels, dtype=torch.bool)
+    keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX  # the token at t is predicted at t - 1
+    return keep
+
+
 def token_loss_sum(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the summed cross-entropy of the supervised tokens.
 
@@ -57,8 +64,7 @@ def token_loss_sum(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tens
     """
     labels = inputs["labels"]
     rest = {name: value for name, value in inputs.items() if name != "labels"}
-    keep = torch.zeros_like(labels, dtype=torch.bool)
-    keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX  # the token at t is predicted at t - 1
+    keep = supervised_positions(labels)
     logits = model(**rest, logits_to_keep=keep, use_cache=False).logits  # [n, V]
     targets = labels[:, 1:][keep[:, :-1]]
     return functional.cross_entropy(logits.float(), targets, reduction="sum"), keep.sum()

@@ -165,7 +165,7 @@ def headline(sums: statistics.Array) -> statistics.Array:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return float(part / whole) if whole else 0.0
 
 
 def _metrics(labels: Sequence[str], said: Sequence[str | None]) -> dict[str, float]:

@@ -1,0 +1,174 @@
+"""``python -m milora_vl.eval``: evaluate a model, with or without an adapter."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from milora_vl.files import cache_folder
+
+DESCRIPTION = """\
+Score a LLaVA-style model on benches in their official file formats. Writes results.json and
+predictions.jsonl into --out and prints a table: every score with its 95 % interval, beside the
+score of the same model without the picture and the best constant guess.
+"""
+EPILOG = """\
+files looked for below --data
+  mmbench  mmbench.tsv or *mmbench*.tsv, here or in mmbench/ (rotated rows included, as published)
+  pope     pope/random.jsonl or coco_pope_random.json (popular, adversarial); pictures in images/,
+           images/bench/ or val2014/
+  vqav2    vqa/questions.json + annotations.json, or v2_OpenEnded_mscoco_val2014_questions.json and
+           v2_mscoco_val2014_annotations.json; pictures in images/bench/ or val2014/
+Where answers are not published (test splits) a submission file is written instead of a score.
+
+examples
+  python -m milora_vl.eval --bench mmbench --model llava-hf/llava-1.5-7b-hf --data data/mmbench
+  python -m milora_vl.eval --bench all --model BASE --adapter runs/demo/adapter --limit 200
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m milora_vl.eval",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--bench", required=True, metavar="NAMES", help="mmbench, pope, vqav2; a,b; or all")
+    add("--model", required=True, metavar="ID_OR_PATH", help="hub id or checkpoint folder")
+    add("--adapter", type=Path, metavar="DIR", help="MiLoRA or other PEFT adapter on that model")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the benches (default: the demo's, <cache>/stickervqa/core)",
+    )
+    add("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default: %(default)s")
+    add("--limit", type=_positive, metavar="N", help="a seeded sample of N questions of each bench")
+    add("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: the checkpoint's)",
+    )
+    add(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="mixed precision on top of --dtype, as training with bf16 or fp16 does",
+    )
+    add("--quantization", choices=("nf4",), help="load the language model in 4 bits")
+    add("--no-blind", action="store_true", help="skip the run without pictures")
+    add("--prompt-style", metavar="NAME", help="vicuna_v1, chatml, ... (default: by chat template)")
+    add("--max-new-tokens", type=_positive, metavar="N", help="default: 8, for vqav2 16")
+    add(
+        "--allow-errors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="failed samples per bench that do not fail the run; they count as wrong (default: 0)",
+    )
+    add(
+        "--parity-check",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ask N questions of each bench again "
+        "one by one with plain generate and report how many answers differ",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def load_model(arguments: argparse.Namespace) -> Any:
+    """Load model and adapter as the options say.
+
+    Raises:
+        RuntimeError: If the model cannot be loaded.
+        ValueError: If the adapter belongs to another model.
+        OSError: If a file is missing.
+    """
+    import torch
+    from peft import PeftModel
+
+    from milora_vl.adapter.checkpoint import load_adapter
+    from milora_vl.model.load import load_vlm
+
+    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    vlm = load_vlm(
+        arguments.model,
+        dtype=dtype,
+        device=arguments.device,
+        quantization=arguments.quantization,
+        prompt_style=arguments.prompt_style,
+    )
+    if arguments.adapter is None:
+        return vlm
+    if (arguments.adapter / "milora.json").is_file():
+        return vlm.with_model(load_adapter(vlm.model, arguments.adapter))
+    if (arguments.adapter / "adapter_config.json").is_file():
+        return vlm.with_model(PeftModel.from_pretrained(vlm.model, arguments.adapter))
+    raise FileNotFoundError(f"{arguments.adapter}: no milora.json and no adapter_config.json there")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as the options say; returns the results."""
+    import torch
+
+    from milora_vl.eval.evaluation import bench_names, evaluate
+
+    names = bench_names(arguments.bench)
+    data = arguments.data or cache_folder() / "stickervqa" / "core"
+    if not data.exists():
+        raise FileNotFoundError(f"{data}: no such folder; name the benches' folder with --data")
+    vlm = load_model(arguments)
+    autocast = torch.autocast(
+        vlm.model.device.type,
+        getattr(torch, arguments.autocast or "bfloat16"),
+        enabled=arguments.autocast is not None,
+    )
+    with autocast:
+        return evaluate(
+            vlm,
+            names,
+            data,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            blind=not arguments.no_blind,
+            max_new_tokens=arguments.max_new_tokens,
+            model_name=arguments.model,
+            adapter_name=None if arguments.adapter is None else str(arguments.adapter),
+            allow_errors=arguments.allow_errors,
+            parity_check=arguments.parity_check,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    arguments = build_parser().parse_args(argv)
+    from milora_vl.eval.report import print_results
+
+    try:
+        results = run(arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    print_results(results)
+    sys.stdout.write(f"results: {arguments.out / 'results.json'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""One run as one HTML file: nothing is loaded from elsewhere, and all foreign text is escaped."""
+
+import base64
+import html
+import io
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milora_vl.adapter.certificate import Certificate
+from milora_vl.data.images import load_image
+from milora_vl.eval import plots
+from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.items import Item, read_json_lines, read_json_object
+from milora_vl.eval.tables import as_percent, bench_title, change_text, with_interval
+
+logger = logging.getLogger(__name__)
+
+_PICTURE_PX = 180
+_OUTCOMES = (  # title, was right, is right, how many to show
+    ("wrong → right", False, True, 3),
+    ("right → wrong", True, False, 2),
+    ("still wrong", False, False, 2),
+    ("right both times", True, True, 1),
+)
+_RIGHT_FROM = 0.5  # credit of a free answer that counts as right in the gallery
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:right}
+th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}
+tr.sub td{color:#666;font-size:.9rem;padding-top:0;padding-bottom:0}td small{color:#666}
+img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
+.card{border:1px solid #ddd;border-radius:.4rem;padding:.7rem;font-size:.85rem}
+.card p{margin:.3rem 0;white-space:pre-line}.right::before{content:"✓ "}.wrong::before{content:"✗ "}
+.right{color:#005a8c}.wrong{color:#a03c00}
+"""
+
+
+def render_report(
+    run_folder: Path, comparison: Mapping[str, Any] | None, *, data_dir: Path | None = None
+) -> str:
+    """Build the report of a run folder; parts whose files are absent are left out.
+
+    Args:
+        run_folder: May hold ``eval_before/``, ``eval_after/``, ``metrics.jsonl``,
+            ``certificate.json``, ``environment.json`` and ``config.yaml``.
+        comparison: From ``read_comparison``.
+        data_dir: Where the benches' files are, for pictures; None: as recorded by the evaluation.
+
+    Returns:
+        HTML text.
+    """
+    parts = [f"<h1>Run {html.escape(run_folder.resolve().name)}</h1>"]
+    if comparison is not None:
+        parts += _scores(comparison)
+    metrics = run_folder / "metrics.jsonl"
+    curves = plots.plot_curves(read_json_lines(metrics)) if metrics.is_file() else None
+    if curves:
+        parts += ["<h2>Training</h2>", _image(curves, "losses over optimiser steps")]
+    if comparison is not None:
+        parts += _gallery(run_folder, comparison, data_dir)
+    certificate = run_folder / "certificate.json"
+    if certificate.is_file():
+        summary = Certificate.from_json(certificate.read_text(encoding="utf-8")).summary()
+        parts += ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
+    parts += _files(run_folder)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(run_folder.resolve().name)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _image(encoded: str, text: str) -> str:
+    return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{encoded}"></p>'
+
+
+def _scores(comparison: Mapping[str, Any]) -> list[str]:
+    before, after = comparison["before"], comparison["after"]
+    names = [name for name in after["benches"] if name in before["benches"]]
+    body = []
+    for name in names:
+        old, new = before["benches"][name], after["benches"][name]
+        change = change_text(old["score"], new["score"], comparison["changes"].get(name))
+        title = html.escape(bench_title(name, after))
+        cells = [
+            f"{title}<br><small>{html.escape(new['metric'].replace('_', ' '))}</small>",
+            with_interval(old["score"], old["interval_95"]),
+            f"<b>{with_interval(new['score'], new['interval_95'])}</b>",
+            change,
+            with_interval(new["blind"], new["blind_interval_95"]),
+            as_percent(new["majority"]),
+            str(new["n"]),
+        ]
+        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        if new.get("note"):
+            body.append(f'<tr class="sub"><td colspan="7">{html.escape(new["note"])}</td></tr>')
+    heads = ("", "before", "after", "change", "no picture", "majority", "n")
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    rows = [
+        (bench_title(name, after), before["benches"][name], after["benches"][name])
+        for name in names
+    ]
+    parts = [
+        "<h2>Scores</h2>",
+        "<p>Per cent, with 95 % intervals (bootstrap over questions or pictures; the change is"
+        " paired). “No picture” is the trained model asked without the picture, “majority” the best"
+        " constant guess.</p>",
+        f"<table><tr>{head}</tr>{''.join(body)}</table>",
+        _image(plots.plot_scores(rows), "scores before and after with intervals"),
+    ]
+    for title, old, new in rows:
+        if len(new["by_category"]) > 1:
+            encoded = plots.plot_categories(old["by_category"], new["by_category"])
+            parts += [f"<h3>{html.escape(title)}</h3>", _image(encoded, f"{title} by category")]
+    return parts
+
+
+def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | None) -> list[str]:
+    """Show some questions of every outcome, with both answers."""
+    folder = data_dir or Path(comparison["after"]["data"])
+    old, new = (
+        {(line["bench"], line["id"]): line for line in read_json_lines(run_folder / name)}
+        for name in ("eval_before/predictions.jsonl", "eval_after/predictions.jsonl")
+    )
+    parts = ["<h2>Questions and answers</h2>"]
+    for name in comparison["after"]["benches"]:
+        keys = [key for key in new if key in old and key[0] == name and new[key]["answers"]]
+        if not keys:
+            continue
+        items = _read_items(name, folder)
+        counts, cards = [], []
+        for title, was_right, is_right, n_shown in _OUTCOMES:
+            chosen = [
+                key
+                for key in keys
+                if (old[key]["score"] >= _RIGHT_FROM) == was_right
+                and (new[key]["score"] >= _RIGHT_FROM) == is_right
+            ]
+            counts.append(f"{len(chosen)} {title}")
+            # spread over the file, so that not all are of one category
+            shown = chosen[:: max(1, len(chosen) // n_shown)][:n_shown]
+            cards += [_card(old[key], new[key], items.get(key[1])) for key in shown]
+        parts += [
+            f"<h3>{html.escape(bench_title(name, comparison['after']))}</h3>",
+            f"<p>Chosen by outcome, not in proportion; of {len(keys)}: {', '.join(counts)}.</p>",
+            f'<div class="cards">{"".join(cards)}</div>',
+        ]
+    return parts
+
+
+def _read_items(name: str, data_dir: Path) -> dict[str, Item]:
+    try:
+        return {item.id: item for item in BENCHES[name].load(data_dir)}
+    except (OSError, ValueError) as error:
+        logger.warning("the report has no pictures of %s: %s", name, error)
+        return {}
+
+
+def _card(before: Mapping[str, Any], after: Mapping[str, Any], item: Item | None) -> str:
+    picture = "" if item is None else _thumbnail(item)
+    options = "".join(
+        f"\n{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", after["options"], strict=False)
+    )
+    right = after["answers"][0]
+    answers = "".join(
+        f'<p class="{"right" if line["score"] >= _RIGHT_FROM else "wrong"}">'
+        f"{when}: {html.escape(repr(line['text']) if not line['text'] else line['text'])}</p>"
+        for when, line in (("before", before), ("after", after))
+    )
+    return (
+        f'<div class="card">{picture}<p>{html.escape(after["question"] + options)}</p>'
+        f"<p><b>right: {html.escape(right)}</b></p>{answers}</div>"
+    )
+
+
+def _thumbnail(item: Item) -> str:
+    if item.image is None:
+        return ""
+    try:
+        picture = load_image(io.BytesIO(item.image.read()))
+    except (OSError, ValueError) as error:
+        return f"<p>{html.escape(str(error))}</p>"
+    picture.thumbnail((_PICTURE_PX, _PICTURE_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+
+
+def _files(run_folder: Path) -> list[str]:
+    """Show settings and environment as they are."""
+    parts = []
+    config = run_folder / "config.yaml"
+    if config.is_file():
+        text = html.escape(config.read_text(encoding="utf-8"))
+        parts.append(f"<h2>Settings</h2><pre>{text}</pre>")
+    environment = run_folder / "environment.json"
+    if environment.is_file():
+        content = read_json_object(environment)
+        manifest = content.pop("data_manifest", None) or {}
+        names = ("name", "version", "size", "seed", "pictures_sha256")
+        content["data"] = {name: manifest[name] for name in names if name in manifest}
+        text = html.escape(json.dumps(content, indent=2, ensure_ascii=False))
+        parts.append(f"<h2>Environment</h2><pre>{text}</pre>")
+    return parts
