@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
-from data_prep.sticker_build import SIZES, Builder
+from data_prep.sticker_build import SIZES, VERSION, Builder
 from data_prep.sticker_fallback import drawn_catalogue
 from data_prep.sticker_joins import load_catalogue
 from data_prep.sticker_sources import SOURCES, Catalogue, fetch_sources
@@ -115,6 +115,16 @@ def find_catalogue(size: str, *, allow_fetch: bool, show_progress: bool = False)
     return replace(drawn_catalogue(), left_out=left_out)
 
 
+def is_built(out: Path, size: str, seed: int) -> bool:
+    """Say whether the folder holds this version of the set, made from real sources."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    wanted = {"version": VERSION, "size": size, "seed": seed, "drawn_in_code": False}
+    return all(manifest.get(key) == value for key, value in wanted.items())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,8 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to build (replaced)")
     parser.add_argument("--scenes", type=int, help="train records, instead of the size's number")
     parser.add_argument("--no-fetch", action="store_true", help="use the set drawn in code")
+    parser.add_argument("--if-needed", action="store_true", help="keep the same set if it is there")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.if_needed and is_built(options.out, options.size, options.seed):
+        logger.info("StickerVQA is built: %s", options.out)
+        return 0
     # a plain kill would skip the clean-up of the unfinished folder
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

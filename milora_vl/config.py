@@ -90,8 +90,7 @@ class DataSection(Section):
     """Records to train and validate on.
 
     Attributes:
-        train: One or more files of LLaVA records (JSON list or JSONL). ``${MILORA_CACHE}`` is
-            replaced by the cache folder.
+        train: Files of LLaVA records (JSON list or JSONL); ``${MILORA_CACHE}`` is the cache folder.
         image_folder: Folder that the records' image paths start from.
         validation: File of records for the validation loss; None for none.
         max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
@@ -99,7 +98,8 @@ class DataSection(Section):
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
         on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
-        limit: Use only the first records of each file.
+        limit: Use only the first records of each train file.
+        validation_limit: Use only the first records of the validation file.
     """
 
     train: list[str]
@@ -110,6 +110,7 @@ class DataSection(Section):
     on_bad_record: Literal["error", "skip"] = "error"
     on_bad_image: Literal["error", "skip"] = "error"
     limit: int | None = Field(default=None, ge=1)
+    validation_limit: int | None = Field(default=None, ge=1)
 
     @field_validator("train", mode="before")
     @classmethod

@@ -85,7 +85,9 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
     logger.info("stage 1: aligning the projector of %s", base)
     vlm = load_model(config.model, base)
     files = section.train or config.data.train
-    conversations = [item for file in files for item in load_conversations(config.data, file)]
+    conversations = [
+        item for file in files for item in load_conversations(config.data, file, config.data.limit)
+    ]
     stage1.align_projector(
         vlm,
         section,
@@ -162,7 +164,7 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     base = prepare_base(config, run_folder)
     vlm = load_model(config.model, base)
     datasets = [
-        build_dataset(vlm, config.data, load_conversations(config.data, file))
+        build_dataset(vlm, config.data, load_conversations(config.data, file, config.data.limit))
         for file in config.data.train
     ]
     dataset = (
@@ -170,7 +172,9 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     )
     validation = None
     if config.data.validation:
-        records = load_conversations(config.data, config.data.validation)
+        records = load_conversations(
+            config.data, config.data.validation, config.data.validation_limit
+        )
         validation = build_dataset(vlm, config.data, records)
     before: dict[str, Any] = {}
     if config.eval.benches:

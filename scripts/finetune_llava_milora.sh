@@ -23,7 +23,8 @@ esac
 
 cache="${MILORA_CACHE:-$HOME/.cache/milora_vl}"
 if grep -q 'MILORA_CACHE}/stickervqa/core' "$config"; then
-    python "$root/data_prep/stickervqa.py" --size core --seed 0 --out "$cache/stickervqa/core"
+    python "$root/data_prep/stickervqa.py" --size core --seed 0 \
+        --if-needed --out "$cache/stickervqa/core"
 fi
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"

@@ -56,12 +56,14 @@ def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
     )
 
 
-def load_conversations(section: DataSection, file: str) -> list[Conversation]:
+def load_conversations(
+    section: DataSection, file: str, limit: int | None = None
+) -> list[Conversation]:
     """Read one record file by the section's rules; what is left out is counted and logged."""
     conversations, skipped = read_records(file, section.image_folder, section.on_bad_record)
     for reason, count in skipped.items():
         logger.warning("%s: %d records left out: %s", file, count, reason)
-    return conversations[: section.limit]
+    return conversations[:limit]
 
 
 def build_dataset(
