@@ -37,23 +37,35 @@ def test_every_object_has_as_many_yes_as_no(built):
     for _, kind, question, answer in built.train_turns():
         if kind == "existence":
             balance[POPE_TEXT.fullmatch(question)[1]] += 1 if answer == "Yes" else -1
-    assert max(map(abs, balance.values())) <= 6
+    assert max(map(abs, balance.values())) <= 2
 
 
 def test_counts_relations_and_letters_are_uniform(built):
-    counts, letters = Counter(), Counter()
-    for _, kind, _, answer in built.train_turns():
+    counts, letters, pairs = Counter("1234"), Counter("ABCD"), Counter(list(INVERSE))
+    for _, kind, question, answer in built.train_turns():
         if kind == "counting":
             counts[answer] += 1
+        elif kind == "position" and WHERE_TEXT.fullmatch(question):
+            pairs[answer] += 1
     for record in built.train:
         letters.update(
             turn["value"] for turn in record["conversations"][1::2] if turn["value"] in "ABCD"
         )
+    assert set(counts) == set("1234")
     assert max(counts.values()) - min(counts.values()) <= 1
+    assert max(pairs.values()) <= 0.5 * sum(pairs.values())
     assert max(letters.values()) - min(letters.values()) <= 1
-    base = built.base_rows()
-    letters = Counter(base["answer"])
+    letters = Counter("ABCD") + Counter(built.base_rows()["answer"])
     assert max(letters.values()) - min(letters.values()) <= 4
+    truth = Counter(
+        each["multiple_choice_answer"]
+        for each in built.vqa_annotations["annotations"]
+        if each["answer_type"] != "other"
+    )
+    assert truth["yes"] == truth["no"]
+    counts = [truth[each] for each in "1234"]
+    # a count with no held-out object among a few shapes cannot be asked for
+    assert max(counts) <= math.ceil(sum(counts) / sum(map(bool, counts))) + 1
 
 
 def test_held_out_combinations_are_only_in_the_bench(built):
