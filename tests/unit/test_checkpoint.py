@@ -265,21 +265,6 @@ def test_full_disk_leaves_the_old_folder_whole(make_tiny_vlm, batch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_failed_swap_leaves_the_old_folder_whole(make_tiny_vlm, batch, tmp_path, monkeypatch):
-    peft_model = attach(make_tiny_vlm())
-    folder = save_adapter(peft_model, tmp_path / "a")
-    before = snapshot(folder)
-
-    def refused(temporary, final):
-        raise PermissionError(final)
-
-    monkeypatch.setattr("milora_vl.adapter.checkpoint.replace_folder", refused)
-    with pytest.raises(PermissionError):
-        save_adapter(train(peft_model, batch), folder)
-    assert snapshot(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
 def test_folder_with_other_files_is_not_replaced(make_tiny_vlm, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files"):
