@@ -65,6 +65,10 @@ def test_adapter_spans_the_minor_subspace(tiny_vlm, residual):
         minor = (U[:, -6:] * S[-6:]) @ Vh[-6:]
         A, B = (factor.double() for factor in factors(peft_model, name, MILORA))
         assert_close(2.0 * B @ A, minor, atol=1e-5, rtol=0)  # scaling = 12 / 6
+        # the singular values are shared evenly: rows of A and columns of B have norm sqrt(S / s)
+        root = (S[-6:] / 2.0).sqrt()
+        assert_close(A.norm(dim=1), root, atol=1e-4, rtol=1e-4)
+        assert_close(B.norm(dim=0), root, atol=1e-4, rtol=1e-4)
         rows = torch.linalg.qr(A.T).Q
         assert_close(rows @ rows.T, Vh[-6:].T @ Vh[-6:], atol=1e-3, rtol=0)
         A0, minus_B0 = factors(peft_model, name, ANCHOR)
