@@ -90,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_words(words: list[str]) -> argparse.Namespace:
+    """Parse the words; overrides may also stand after options, which argparse alone refuses."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code. Errors that the user can mend print without a trace."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -97,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     if words[:1] == ["eval"]:  # its options are its own; argparse would take them for ours
         arguments = argparse.Namespace(run_verb=evaluate, rest=words[1:])
     else:
-        arguments = build_parser().parse_args(words)
+        arguments = parse_words(words)
     try:
         return arguments.run_verb(arguments)
     except (ConfigError, ValueError, OSError, FloatingPointError, RuntimeError) as error:

@@ -118,7 +118,8 @@ def test_a_run_folder_belongs_to_one_config(
 def test_missing_data_are_named(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ["train", str(config_file), "data.train=nowhere.json", "--run", str(tmp_path / "r")]
+    run = ["--run", str(tmp_path / "r")]
+    words = ["train", str(config_file), *run, "data.train=nowhere.json"]  # after an option
     assert main(words) == 1
     assert "nowhere.json" in capsys.readouterr().err
 

@@ -238,6 +238,8 @@ class Answerer:
             if len(batch) == 1 and len(batch[0]) == 1:
                 job.fail(job.asked[batch[0][0]], error)
                 return
+            if isinstance(error, torch.OutOfMemoryError):
+                self.batch_size = max(1, sum(map(len, batch)) // 2)  # for the batches to come too
             logger.debug("a batch failed, trying its halves: %s", error)
         else:
             for row, tokens in outputs.items():
