@@ -46,7 +46,12 @@ def replace_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
         final.replace(old / final.name)
-        temporary.replace(final)
+        try:
+            temporary.replace(final)
+        except BaseException:
+            (old / final.name).replace(final)
+            old.rmdir()
+            raise
         shutil.rmtree(old)
     else:
         temporary.replace(final)
