@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -27,7 +28,7 @@ def bench_title(name: str, results: Mapping[str, Any]) -> str:
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """Build the table of one evaluation, scores in per cent."""
-    table = Table(box=box.SIMPLE_HEAD, title=_title(results), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=escape(_title(results)), title_justify="left")
     table.add_column("bench")
     for heading in ("score (95 %)", "no picture", "majority", "n", "s/item"):
         table.add_column(heading, justify="right")
@@ -36,7 +37,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.caption_justify = "left"
     for name, bench in results["benches"].items():
         table.add_row(
-            f"{bench_title(name, results)}\n{bench['metric']}",
+            f"{escape(bench_title(name, results))}\n{bench['metric']}",
             with_interval(bench["score"], bench["interval_95"]),
             with_interval(bench["blind"], bench["blind_interval_95"]),
             as_percent(bench["majority"]),
@@ -44,7 +45,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
             f"{bench['seconds_per_item']:.2f}",
         )
         for category, score in bench["by_category"].items():
-            table.add_row(f"  {category}", as_percent(score), style="dim")
+            table.add_row(f"  {escape(category)}", as_percent(score), style="dim")
         table.add_section()
     return table
 
@@ -76,7 +77,7 @@ def comparison_table(
             continue
         change = change_text(old["score"], new["score"], (changes or {}).get(name))
         table.add_row(
-            f"{bench_title(name, after)}\n{new['metric']}",
+            f"{escape(bench_title(name, after))}\n{new['metric']}",
             with_interval(old["score"], old["interval_95"]),
             with_interval(new["score"], new["interval_95"]),
             change,
@@ -87,7 +88,7 @@ def comparison_table(
         for category, score in new["by_category"].items():
             first = old["by_category"].get(category)
             shown = change_text(first, score, None)
-            cells = (f"  {category}", as_percent(first), as_percent(score), shown)
+            cells = (f"  {escape(category)}", as_percent(first), as_percent(score), shown)
             table.add_row(*cells, style="dim")
         table.add_section()
     return table

@@ -48,6 +48,8 @@ def test_table_shows_score_interval_blind_and_majority(run_folder):
         assert with_interval(bench["blind"], bench["blind_interval_95"]) in text
         assert as_percent(bench["majority"]) in text
     assert "StickerVQA (mmbench format)" in text
+    results["model"] = "runs/[/red]a"  # not markup
+    assert "runs/[/red]a" in printed(print_results, results)
 
 
 def test_comparison_shows_both_scores_and_the_change(run_folder):
