@@ -35,11 +35,6 @@ def plot_scores(
     """
     figure = Figure(figsize=(7.5, 0.9 + 0.85 * len(rows)), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    labelled: set[str] = set()
-
-    def once(label: str) -> str | None:
-        return None if label in labelled else labelled.add(label) or label
-
     for place, (_, before, after) in enumerate(rows):
         for bench, colour, shift, label in (
             (before, BEFORE, -0.16, "before"),
@@ -56,17 +51,18 @@ def plot_scores(
                 fmt="o",
                 color=colour,
                 capsize=4,
-                label=once(label),
+                label=label if place == len(rows) - 1 else None,
             )
         for name, marker, colour in (("blind", "x", BLIND), ("majority", "|", MAJORITY)):
             if after.get(name) is not None:
+                label = "no picture" if name == "blind" else "majority"
                 axes.scatter(
                     100 * after[name],
                     place + (0.16 if name == "blind" else 0),
                     marker=marker,
                     s=80,
                     color=colour,
-                    label=once("no picture" if name == "blind" else "majority"),
+                    label=label if place == len(rows) - 1 else None,
                     zorder=3,
                 )
     axes.set_yticks(range(len(rows)), [title for title, _, _ in rows])

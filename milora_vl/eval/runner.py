@@ -240,8 +240,6 @@ class Answerer:
                 return
             if isinstance(error, torch.OutOfMemoryError):
                 self.batch_size = max(1, sum(map(len, batch)) // 2)  # for the batches to come too
-            if isinstance(error, torch.OutOfMemoryError):
-                self.batch_size = max(1, sum(map(len, batch)) // 2)  # for the batches to come too
             logger.debug("a batch failed, trying its halves: %s", error)
         else:
             for row, tokens in outputs.items():

@@ -32,9 +32,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("bench")
     for heading in ("score (95 %)", "no picture", "majority", "n", "s/item"):
         table.add_column(heading, justify="right")
-    notes = [f"{name}: {bench['note']}" for name, bench in results["benches"].items()]
-    table.caption = "\n".join(note for note in notes if not note.endswith(": "))
-    table.caption_justify = "left"
+    table.add_column("note")
     for name, bench in results["benches"].items():
         table.add_row(
             f"{escape(bench_title(name, results))}\n{bench['metric']}",
@@ -43,6 +41,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
             as_percent(bench["majority"]),
             str(bench["n"]),
             f"{bench['seconds_per_item']:.2f}",
+            bench["note"],
         )
         for category, score in bench["by_category"].items():
             table.add_row(f"  {escape(category)}", as_percent(score), style="dim")

@@ -9,7 +9,6 @@ from eval_models import build_vlm
 from PIL import Image
 from rich.console import Console
 
-from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import evaluate
 from milora_vl.eval.report import print_comparison, print_results, read_comparison, write_report
 from milora_vl.eval.tables import as_percent, change_text, with_interval
@@ -93,17 +92,6 @@ def test_report_escapes_what_comes_from_files(run_folder):
     assert "<colour>" not in text
     assert "# &lt;b&gt;" in text
     assert "<run>" not in text
-
-
-def test_report_shows_the_init_certificate(tmp_path):
-    facts = {"residual": "anchor", "slice": "minor", "svd": "exact", "r": 4, "scaling": 1.0}
-    numbers = {"seconds": 2.0, "peak_memory_gib": 1.0, "peak_cuda_memory_gib": None}
-    counts = {"trainable_parameters": 10, "total_parameters": 1000}
-    empty = {"layers": (), "matched": {}, "skipped": {}, "warnings": ["rounding <loss>"]}
-    Certificate(**facts, **numbers, **counts, **empty).to_json(tmp_path / "certificate.json")
-    text = write_report(tmp_path).read_text()
-    assert "slice=minor r=4" in text
-    assert "rounding &lt;loss&gt;" in text
 
 
 def test_report_of_a_folder_that_holds_little(tmp_path, run_folder):

@@ -40,7 +40,6 @@ _SUFFIX_CN = "请直接回答选项字母。"
 _ROTATION_STEP = 1_000_000
 _LONGEST_REFERENCE_CHARS = 64
 _LETTERS = "ABCDEFGHIJ"
-_FEWEST_FOR_A_GUESS = 5
 
 
 def find(data_dir: Path) -> Path:
@@ -237,8 +236,8 @@ def majority(items: Sequence[Item]) -> float:
     """Return the circular accuracy of the best guess that never looks at picture or question.
 
     In each category: always the text that is right most often (where it is not offered, one of
-    the options at random), or one option at random, whichever is better; the latter in categories
-    of fewer than five questions. The guesser may stay with its choice through the rotations.
+    the options at random), or one option at random, whichever is better. The guesser may stay
+    with its choice through the rotations.
     """
     base: dict[str, Item] = {}
     for item in items:
@@ -252,11 +251,9 @@ def majority(items: Sequence[Item]) -> float:
 def _best_constant(items: Sequence[Item]) -> float:
     chance = sum(1 / max(1, len(item.options)) for item in items)
     texts = [text for item in items if (text := item.details["answer_text"])]
-    if len(texts) < _FEWEST_FOR_A_GUESS:
+    if not texts:
         return chance
     guess = most_common(texts)
-    if texts.count(guess) == 1:
-        return chance
     credit = sum(
         float(item.details["answer_text"] == guess)
         if guess in item.options
