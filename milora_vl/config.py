@@ -95,6 +95,10 @@ class DataSection(Section):
         validation: File of records for the validation loss; None for none.
         max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
             image tokens never.
+        turns: "running": a record is one conversation, each answer after all turns before it, as in
+            LLaVA. "side_by_side": every exchange is learnt as if it were the record's only one;
+            the picture is still computed once. Right where a record holds many questions about one
+            picture, since earlier answers would tell later ones. Not with flash attention.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
         on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
@@ -106,6 +110,7 @@ class DataSection(Section):
     image_folder: str
     validation: str | None = None
     max_length: int = Field(default=2048, ge=8)
+    turns: Literal["running", "side_by_side"] = "running"
     pad_to_square: bool = True
     on_bad_record: Literal["error", "skip"] = "error"
     on_bad_image: Literal["error", "skip"] = "error"

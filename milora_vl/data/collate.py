@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.constants import IGNORE_INDEX
+from milora_vl.data.side_by_side import compute_branch_inputs
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def pad_batch(
 
     Args:
         samples: Each has ``input_ids``, may have ``labels`` (both of one length, lists or tensors)
-            and ``pixel_values`` [n_images, 3, H, W].
+            and ``pixel_values`` [n_images, 3, H, W], and ``branches`` (see ``side_by_side``).
         pad_token_id: Fills ``input_ids``; it may equal the end token, because mask and labels come
             from lengths, not from ids.
         side: Where padding goes: "right" to train, "left" to generate.
@@ -51,7 +52,9 @@ def pad_batch(
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``: int64 [B, T] (``labels`` only if the samples
-        have them), and ``pixel_values`` [N, 3, H, W], all images of the batch in order.
+        have them), and ``pixel_values`` [N, 3, H, W], all images of the batch in order. With
+        branches ``attention_mask`` is float32 [B, 1, T, T], 0 where a token may look and the lowest
+        float elsewhere, and ``position_ids`` int64 [B, T] count on from the shared beginning.
 
     Raises:
         ValueError: If there is no sample, or labels are missing in some or differ in length.
@@ -92,6 +95,11 @@ def pad_batch(
         images = [dummy_image.pixel_values]
     if images:
         batch["pixel_values"] = torch.cat(images)  # [N, 3, H, W]
+    if any(sample.get("branches") for sample in samples):
+        if side != "right":
+            raise ValueError("branches are for training; they are padded on the right")
+        rows = [torch.as_tensor(x.get("branches") or [0] * len(x["input_ids"])) for x in samples]
+        batch |= compute_branch_inputs(rows, width)
     return batch
 
 

@@ -18,6 +18,7 @@ from milora_vl.data.encode import Encoded, encode
 from milora_vl.data.images import BadImageError, load_image, resolve_image
 from milora_vl.data.prompts import PromptStyle
 from milora_vl.data.records import Conversation
+from milora_vl.data.side_by_side import encode_side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class ConversationDataset(Dataset):
     """Conversations as encoded samples.
 
     An item is ``{"input_ids": list[int], "labels": list[int]}``, with images also
-    ``"pixel_values"``: float32 [n_images, 3, H, W].
+    ``"pixel_values"``: float32 [n_images, 3, H, W], side by side also ``"branches"``: list[int].
 
     Attributes:
         conversations: Validated records.
@@ -43,6 +44,8 @@ class ConversationDataset(Dataset):
             process) and give the next readable sample in its place.
         on_bad_length: Raise, when it is encoded, on a record that ``max_length`` leaves without
             image or answer; or leave such records out at construction, counted in ``skipped``.
+        side_by_side: Learn every exchange as if it were the only one of its conversation; see
+            ``encode_side_by_side``.
         cache_pixels: Keep pixel values in memory after the first reading (in each worker process).
         skipped: How many records or pictures were left out, by reason.
     """
@@ -56,6 +59,7 @@ class ConversationDataset(Dataset):
     max_length: int | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     on_bad_length: Literal["error", "skip"] = "error"
+    side_by_side: bool = False
     cache_pixels: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
     _pixels: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -98,6 +102,8 @@ class ConversationDataset(Dataset):
                 continue
             encoded = self.encode_at(at)
             sample = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+            if encoded.branches is not None:
+                sample["branches"] = encoded.branches
             return sample if pixel_values is None else {**sample, "pixel_values": pixel_values}
         raise ValueError(f"no readable picture from {self.conversations[index].where} on")
 
@@ -122,7 +128,8 @@ class ConversationDataset(Dataset):
     def _encode(self, conversation: Conversation) -> Encoded:
         counts = [self.tokens_per_image] * len(conversation.images)
         try:
-            return encode(conversation.turns, self.style, self.tokenizer, counts, self.max_length)
+            make = encode_side_by_side if self.side_by_side else encode
+            return make(conversation.turns, self.style, self.tokenizer, counts, self.max_length)
         except ValueError as error:
             raise ValueError(f"{conversation.where or conversation.id}: {error}") from error
 

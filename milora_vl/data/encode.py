@@ -30,10 +30,13 @@ class Encoded:
     Attributes:
         input_ids: Token ids, image tokens expanded.
         labels: As long as ``input_ids``: the token where it is learnt, else ``IGNORE_INDEX``.
+        branches: For exchanges side by side, the branch of each token: 0 for what all begin with,
+            else 1, 2, ...; None for one running conversation.
     """
 
     input_ids: list[int]
     labels: list[int]
+    branches: list[int] | None = None
 
 
 @dataclass

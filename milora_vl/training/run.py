@@ -80,6 +80,7 @@ def build_dataset(
         section.max_length,
         on_bad_image=section.on_bad_image,
         on_bad_length=section.on_bad_record,
+        side_by_side=section.turns == "side_by_side",
     )
 
 
