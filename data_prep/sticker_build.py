@@ -30,10 +30,10 @@ from data_prep.sticker_pool import worker_pool
 from data_prep.sticker_scene_plans import Stage, boxes_of
 from data_prep.sticker_scenes import Plan
 from data_prep.sticker_sources import Catalogue
-from data_prep.sticker_train import Split, caption_records, plan_records
+from data_prep.sticker_train import VARIED_RATIO, Split, caption_records, plan_records
 from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
 
-VERSION = 2
+VERSION = 3
 TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)
 _POPE_KINDS = ("random", "popular", "adversarial")
 
@@ -111,6 +111,7 @@ class Builder:
         tables = self.catalogue.tables
         train_styles, bench_styles = self.catalogue.train_styles, self.catalogue.bench_styles
         train = self._split(train_styles, False, TRAIN_DIGITS, bar_series(tables, TRAIN_TABLES))
+        train.varied_ratio = VARIED_RATIO
         val = self._split(train_styles, False, VAL_DIGITS, bar_series(tables, TRAIN_TABLES))
         bench = self._split(bench_styles, True, BENCH_DIGITS, bar_series(tables, BENCH_TABLES))
         self._records("train", train, n_train)

@@ -33,6 +33,7 @@ class Placed:
         variant: Which of the style's cut-outs of the concept.
         box: x0, y0, x1, y1 as fractions of the side.
         flip: Mirrored left to right.
+        variation: Seed of a change of colours, slant and sharpness; None paints it as it is.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Placed:
     variant: int
     box: Box
     flip: bool = False
+    variation: int | None = None
 
     @property
     def centre(self) -> tuple[float, float]:

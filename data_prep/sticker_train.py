@@ -1,7 +1,7 @@
 """Train and validation pictures and their conversations, as LLaVA JSON records."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -41,19 +41,23 @@ from data_prep.sticker_scene_plans import (
     boxes_of,
     plan_counting,
     plan_drawing,
+    plan_presence,
     plan_relation,
 )
 from data_prep.sticker_scenes import Plan
 from milora_vl.constants import IMAGE_TOKEN
 
 SHARES = {
-    "relation": 0.18, "counting": 0.20, "drawing": 0.46,
-    "digits": 0.04, "word": 0.04, "chart": 0.03, "text": 0.05,
+    "relation": 0.16, "counting": 0.16, "presence": 0.25, "drawing": 0.30,
+    "digits": 0.04, "word": 0.03, "chart": 0.03, "text": 0.03,
 }  # fmt: skip
 """Share of each kind of record in train; what a missing source leaves goes to the scenes."""
 
-N_EXISTENCE, N_CHOICES = 3, 3
-"""Existence and lettered questions about a picture."""
+N_EXISTENCE, N_CHOICES = {"scene": 4, "drawing": 2}, {"scene": 3, "drawing": 2}
+"""Existence and lettered questions about a picture, by its kind."""
+
+VARIED_RATIO = 0.5
+"""Share of the cut-outs in train that are painted with a variation."""
 
 
 @dataclass
@@ -64,12 +68,14 @@ class Split:
         stage: Cut-outs and styles.
         digit_span: Part of each digit's pictures that belongs to this split.
         series: Bar series of this split.
+        varied_ratio: Share of the cut-outs that are painted with a variation.
         ledger: Its balance so far.
     """
 
     stage: Stage
     digit_span: tuple[float, float]
     series: list[list[tuple[str, float]]]
+    varied_ratio: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -103,6 +109,7 @@ def plan_records(
         plan, items = _MAKERS[kind](rng, split)
         record: dict[str, Any] = {"id": f"{folder}_{index:06d}", "source": kind}
         if plan is not None:
+            plan = _vary(rng, plan, split.varied_ratio)
             record["source"] = plan.kind
             record["image"] = f"images/{folder}/{index:06d}.png"
             plans.append((record["image"], plan))
@@ -112,6 +119,14 @@ def plan_records(
             record["objects"] = boxes_of(plan)
         records.append(record)
     return records, plans
+
+
+def _vary(rng: Random, plan: Plan, ratio: float) -> Plan:
+    objects = tuple(
+        replace(item, variation=rng.randrange(1 << 30)) if rng.random() < ratio else item
+        for item in plan.objects
+    )
+    return replace(plan, objects=objects)
 
 
 def caption_records(records: list[dict]) -> list[dict]:
@@ -158,11 +173,11 @@ def _common_items(rng: Random, split: Split, plan: Plan) -> list[Item]:
     """Ask for existence and letters, each several times: the picture costs more than a turn."""
     found: list[Item | None] = []
     asked: list[str] = []
-    for _ in range(N_EXISTENCE):
+    for _ in range(N_EXISTENCE[plan.kind]):
         item = existence_item(rng, plan, split.ledger, split.concepts, asked)
         found.append(item)
         asked.append(item.obj if item is not None else "")
-    for _ in range(N_CHOICES):
+    for _ in range(N_CHOICES[plan.kind]):
         found.append(choice_item(rng, plan, split.ledger, split.concepts))
     return [item for item in found if item is not None]
 
@@ -222,6 +237,11 @@ def _where(rng: Random, split: Split, related: tuple[str, str, str], *, only_two
     return what_is_where_item(one, other, relation)
 
 
+def _presence(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
+    plan = plan_presence(rng, split.stage)
+    return plan, _finish(rng, _common_items(rng, split, plan), caption_item(rng, plan))
+
+
 def _drawing(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_drawing(rng, split.stage)
     name = plan.objects[0].name
@@ -273,6 +293,6 @@ def _text(rng: Random, split: Split) -> tuple[None, list[Item]]:
 
 
 _MAKERS: dict[str, Callable[[Random, Split], tuple[Plan | None, list[Item]]]] = {
-    "relation": _relation, "counting": _counting, "drawing": _drawing, "digits": _digits,
-    "word": _word, "chart": _chart, "text": _text,
+    "relation": _relation, "counting": _counting, "presence": _presence,
+    "drawing": _drawing, "digits": _digits, "word": _word, "chart": _chart, "text": _text,
 }  # fmt: skip

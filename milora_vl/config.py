@@ -95,15 +95,12 @@ class DataSection(Section):
         validation: File of records for the validation loss; None for none.
         max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
             image tokens never.
-        turns: "running": a record is one conversation, each answer after all turns before it, as in
-            LLaVA. "side_by_side": every exchange is learnt as if it were the record's only one;
-            the picture is still computed once. Right where a record holds many questions about one
-            picture, since earlier answers would tell later ones. Not with flash attention.
+        turns: "running": a record is one conversation, as in LLaVA. "side_by_side": every exchange
+            is learnt as if it were the only one, so that no answer tells another.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
         on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
-        limit: Use only the first records of each train file.
-        validation_limit: Use only the first records of the validation file.
+        limit, validation_limit: Use only the first records of each file.
     """
 
     train: list[str]

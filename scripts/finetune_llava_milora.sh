@@ -20,6 +20,7 @@ case "${1:-}" in
     ;;
 esac
 . "$root/scripts/setup_env.sh"
+[ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-15}" # a log needs no moving bars
 
 cache="${MILORA_CACHE:-$HOME/.cache/milora_vl}"
 if grep -q 'MILORA_CACHE}/stickervqa/core' "$config"; then

@@ -95,12 +95,18 @@ def pad_batch(
         images = [dummy_image.pixel_values]
     if images:
         batch["pixel_values"] = torch.cat(images)  # [N, 3, H, W]
-    if any(sample.get("branches") for sample in samples):
-        if side != "right":
-            raise ValueError("branches are for training; they are padded on the right")
-        rows = [torch.as_tensor(x.get("branches") or [0] * len(x["input_ids"])) for x in samples]
-        batch |= compute_branch_inputs(rows, width)
-    return batch
+    return batch | _branch_inputs(samples, width, side)
+
+
+def _branch_inputs(
+    samples: Sequence[Mapping[str, Any]], width: int, side: str
+) -> dict[str, Tensor]:
+    if not any(sample.get("branches") for sample in samples):
+        return {}
+    if side != "right":
+        raise ValueError("branches are for training; they are padded on the right")
+    rows = [torch.as_tensor(x.get("branches") or [0] * len(x["input_ids"])) for x in samples]
+    return compute_branch_inputs(rows, width)
 
 
 def _checked_labels(sample: Mapping[str, Any], length: int, row: int) -> Tensor:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 TEMPERATURE = 0.07
 BACKGROUND = 0
 UNCERTAIN = -1
+FEATURE_DROPOUT = 0.2
 PICTURES_PER_PASS = 32
 
 
@@ -140,12 +141,12 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
         group = pictures[at : at + PICTURES_PER_PASS]
         images = [load(picture.path) for picture in group]
         pixel_values = torch.stack([transform(image) for image in images])
-        batch = compute_tower_features(model, pixel_values.to(model.device, model.dtype)).float()
+        batch = compute_tower_features(model, pixel_values.to(model.device, model.dtype))
         grid = math.isqrt(batch.shape[1])
         for picture, image in zip(group, images, strict=True):
             classes = [index[name] for name in picture.names]
             labels.append(label_patches(picture.boxes, classes, *image.size, grid))
-        features.append(batch.flatten(0, 1))
+        features.append(batch.flatten(0, 1).to(torch.bfloat16))  # gigabytes for thousands
     x, y = torch.cat(features), torch.cat(labels).to(model.device)
     objects = (y > BACKGROUND).nonzero().squeeze(1)
     background = (y == BACKGROUND).nonzero().squeeze(1)
@@ -166,7 +167,8 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
                 ],
             ]
         )
-        out = projector(x[chosen].to(model.dtype)).float()  # [n, D]
+        seen = functional.dropout(x[chosen].to(model.dtype), FEATURE_DROPOUT)
+        out = projector(seen).float()  # [n, D]
         logits = functional.normalize(out, dim=-1) @ functional.normalize(targets, dim=-1).T
         loss = functional.cross_entropy(logits / TEMPERATURE, y[chosen])
         optimizer.zero_grad()
