@@ -2,16 +2,18 @@
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.master import remove_master_weights_
 from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import (
-    ANCHOR,
-    MILORA,
+    anchor_of,
+    current_adapter,
     factors,
     lora_layer,
+    magnitude,
     recall,
     trained_projector,
 )
@@ -41,15 +43,35 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
                 "away. Load the base in bfloat16 or float32 and put the saved adapter on it with "
                 "load_adapter(..., strict_base=False), then merge"
             )
-    adapters = [MILORA, ANCHOR] if state.residual == "anchor" else [MILORA]
+    adapter_name = current_adapter(peft_model)
     for name, weight in weights.items():
-        scaling = lora_layer(peft_model, name).scaling[MILORA]
-        merged = weight.detach().to(torch.float32, copy=True)  # [d_out, d_in]
-        for adapter in adapters:
-            lora_A, lora_B = factors(peft_model, name, adapter)
-            with full_precision():
-                merged.addmm_(lora_B.detach(), lora_A.detach(), alpha=scaling)
+        merged = merged_weight(peft_model, name, weight.detach().to(torch.float32, copy=True))
         weight.data.copy_(merged)
     if state.projector:
-        remove_master_weights_(trained_projector(peft_model, state.projector))
+        remove_master_weights_(trained_projector(peft_model, state.projector, adapter_name))
     return peft_model.unload()
+
+
+def merged_weight(peft_model: PeftModel, name: str, weight: Tensor) -> Tensor:
+    """Return the one weight that does what a layer's weight and its active adapter do together.
+
+    Args:
+        peft_model: From ``attach_milora`` or ``load_adapter``.
+        name: Full name of an adapted layer.
+        weight: [d_out, d_in], float32: what the layer holds; overwritten.
+
+    Returns:
+        [d_out, d_in], float32.
+    """
+    state, adapter_name = recall(peft_model), current_adapter(peft_model)
+    adapters = [adapter_name]
+    if state.has_anchor and state.residual == "anchor":
+        adapters.append(anchor_of(adapter_name))
+    with full_precision():
+        for adapter in adapters:
+            lora_A, lora_B = (factor.detach() for factor in factors(peft_model, name, adapter))
+            weight.addmm_(lora_B, lora_A, alpha=state.scaling)
+    if state.init == "dora":
+        length = magnitude(peft_model, name, adapter_name).detach().to(torch.float32)  # [d_out]
+        weight.mul_((length / weight.norm(dim=1))[:, None])
+    return weight
