@@ -35,10 +35,12 @@ from milora_vl.adapter.portable import (
 )
 from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import (
+    MILORA,
     MiloraState,
     Residual,
     activate,
     add_adapters,
+    lora_layer,
     recall,
     remember,
     subtract_anchor_,
@@ -103,10 +105,15 @@ def describe(
     extra: dict[str, Any] | None,
 ) -> MiloraFile:
     """Return the content of ``milora.json``; the digest of the weights is still empty."""
+    reference = {"name_or_path": _base_name(peft_model, base), "revision": revision}
+    weights = [lora_layer(peft_model, name).get_base_layer().weight for name in state.modules]
+    quantised = sorted({type(weight).__name__ for weight in weights if is_quantised(weight)})
+    if quantised:
+        reference["quantised"] = ", ".join(quantised)
     return MiloraFile(
         format_version=FORMAT_VERSION,
         **{**vars(state), "modules": list(state.modules)},
-        base={"name_or_path": _base_name(peft_model, base), "revision": revision},
+        base=reference,
         weights_sha256="",
         packages=installed_versions(),
         extra=extra or {},
@@ -173,6 +180,7 @@ def load_adapter(
     *,
     residual: Residual | None = None,
     strict_base: bool = True,
+    adapter_name: str = MILORA,
 ) -> PeftModel:
     """Put a saved adapter on its original base model, ready to go on training or to be used.
 
@@ -186,6 +194,7 @@ def load_adapter(
         residual: "subtract" or "anchor"; default: as recorded, or "anchor" where the weights of
             ``model`` are not float32.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
+        adapter_name: Its name on the model, see ``milora_vl.adapter.several``.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -198,12 +207,12 @@ def load_adapter(
             "beside the other with add_adapter_from"
         )
     state = check_adapter(model, folder, residual, strict_base=strict_base)
-    peft_model = add_adapters(model, state)
-    read_tensors_(peft_model, state, folder)
+    peft_model = add_adapters(model, state, adapter_name)
+    read_tensors_(peft_model, state, folder, adapter_name)
     if state.residual == "subtract":
-        subtract_anchor_(peft_model, state.modules)
-    remember(peft_model, state)
-    activate(peft_model, state.residual, trainable=trainable)
+        subtract_anchor_(peft_model, state.modules, adapter_name)
+    remember(peft_model, state, adapter_name)
+    activate(peft_model, state.residual, trainable=trainable, adapter_name=adapter_name)
     if not trainable:
         peft_model.eval()
     return peft_model

@@ -78,6 +78,12 @@ def remember(peft_model: PeftModel, state: MiloraState, adapter_name: str = MILO
     peft_model.milora_states = {**adapter_states(peft_model), adapter_name: state}
 
 
+def forget(peft_model: PeftModel, adapter_name: str) -> None:
+    """Undo ``remember``."""
+    states = adapter_states(peft_model)
+    peft_model.milora_states = {name: states[name] for name in states if name != adapter_name}
+
+
 def adapter_states(peft_model: nn.Module) -> dict[str, MiloraState]:
     """Return adapter name -> state of all adapters of this package on a model."""
     return getattr(peft_model, "milora_states", {})
@@ -114,7 +120,9 @@ def current_adapter(peft_model: nn.Module) -> str:
     return active[0]
 
 
-def add_adapters(model: PreTrainedModel, state: MiloraState) -> PeftModel:
+def add_adapters(
+    model: PreTrainedModel, state: MiloraState, adapter_name: str = MILORA
+) -> PeftModel:
     """Wrap a model with the adapters of ``state``.
 
     The factors are arbitrary, except for LoRA, rsLoRA and DoRA, which PEFT initialises here.
@@ -122,8 +130,10 @@ def add_adapters(model: PreTrainedModel, state: MiloraState) -> PeftModel:
     config = trainable_config(state)
     # float32 factors also on bfloat16 bases: PEFT then adds both products in float32 and rounds
     # once, so the anchor cancels the untrained adapter exactly
-    peft_model = get_peft_model(model, config, adapter_name=MILORA, autocast_adapter_dtype=True)
-    _complete(peft_model, state, MILORA)
+    peft_model = get_peft_model(
+        model, config, adapter_name=adapter_name, autocast_adapter_dtype=True
+    )
+    _complete(peft_model, state, adapter_name)
     return peft_model
 
 
@@ -173,15 +183,18 @@ def magnitude(peft_model: PeftModel, name: str, adapter_name: str = MILORA) -> T
     return lora_layer(peft_model, name).lora_magnitude_vector[adapter_name].weight
 
 
-def subtract_anchor_(peft_model: PeftModel, modules: Sequence[str]) -> None:
+def subtract_anchor_(
+    peft_model: PeftModel, modules: Sequence[str], adapter_name: str = MILORA
+) -> None:
     """Write W_p = W - s B0 A0 into the base weights, in their own dtype."""
+    anchor = anchor_of(adapter_name)
     for name in modules:
         layer = lora_layer(peft_model, name)
-        lora_A, negative_lora_B = factors(peft_model, name, ANCHOR)
+        lora_A, negative_lora_B = factors(peft_model, name, anchor)
         weight = layer.get_base_layer().weight
         with full_precision():
             negative_minor = negative_lora_B.detach() @ lora_A.detach()  # [d_out, d_in]
-        negative_minor.mul_(layer.scaling[ANCHOR])
+        negative_minor.mul_(layer.scaling[anchor])
         weight.data.copy_(weight.detach().to(torch.float32) + negative_minor)
 
 
@@ -227,14 +240,15 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
         ValueError: If the model carries no MiLoRA adapter.
     """
     state, adapter_name = recall(peft_model), current_adapter(peft_model)
+    anchor = anchor_of(adapter_name)
     flags = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
     layers = [lora_layer(peft_model, name) for name in state.modules]
     try:
         if state.residual == "subtract":
             # the anchor holds (A0, -B0); with its scale negated the layer is W_p + s B0 A0 = W
-            peft_model.base_model.set_adapter(ANCHOR, inference_mode=True)
+            peft_model.base_model.set_adapter(anchor, inference_mode=True)
             for layer in layers:
-                layer.set_scale(ANCHOR, -1.0)
+                layer.set_scale(anchor, -1.0)
             yield peft_model
         else:
             with peft_model.disable_adapter():
@@ -242,7 +256,7 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     finally:
         if state.residual == "subtract":
             for layer in layers:
-                layer.set_scale(ANCHOR, 1.0)
+                layer.set_scale(anchor, 1.0)
         activate(peft_model, state.residual, trainable=True, adapter_name=adapter_name)
         for name, parameter in peft_model.named_parameters():
             parameter.requires_grad_(flags[name])
