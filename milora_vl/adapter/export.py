@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.checkpoint import check_writable, load_adapter, write_adapter
+from milora_vl.adapter.checkpoint import check_writable, write_adapter
 from milora_vl.adapter.convert import dequantised_model, merge_adapter
 from milora_vl.adapter.logits_check import (
     TOLERANCES,
@@ -107,7 +107,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     _check_arguments(source.facts, form, r, merge_onto)
     vlm = source.load(quantised=True)
     warn_of_another_processor(source.facts, vlm.processor)
-    live = load_adapter(vlm.model, source.folder, residual="anchor")
+    live = source.attach(vlm)
     example = None if picture else example_of_run(source.folder)
     shown, asked = example or (picture or drawn_picture(), "What is in the picture?")
     batches = check_batches(vlm.processor, live.device, live.dtype, shown, question or asked)
@@ -205,9 +205,9 @@ def _merge(
     notes, reference, tolerance = [], wanted, _tolerance(live.get_base_model())
     is_nf4 = bool(source.facts.base.get("quantised"))
     if is_nf4 and merge_onto == "original":
-        full = source.load(quantised=False).model
-        live = load_adapter(full, source.folder, residual="anchor", strict_base=False)
-        reference, tolerance = logits_of(live, batches), _tolerance(full)
+        full = source.load(quantised=False)
+        live = source.attach(full, strict_base=False)
+        reference, tolerance = logits_of(live, batches), _tolerance(live.get_base_model())
     model = dequantised_model(live) if merge_onto == "dequantised" else merge_adapter(live)
     model.save_pretrained(draft)
     vlm.processor.save_pretrained(draft)
@@ -256,13 +256,14 @@ def _card(
         config = json.loads((draft / "adapter_config.json").read_text(encoding="utf-8"))
         r, alpha = config["r"], config["lora_alpha"]
         truncation = "\n".join(exported.notes) or None
+    has_pictures = getattr(vlm.processor, "image_processor", None) is not None
     checks = [str(check) for check in exported.checks]
     return model_card(
         facts.model_copy(update={"base": {**facts.base, "name_or_path": source.base}}),
         form=form,
         r=r,
         lora_alpha=alpha,
-        auto_class="AutoModelForImageTextToText",
+        auto_class="AutoModelForImageTextToText" if has_pictures else "AutoModelForCausalLM",
         checks=checks if truncation else [*checks, *exported.notes],
         certificate=certificate_summary(source.folder),
         merged_onto=merge_onto if facts.base.get("quantised") else None,

@@ -47,10 +47,10 @@ class LogitsCheck:
     def __str__(self) -> str:
         """Return one line for people."""
         relative = self.difference / self.largest if self.largest > 0 else 0.0
-        verdict = "ok" if self.passed else "FAILED"
-        limit = f"tolerance {self.tolerance:.0e}: {verdict}"
         if self.tolerance is None:
             limit = "reported, not judged" if self.passed else "FAILED: not finite"
+        else:
+            limit = f"tolerance {self.tolerance:.0e}: {'ok' if self.passed else 'FAILED'}"
         return (
             f"{self.name}: logits differ by at most {self.difference:.2e} (largest logit "
             f"{self.largest:.2f}, relative {relative:.1e}); same best token at "

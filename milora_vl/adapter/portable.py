@@ -173,13 +173,14 @@ def processor_reference(processor: Any | None) -> dict[str, str | None] | None:
     """Return what ``milora.json`` keeps of a processor, so that another one can be noticed."""
     if processor is None:
         return None
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pictures = getattr(processor, "image_processor", None)
     facts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     return {
         "name_or_path": tokenizer.name_or_path or None,
         "class": type(processor).__name__,
-        "image_processor": type(processor.image_processor).__name__,
+        "image_processor": type(pictures).__name__ if pictures else None,
         "tokenizer": type(tokenizer).__name__,
         "tokenizer_sha256": _digest(facts),
         "chat_template_sha256": _digest(template),

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
 
 from milora_vl.adapter.certificate import Certificate
+from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.adapter.portable import (
     MILORA_FILE,
     MiloraFile,
@@ -56,6 +58,10 @@ class Source:
             revision=self.facts.base["revision"],
             quantization="nf4" if kinds and quantised else None,
         )
+
+    def attach(self, vlm: VLM, *, strict_base: bool = True) -> PeftModel:
+        """Put the adapter on a loaded base whose weights stay as they are."""
+        return load_adapter(vlm.model, self.folder, residual="anchor", strict_base=strict_base)
 
 
 def find_adapter(path: Path | str) -> Path:
