@@ -198,7 +198,9 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
     sees = hasattr(config, "vision_config")
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with init_empty_weights():
-        return auto.from_config(config, trust_remote_code=section.trust_remote_code)
+        model = auto.from_config(config, trust_remote_code=section.trust_remote_code)
+    model.tie_weights()  # shared weights count once
+    return model
 
 
 def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[Group, ...]:
