@@ -140,7 +140,9 @@ def plan_run(config: Config) -> Plan:
     flops = cost.measure_flops(torch.float32, device)
     trained_flops = cost.measure_flops(torch.bfloat16, device) if low else flops
     accumulated = training.get("gradient_accumulation_steps", 1)
-    micro_step = cost.step_flops(size, load) / (cost.TRAINING_EFFICIENCY * trained_flops)
+    on_cpu = device.type == "cpu"
+    share = cost.CPU_TRAINING_EFFICIENCY if on_cpu else cost.ACCELERATOR_TRAINING_EFFICIENCY
+    micro_step = cost.step_flops(size, load) / (share * trained_flops)
     start_gib = cost.init_workspace_gib(shapes, adapter.r) + cost.LIBRARIES_GIB
     start_gib += (size.total * weights.itemsize + 4 * (size.adapter + size.frozen)) / cost.GIB
     if adapter.init == "null_space":
