@@ -7,13 +7,16 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "add_adapter_from": "milora_vl.adapter.several",
     "MiloraConfig": "milora_vl.config",
     "attach_milora": "milora_vl.adapter.milora",
     "load_adapter": "milora_vl.adapter.checkpoint",
     "load_vlm": "milora_vl.model.load",
     "merge_adapter": "milora_vl.adapter.convert",
     "minor_svd": "milora_vl.adapter.minor_svd",
+    "remove_adapter": "milora_vl.adapter.several",
     "save_adapter": "milora_vl.adapter.checkpoint",
+    "use_adapter": "milora_vl.adapter.several",
 }
 
 __all__ = [  # noqa: RUF022  in the order in which they are used
@@ -24,6 +27,9 @@ __all__ = [  # noqa: RUF022  in the order in which they are used
     "load_adapter",
     "merge_adapter",
     "minor_svd",
+    "add_adapter_from",
+    "use_adapter",
+    "remove_adapter",
 ]
 
 

@@ -55,6 +55,52 @@ def ask(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Export the adapter of a run, check it against the live model, write a model card beside it.
+
+    --form lora: the plain PEFT LoRA of rank 2r for the original base. --form lora-small: a plain
+    LoRA of rank --rank that is as near to it as possible; what is cut off is printed and written
+    layer by layer to truncation.json. --form merged: a transformers checkpoint with its processor.
+
+    An adapter trained on a 4-bit base (NF4) can be merged onto two things. --merge-onto original
+    takes the full-precision weights: nothing of the base is lost, yet the adapter was trained
+    beside weights that differ from these by the quantisation error, so the merged model is not
+    quite the one that was trained. --merge-onto dequantised takes the values that the 4-bit codes
+    stand for: the merged model computes what was trained, quantisation error included.
+    """
+    import torch
+
+    from milora_vl.adapter.export import export_adapter
+    from milora_vl.data.images import load_image
+
+    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    exported = export_adapter(
+        arguments.source,
+        arguments.out,
+        arguments.form,
+        base=arguments.model,
+        r=arguments.rank,
+        merge_onto=arguments.merge_onto,
+        device=arguments.device,
+        dtype=dtype,
+        picture=load_image(arguments.image) if arguments.image else None,
+        question=arguments.question,
+    )
+    for line in (*exported.notes, *exported.checks):
+        print(line)
+    print(f"export: {exported.folder}")
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what a run would adapt, train, take and need, before any weight is read."""
+    from milora_vl.adapter.plan import plan_run
+
+    config, _ = read_config(arguments)
+    print(plan_run(config).summary())
+    return 0
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Check a config and print it with everything filled in."""
     import yaml
@@ -62,6 +108,23 @@ def check(arguments: argparse.Namespace) -> int:
     config, _ = read_config(arguments)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return 0
+
+
+def add_export_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add what ``export`` needs to know."""
+    verb.add_argument("source", type=Path, help="run, checkpoint or adapter folder")
+    verb.add_argument("--model", help="original base: hub id or folder (default: as recorded)")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the export")
+    verb.add_argument("--form", choices=["lora", "lora-small", "merged"], default="lora")
+    verb.add_argument("--rank", type=int, help="rank of lora-small (default: the trained rank)")
+    verb.add_argument(
+        "--merge-onto", choices=["original", "dequantised"], help="for an adapter of a 4-bit base"
+    )
+    verb.add_argument("--device", default="cpu")
+    verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    verb.add_argument("--image", type=Path, help="picture for the check (default: from the run)")
+    verb.add_argument("--question", help="question for the check")
+    verb.set_defaults(run_verb=export)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +139,19 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("check", help="check a config and print it", description=check.__doc__)
     add_config_arguments(verb)
     verb.set_defaults(run_verb=check)
+    verb = verbs.add_parser(
+        "plan", help="what a config would adapt and need, without weights", description=plan.__doc__
+    )
+    add_config_arguments(verb)
+    verb.set_defaults(run_verb=plan)
+    add_export_arguments(
+        verbs.add_parser(
+            "export",
+            help="plain LoRA, smaller LoRA or merged model, checked",
+            description=export.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     verb = verbs.add_parser("eval", help="evaluate (see milora-vl eval --help)", add_help=False)
     verb.add_argument("rest", nargs=argparse.REMAINDER)
     verb.set_defaults(run_verb=evaluate)

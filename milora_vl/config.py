@@ -1,24 +1,35 @@
 """A run's settings: typed sections, read from YAML plus ``section.key=value`` overrides."""
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from milora_vl.files import cache_folder, write_text_atomic
+from milora_vl.files import write_text_atomic
+from milora_vl.yaml_values import ConfigError, Loader, apply_override, expand_cache, nearest
 
 Slice = Literal["minor", "principal", "middle", "random"]
 SvdMethod = Literal["auto", "exact", "krylov"]
 Residual = Literal["auto", "subtract", "anchor"]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the text says where and what to write instead."""
+Init = Literal[
+    "milora", "pissa", "slice:middle", "slice:random",
+    "lora", "rslora", "dora", "olora", "mica", "null_space",
+]  # fmt: skip
+INIT_SLICES: dict[str, Slice] = {
+    "pissa": "principal",
+    "slice:middle": "middle",
+    "slice:random": "random",
+}
 
 
 class Section(BaseModel):
@@ -33,7 +44,11 @@ class MiloraConfig(Section):
     Attributes:
         r: Adapter rank, at most the smaller side of every adapted weight.
         lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
-        slice: Where in the spectrum to start: minor (MiLoRA), principal (PiSSA), middle, random.
+        init: Method that gives the first values: "milora"; "pissa", "slice:middle" and
+            "slice:random" (other parts of the spectrum); PEFT's "lora", "rslora", "dora", "olora"
+            and "mica"; "null_space" (see ``milora_vl.adapter.null_space``).
+        slice: With init "milora", where in the spectrum to start: minor (MiLoRA), principal
+            (PiSSA), middle, random.
         residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
             with a frozen second adapter; "auto" subtracts in float32 only, else anchors.
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
@@ -43,21 +58,41 @@ class MiloraConfig(Section):
             dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
             train mode. This holds for both residual modes.
         train_projector: Train the vision-language projector in full.
+        calibration_batches: With init "null_space", how many training batches are looked at.
+        allow_outside_language_model: Let ``target_modules`` reach the vision tower and an output
+            head of its own weights; otherwise such a pattern is refused.
     """
 
     r: int = Field(default=128, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
+    init: Init = "milora"
     slice: Slice = "minor"
     residual: Residual = "auto"
     svd: SvdMethod = "auto"
     target_modules: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     train_projector: bool = True
+    calibration_batches: int = Field(default=8, ge=1)
+    allow_outside_language_model: bool = False
+
+    @model_validator(mode="after")
+    def _slice_fits_init(self) -> "MiloraConfig":
+        if self.init != "milora" and self.slice not in ("minor", self.spectrum):
+            raise ValueError(
+                f"slice={self.slice} contradicts init={self.init}; remove one of the two keys"
+            )
+        return self
+
+    @property
+    def spectrum(self) -> Slice | None:
+        """The slice the adapter starts from, or None where the method takes none."""
+        return self.slice if self.init == "milora" else INIT_SLICES.get(self.init)
 
     @property
     def scaling(self) -> float:
-        """lora_alpha / r, dimensionless."""
-        return (self.lora_alpha or self.r) / self.r
+        """Factor before B A: lora_alpha / r, or lora_alpha / sqrt(r) with init "rslora"."""
+        r = self.r**0.5 if self.init == "rslora" else self.r
+        return (self.lora_alpha or self.r) / r
 
 
 class ModelSection(Section):
@@ -177,27 +212,6 @@ class Config(Section):
     seed: int = 0
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: ``1e-3`` is a number, and a key written twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; refuse repeated keys, of which YAML would keep the last."""
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise ConfigError(
-                f"line {node.start_mark.line + 1}: key written twice: {sorted(twice)}"
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides and check everything.
 
@@ -211,7 +225,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; shipped ones are in configs/") from None
     except yaml.YAMLError as error:
@@ -219,14 +233,14 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections, found {type(values).__name__}")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, str(path))
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     """Check plain values and return the typed config; raises as ``load_config`` does."""
     try:
-        config = Config.model_validate(_expand_cache(values))
+        config = Config.model_validate(expand_cache(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(where, item) for item in error.errors())) from None
     _check_training_keys(config.training, f"{where}: training")
@@ -241,30 +255,6 @@ def dump_config(config: Config, path: Path | str) -> None:
     write_text_atomic(path, text)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
-    if not separator or not name.strip():
-        raise ConfigError(f"override {override!r}: write section.key=value")
-    *sections, key = name.strip().split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
-        values = inner
-    try:
-        values[key] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: {error}") from error
-
-
-def _expand_cache(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("${MILORA_CACHE}", str(cache_folder()))
-    if isinstance(value, Mapping):
-        return {key: _expand_cache(inner) for key, inner in value.items()}
-    return [_expand_cache(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Config
     for part in location:
@@ -274,12 +264,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         if model is None:
             return []
     return list(model.model_fields)
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Return a hint: the known name nearest to ``name``, or ``otherwise`` when none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def _explain(where: str, error: Mapping[str, Any]) -> str:

@@ -28,10 +28,13 @@ class LayerCertificate:
             None for quantised weights.
         svd_residual_ratio: The larger of ||W V - U S|| and ||W^T U - V S||, over ||W||, of the
             computed triplets. About 1e-6 if exact; up to 1e-2 from the Krylov method, whose slice
-            then mixes a little with its neighbours in the spectrum.
+            then mixes a little with its neighbours in the spectrum. 0 for methods without triplets
+            of the weight; their singular values below are those of s B0 A0.
         sigma_max: Largest singular value in the slice.
         sigma_min: Smallest singular value in the slice.
         zero_directions: Triplets whose factors are both zero; no gradient ever reaches them.
+        input_energy_ratio: With init "null_space": share of the calibration inputs' energy inside
+            the adapter's subspace; of random inputs it would be r / d_in. None otherwise.
     """
 
     name: str
@@ -46,6 +49,7 @@ class LayerCertificate:
     sigma_max: float
     sigma_min: float
     zero_directions: int
+    input_energy_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Certificate:
         matched: Part of the model -> full names that train ("language_model", "projector").
         skipped: Full name -> reason, for language-model layers left without an adapter.
         residual: "subtract" or "anchor".
-        slice: Which part of the spectrum the adapter starts from.
+        slice: Which part of the spectrum the adapter starts from; "none" if from no slice.
         svd: SVD method asked for.
         r: Adapter rank.
         scaling: lora_alpha / r.
@@ -70,6 +74,7 @@ class Certificate:
         step0_max_abs_logit: Largest logit of the base model on that batch.
         step0_relative_logit_difference: The difference over the largest logit; 1e-6 to 1e-5 is
             what rounding alone does to a deep float32 model.
+        init: Method that gave the adapter its first values.
     """
 
     layers: tuple[LayerCertificate, ...]
@@ -89,6 +94,7 @@ class Certificate:
     step0_max_abs_logit: float | None = None
     step0_relative_logit_difference: float | None = None
     warnings: list[str] = field(default_factory=list)
+    init: str = "milora"
 
     def to_json(self, path: Path | str | None = None) -> str:
         """Return the certificate as JSON text; with ``path``, write it there too (atomically).
@@ -113,7 +119,7 @@ class Certificate:
     def summary(self) -> str:
         """Return a short table: one line per kind of layer (mean over the model), then totals."""
         lines = [
-            f"MiLoRA init: slice={self.slice} r={self.r} scaling={self.scaling:g} "
+            f"init={self.init} slice={self.slice} r={self.r} scaling={self.scaling:g} "
             f"residual={self.residual} svd={self.svd}",
             f"{'layer kind':<14}{'n':>4}  {'shape':>13}  {'minor/W':>9}  {'error/W':>9}  "
             f"{'rounding/W':>10}  {'sigma range':>19}",
@@ -129,6 +135,12 @@ class Certificate:
                 f"{_mean([x.reconstruction_error_ratio for x in group]):>9.2e}  "
                 f"{_mean([x.rounding_loss_ratio for x in group]):>10.2e}  "
                 f"{low:>8.2e} - {high:<8.2e}"
+            )
+        energies = [x.input_energy_ratio for x in self.layers if x.input_energy_ratio is not None]
+        if energies:
+            lines.append(
+                f"input energy inside the adapter's subspaces: mean {_mean(energies):.1e}, "
+                f"largest {max(energies):.1e}"
             )
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         lines.append(

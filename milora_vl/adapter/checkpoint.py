@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint
@@ -28,21 +29,24 @@ from milora_vl.adapter.portable import (
     installed_versions,
     portable_config,
     portable_tensors,
+    processor_reference,
     read_milora_file,
     read_tensors_,
 )
 from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import (
+    MILORA,
     MiloraState,
     Residual,
     activate,
     add_adapters,
+    lora_layer,
     recall,
     remember,
     subtract_anchor_,
 )
 from milora_vl.adapter.targets import find_projector, resolve_residual
-from milora_vl.files import replace_folder, sha256_of, write_json_atomic
+from milora_vl.files import replace_folder, sha256_of, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,8 @@ def save_adapter(
     base: str | None = None,
     revision: str | None = None,
     extra: dict[str, Any] | None = None,
+    processor: Any | None = None,
+    adapter_name: str | None = None,
 ) -> Path:
     """Save the adapter in its portable form; the live model is only read.
 
@@ -66,6 +72,8 @@ def save_adapter(
         base: Id or path of the original base model; default: where the model was loaded from.
         revision: Revision of ``base`` on its hub.
         extra: More facts to keep in ``milora.json``; must be JSON.
+        processor: Processor of the base; a reference to it is kept in ``milora.json``.
+        adapter_name: Which of several adapters; default: the active one.
 
     Returns:
         The folder.
@@ -75,31 +83,84 @@ def save_adapter(
             something else.
         OSError: If the disk is full or not writable.
     """
-    folder = Path(folder)
-    state = recall(peft_model)
+    check_writable(Path(folder))
+    state = recall(peft_model, adapter_name)
+    facts = describe(peft_model, state, base=base, revision=revision, extra=extra)
+    facts = facts.model_copy(update={"processor": processor_reference(processor)})
+    class_names = {
+        "base_model_class": type(peft_model.get_base_model()).__name__,
+        "parent_library": type(peft_model.get_base_model()).__module__,
+    }
+    return write_adapter(
+        Path(folder), portable_tensors(peft_model, adapter_name), facts, class_names=class_names
+    )
+
+
+def describe(
+    peft_model: PeftModel,
+    state: MiloraState,
+    *,
+    base: str | None,
+    revision: str | None,
+    extra: dict[str, Any] | None,
+) -> MiloraFile:
+    """Return the content of ``milora.json``; the digest of the weights is still empty."""
+    reference = {"name_or_path": _base_name(peft_model, base), "revision": revision}
+    weights = [lora_layer(peft_model, name).get_base_layer().weight for name in state.modules]
+    quantised = sorted({type(weight).__name__ for weight in weights if is_quantised(weight)})
+    if quantised:
+        reference["quantised"] = ", ".join(quantised)
+    return MiloraFile(
+        format_version=FORMAT_VERSION,
+        **{**vars(state), "modules": list(state.modules)},
+        base=reference,
+        weights_sha256="",
+        packages=installed_versions(),
+        extra=extra or {},
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that holds something other than an adapter.
+
+    Raises:
+        ValueError: Naming the folder.
+    """
     if folder.exists() and not (folder / PEFT_CONFIG_FILE).exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files; choose a new folder for the adapter")
-    base = _base_name(peft_model, base)
+
+
+def write_adapter(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    facts: MiloraFile,
+    *,
+    class_names: dict[str, str] | None = None,
+    texts: dict[str, str] | None = None,
+) -> Path:
+    """Write an adapter folder whole, or leave what was there.
+
+    Args:
+        folder: Where it goes; see ``check_writable``.
+        tensors: As ``portable_tensors`` returns them.
+        facts: Content of ``milora.json``; the digest of the weights is filled in here.
+        class_names: Class and library of the base model, for PEFT's own file.
+        texts: More files beside them: name -> text.
+
+    Raises:
+        OSError: If the disk is full or not writable.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(portable_tensors(peft_model), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        portable_config(state, base, revision).save_pretrained(
-            str(temporary),
-            auto_mapping_dict={
-                "base_model_class": type(peft_model.get_base_model()).__name__,
-                "parent_library": type(peft_model.get_base_model()).__module__,
-            },
-        )
-        facts = MiloraFile(
-            format_version=FORMAT_VERSION,
-            **{**vars(state), "modules": list(state.modules)},
-            base={"name_or_path": base, "revision": revision},
-            weights_sha256=sha256_of(temporary / WEIGHTS_FILE),
-            packages=installed_versions(),
-            extra=extra or {},
-        )
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = portable_config(facts.state(), facts.base["name_or_path"], facts.base["revision"])
+        config.save_pretrained(str(temporary), auto_mapping_dict=class_names)
+        digest = sha256_of(temporary / WEIGHTS_FILE)
+        facts = facts.model_copy(update={"weights_sha256": digest})
         write_json_atomic(temporary / MILORA_FILE, facts.model_dump())
+        for name, text in (texts or {}).items():
+            write_text_atomic(temporary / name, text)
         temporary.chmod(0o755)  # mkdtemp and safetensors keep others out
         (temporary / WEIGHTS_FILE).chmod(0o644)
         with (temporary / WEIGHTS_FILE).open("rb") as stream:
@@ -119,6 +180,7 @@ def load_adapter(
     *,
     residual: Residual | None = None,
     strict_base: bool = True,
+    adapter_name: str = MILORA,
 ) -> PeftModel:
     """Put a saved adapter on its original base model, ready to go on training or to be used.
 
@@ -132,6 +194,7 @@ def load_adapter(
         residual: "subtract" or "anchor"; default: as recorded, or "anchor" where the weights of
             ``model`` are not float32.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
+        adapter_name: Its name on the model, see ``milora_vl.adapter.several``.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -139,29 +202,53 @@ def load_adapter(
     """
     folder = Path(folder)
     if isinstance(model, PeftModel):
-        raise ValueError("the model already carries a PEFT adapter; pass the base model")
+        raise ValueError(
+            "the model already carries a PEFT adapter; pass the base model, or put this adapter "
+            "beside the other with add_adapter_from"
+        )
+    state = check_adapter(model, folder, residual, strict_base=strict_base)
+    peft_model = add_adapters(model, state, adapter_name)
+    read_tensors_(peft_model, state, folder, adapter_name)
+    if state.residual == "subtract":
+        subtract_anchor_(peft_model, state.modules, adapter_name)
+    remember(peft_model, state, adapter_name)
+    activate(peft_model, state.residual, trainable=trainable, adapter_name=adapter_name)
+    if not trainable:
+        peft_model.eval()
+    return peft_model
+
+
+def check_adapter(
+    model: nn.Module, folder: Path, residual: Residual | None, *, strict_base: bool
+) -> MiloraState:
+    """Check a saved adapter against a base model, which stays as it is.
+
+    Args:
+        model: The original base; its layers may already be wrapped by PEFT.
+        folder: Written by ``save_adapter``.
+        residual: As for ``load_adapter``.
+        strict_base: As for ``load_adapter``.
+
+    Returns:
+        What the model will have to remember of the adapter.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file is damaged, the base is another one, or shapes do not fit.
+    """
     facts = read_milora_file(folder)
     check_files(folder, facts)
     _check_layers_exist(model, facts, folder)
     _check_base(model, facts, folder, strict_base)
-    if residual is None:
+    if not facts.state().has_anchor:
+        residual = "anchor"  # nothing to subtract: the base weights stay
+    elif residual is None:
         # a low-precision base would lose part of the slice to rounding, see the certificate
         possible = resolve_residual(model, facts.modules, "auto")
         residual = facts.residual if possible == "subtract" else "anchor"
-    residual = resolve_residual(model, facts.modules, residual)
-    names = MiloraState.__dataclass_fields__
-    values = {key: value for key, value in facts.model_dump().items() if key in names}
-    state = MiloraState(**{**values, "modules": tuple(facts.modules), "residual": residual})
+    state = facts.state(resolve_residual(model, facts.modules, residual))
     check_shapes(model, state, folder)
-    peft_model = add_adapters(model, state)
-    read_tensors_(peft_model, state, folder)
-    if residual == "subtract":
-        subtract_anchor_(peft_model, state.modules)
-    remember(peft_model, state)
-    activate(peft_model, residual, trainable=trainable)
-    if not trainable:
-        peft_model.eval()
-    return peft_model
+    return state
 
 
 def _base_name(peft_model: PeftModel, base: str | None) -> str | None:
@@ -171,7 +258,7 @@ def _base_name(peft_model: PeftModel, base: str | None) -> str | None:
     return name or None
 
 
-def _check_layers_exist(model: PreTrainedModel, facts: MiloraFile, folder: Path) -> None:
+def _check_layers_exist(model: nn.Module, facts: MiloraFile, folder: Path) -> None:
     present = {name for name, _ in model.named_modules()}
     missing = [name for name in facts.modules if name not in present]
     if missing:
@@ -183,7 +270,7 @@ def _check_layers_exist(model: PreTrainedModel, facts: MiloraFile, folder: Path)
         raise ValueError(f"{folder}: the model has no projector {facts.projector}")
 
 
-def _check_base(model: PreTrainedModel, facts: MiloraFile, folder: Path, strict_base: bool) -> None:
+def _check_base(model: nn.Module, facts: MiloraFile, folder: Path, strict_base: bool) -> None:
     found = fingerprint(model, facts.modules)["exact"]
     match = [precision for precision in PRECISIONS if facts.fingerprint[precision] == found]
     if match and match[0] != "exact":

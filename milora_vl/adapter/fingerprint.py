@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from milora_vl.adapter.quantize import stored_values
@@ -55,7 +56,7 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
     """Return the fingerprint of the named linear layers of a base model, per precision.
 
     Args:
-        model: The base model, without adapters.
+        model: The base model; of layers that PEFT wrapped the weights below are read.
         modules: Full names of linear layers of ``model``.
 
     Returns:
@@ -70,5 +71,7 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
             layer = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"the model has no layer {name}: another architecture") from error
+        if isinstance(layer, BaseTunerLayer):
+            layer = layer.get_base_layer()
         digests[name] = weight_digests(stored_values(layer))
     return combine_digests(digests)

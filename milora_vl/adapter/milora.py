@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.baselines import init_baseline
 from milora_vl.adapter.certificate import Certificate, LayerCertificate, certify_layer
 from milora_vl.adapter.fingerprint import combine_digests, weight_digests
 from milora_vl.adapter.minor_svd import full_precision, minor_svd
@@ -24,6 +25,7 @@ from milora_vl.adapter.quantize import (
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
+    PLAIN_INITS,
     MiloraState,
     Residual,
     activate,
@@ -46,18 +48,21 @@ def attach_milora(
     config: MiloraConfig,
     batch: Mapping[str, Any] | None = None,
     progress: bool = True,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> tuple[PeftModel, Certificate]:
     """Put a MiLoRA adapter on a model, so that it still computes the same function.
 
     The model is wrapped in place. It gets two PEFT adapters: ``milora`` (A, B, trainable) and
     ``anchor`` (A0, -B0, frozen; active only with residual "anchor", otherwise kept for saving).
-    Everything else is frozen except, if asked for, the projector.
+    Everything else is frozen except, if asked for, the projector. Other methods than MiLoRA
+    (``config.init``) take the same way; those that start from zero have no anchor.
 
     Args:
         model: LLaVA-style model or causal language model with its weights loaded.
         config: Rank, slice, residual mode and layers.
         batch: Model inputs on the right device; if given, the logits before and after are compared.
         progress: Show a progress bar with rate and remaining time.
+        calibration: Model inputs to measure, for init "null_space".
 
     Returns:
         The PEFT model and the init certificate.
@@ -69,9 +74,12 @@ def attach_milora(
     started = time.perf_counter()
     if isinstance(model, PeftModel):
         raise ValueError("the model already carries a PEFT adapter; merge or unload it first")
-    targets = find_targets(model, config.target_modules)
+    targets = find_targets(
+        model, config.target_modules, allow_outside=config.allow_outside_language_model
+    )
     check_layers(model, targets.modules, config.r)
-    residual = resolve_residual(model, targets.modules, config.residual)
+    plain = config.init in PLAIN_INITS
+    residual = resolve_residual(model, targets.modules, "anchor" if plain else config.residual)
     log_targets(targets, residual)
     total = sum(parameter.numel() for parameter in model.parameters())
     before = compute_logits(model, batch) if batch is not None else None
@@ -80,18 +88,24 @@ def attach_milora(
     state = MiloraState(
         r=config.r,
         lora_alpha=float(config.lora_alpha or config.r),
-        slice=config.slice,
+        slice=config.spectrum or "none",
         svd=config.svd,
         residual=residual,
         lora_dropout=config.lora_dropout,
         modules=targets.modules,
         projector=projector,
         fingerprint={},
+        init=config.init,
     )
     peft_model = add_adapters(model, state)
     try:
         with full_precision():
-            layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
+            if config.spectrum:
+                layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
+            else:
+                layers, digests, peak_bytes = init_baseline(
+                    peft_model, state, calibration, progress
+                )
     except BaseException:
         peft_model.unload()
         raise
@@ -111,7 +125,8 @@ def attach_milora(
         },
         skipped=targets.skipped,
         residual=residual,
-        slice=config.slice,
+        init=config.init,
+        slice=state.slice,
         svd=config.svd,
         r=config.r,
         scaling=state.scaling,

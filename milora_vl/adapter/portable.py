@@ -1,6 +1,7 @@
 """The portable adapter folder: what its files hold, and the checks before they are believed."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from milora_vl.adapter.master import load_trained_state_, trained_state
 from milora_vl.adapter.state import (
-    ANCHOR,
     MILORA,
     MiloraState,
     Residual,
+    anchor_of,
+    current_adapter,
     factors,
+    magnitude,
     recall,
     trained_projector,
 )
@@ -29,7 +32,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 MILORA_FILE = "milora.json"
 PREFIX = "base_model.model."
-FORMAT_VERSION = 1
+MAGNITUDE = "lora_magnitude_vector"
+FORMAT_VERSION = 2
+CONFIG_KEYS = (
+    "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+)  # fmt: skip
 PACKAGES = ("milora-vl", "peft", "transformers", "torch", "safetensors")
 
 
@@ -38,7 +46,9 @@ class MiloraFile(BaseModel):
 
     Attributes:
         format_version: Of this file; a newer one than known is refused.
+        init: Method that gave the first values.
         base: Id or path and revision of the base model.
+        processor: Where its processor is, its classes and a digest of its tokenizer, or None.
         fingerprint: Of the original weights of the adapted layers, per precision.
         weights_sha256: Of the weights file beside it.
         packages: Package -> version at saving.
@@ -56,11 +66,20 @@ class MiloraFile(BaseModel):
     lora_dropout: float
     modules: list[str]
     projector: str | None
+    init: str = "milora"
     base: dict[str, str | None]
+    processor: dict[str, str | None] | None = None
     fingerprint: dict[str, str]
     weights_sha256: str
     packages: dict[str, str]
     extra: dict[str, Any] = {}
+
+    def state(self, residual: Residual | None = None) -> MiloraState:
+        """Return the part that a model remembers, with another residual mode if one is given."""
+        names = MiloraState.__dataclass_fields__
+        values = {key: value for key, value in self.model_dump().items() if key in names}
+        values |= {"modules": tuple(self.modules), "residual": residual or self.residual}
+        return MiloraState(**values)
 
 
 def read_milora_file(folder: Path | str) -> MiloraFile:
@@ -86,24 +105,29 @@ def read_milora_file(folder: Path | str) -> MiloraFile:
         raise ValueError(f"{path} is damaged: {error}; copy the adapter folder again") from error
 
 
-def portable_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
-    """Return the tensors of the plain rank-2r LoRA, under PEFT's names, as CPU copies.
+def portable_tensors(peft_model: PeftModel, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of the plain LoRA, under PEFT's names, as CPU copies.
 
-    ``lora_A`` [2r, d_in] and ``lora_B`` [d_out, 2r] per layer, float32; the trained projector in
-    float32 where it has master weights.
+    ``lora_A`` [2r, d_in] and ``lora_B`` [d_out, 2r] per layer, float32 (r instead of 2r without
+    an anchor, and DoRA's magnitude [d_out] beside them); the trained projector in float32 where it
+    has master weights.
 
     Raises:
         ValueError: If a tensor is sharded over processes.
     """
-    state = recall(peft_model)
+    adapter_name = adapter_name or current_adapter(peft_model)
+    state = recall(peft_model, adapter_name)
+    parts = [adapter_name, anchor_of(adapter_name)] if state.has_anchor else [adapter_name]
     tensors: dict[str, Tensor] = {}
     for name in state.modules:
-        A, B = (_whole(factor, name) for factor in factors(peft_model, name, MILORA))
-        A0, minus_B0 = (_whole(factor, name) for factor in factors(peft_model, name, ANCHOR))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([A, A0], dim=0)  # [2r, d_in]
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([B, minus_B0], dim=1)  # [d_out, 2r]
+        pairs = [[_whole(f, name) for f in factors(peft_model, name, part)] for part in parts]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([A for A, _ in pairs], dim=0)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([B for _, B in pairs], dim=1)
+        if state.init == "dora":
+            value = magnitude(peft_model, name, adapter_name).detach().to("cpu", torch.float32)
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = value.clone()
     if state.projector:
-        trained = trained_projector(peft_model, state.projector)
+        trained = trained_projector(peft_model, state.projector, adapter_name)
         for key, value in trained_state(trained).items():
             # clone: on the CPU `.cpu()` is the live tensor, which training changes during the write
             tensors[f"{PREFIX}{state.projector}.{key}"] = value.detach().cpu().clone()
@@ -120,10 +144,12 @@ def _whole(factor: Tensor, name: str) -> Tensor:
 
 
 def portable_config(state: MiloraState, base: str | None, revision: str | None) -> LoraConfig:
-    """Return the PEFT configuration of the plain rank-2r LoRA."""
+    """Return the PEFT configuration of the plain LoRA for the original base."""
     return LoraConfig(
-        r=2 * state.r,
-        lora_alpha=2 * state.lora_alpha,
+        r=state.widening * state.r,
+        lora_alpha=state.widening * state.lora_alpha,
+        use_rslora=state.init == "rslora",
+        use_dora=state.init == "dora",
         target_modules=list(state.modules),
         modules_to_save=[state.projector] if state.projector else None,
         lora_dropout=state.lora_dropout,
@@ -143,6 +169,28 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def processor_reference(processor: Any | None) -> dict[str, str | None] | None:
+    """Return what ``milora.json`` keeps of a processor, so that another one can be noticed."""
+    if processor is None:
+        return None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pictures = getattr(processor, "image_processor", None)
+    facts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    return {
+        "name_or_path": tokenizer.name_or_path or None,
+        "class": type(processor).__name__,
+        "image_processor": type(pictures).__name__ if pictures else None,
+        "tokenizer": type(tokenizer).__name__,
+        "tokenizer_sha256": _digest(facts),
+        "chat_template_sha256": _digest(template),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def check_files(folder: Path, facts: MiloraFile) -> None:
     """Check that the files beside ``milora.json`` are those it was written with.
 
@@ -153,12 +201,18 @@ def check_files(folder: Path, facts: MiloraFile) -> None:
     config_path = folder / PEFT_CONFIG_FILE
     if not config_path.exists():
         raise FileNotFoundError(f"{config_path} is missing; copy the adapter folder again")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    for key, wanted in (("r", 2 * facts.r), ("lora_alpha", 2 * facts.lora_alpha)):
-        if config.get(key) != wanted:
+    try:
+        found = LoraConfig.from_pretrained(str(folder))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{config_path} is damaged: {error}; copy the adapter folder again"
+        ) from error
+    wanted = portable_config(facts.state(), None, None)
+    for key in CONFIG_KEYS:
+        if _comparable(getattr(found, key)) != _comparable(getattr(wanted, key)):
             raise ValueError(
-                f"{config_path}: {key}={config.get(key)}, but {MILORA_FILE} asks for {wanted}; one "
-                "of them was edited, copy the adapter folder again"
+                f"{config_path}: {key}={getattr(found, key)}, but {MILORA_FILE} asks for "
+                f"{getattr(wanted, key)}; one of them was edited, copy the adapter folder again"
             )
     path = folder / WEIGHTS_FILE
     if not path.exists():
@@ -171,6 +225,10 @@ def check_files(folder: Path, facts: MiloraFile) -> None:
         )
 
 
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | set) else value or None
+
+
 def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
     """Check that the stored tensors fit the base model, before it is changed.
 
@@ -179,11 +237,15 @@ def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
     """
     wanted: dict[str, list[int]] = {}
     for name in state.modules:
-        layer = model.get_submodule(name)
-        wanted[f"{PREFIX}{name}.lora_A.weight"] = [2 * state.r, layer.in_features]
-        wanted[f"{PREFIX}{name}.lora_B.weight"] = [layer.out_features, 2 * state.r]
+        layer, rank = model.get_submodule(name), state.widening * state.r
+        wanted[f"{PREFIX}{name}.lora_A.weight"] = [rank, layer.in_features]
+        wanted[f"{PREFIX}{name}.lora_B.weight"] = [layer.out_features, rank]
+        if state.init == "dora":
+            wanted[f"{PREFIX}{name}.{MAGNITUDE}"] = [layer.out_features]
     if state.projector:
-        for key, value in model.get_submodule(state.projector).state_dict().items():
+        projector = model.get_submodule(state.projector)
+        projector = getattr(projector, "original_module", projector)  # PEFT's wrapper has both
+        for key, value in projector.state_dict().items():
             wanted[f"{PREFIX}{state.projector}.{key}"] = list(value.shape)
     with _open(folder) as file:
         found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -195,22 +257,30 @@ def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
             )
 
 
-def read_tensors_(peft_model: PeftModel, state: MiloraState, folder: Path) -> None:
-    """Fill both adapters and the projector from the stored tensors."""
-    r = state.r
+def read_tensors_(
+    peft_model: PeftModel, state: MiloraState, folder: Path, adapter_name: str = MILORA
+) -> None:
+    """Fill the adapters of one name and its projector from the stored tensors."""
+    r, parts = state.r, [adapter_name]
+    if state.has_anchor:
+        parts.append(anchor_of(adapter_name))
     with _open(folder) as file:
         for name in state.modules:
             both_A = file.get_tensor(f"{PREFIX}{name}.lora_A.weight")  # [2r, d_in]
             both_B = file.get_tensor(f"{PREFIX}{name}.lora_B.weight")  # [d_out, 2r]
-            for adapter, part in ((MILORA, slice(0, r)), (ANCHOR, slice(r, 2 * r))):
-                lora_A, lora_B = factors(peft_model, name, adapter)
-                lora_A.data.copy_(both_A[part])
-                lora_B.data.copy_(both_B[:, part])
+            for index, part in enumerate(parts):
+                lora_A, lora_B = factors(peft_model, name, part)
+                lora_A.data.copy_(both_A[index * r : (index + 1) * r])
+                lora_B.data.copy_(both_B[:, index * r : (index + 1) * r])
+            if state.init == "dora":
+                stored = file.get_tensor(f"{PREFIX}{name}.{MAGNITUDE}")  # [d_out]
+                magnitude(peft_model, name, adapter_name).data.copy_(stored)
         if state.projector:
             start = f"{PREFIX}{state.projector}."
             keys = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
             values = {key.removeprefix(start): file.get_tensor(key) for key in keys}
-            load_trained_state_(trained_projector(peft_model, state.projector), values)
+            trained = trained_projector(peft_model, state.projector, adapter_name)
+            load_trained_state_(trained, values)
 
 
 @contextlib.contextmanager

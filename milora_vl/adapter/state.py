@@ -17,6 +17,9 @@ from milora_vl.adapter.minor_svd import full_precision
 MILORA = "milora"
 ANCHOR = "anchor"
 
+PLAIN_INITS = ("lora", "rslora", "dora", "mica")
+"""Methods whose factors multiply to zero at the start: nothing to subtract, so no anchor."""
+
 Residual = Literal["subtract", "anchor"]
 
 
@@ -27,13 +30,15 @@ class MiloraState:
     Attributes:
         r: Adapter rank.
         lora_alpha: LoRA alpha; the scaling is lora_alpha / r.
-        slice: Part of the spectrum the adapter started from.
+        slice: Part of the spectrum the adapter started from; "none" if from no slice.
         svd: SVD method asked for.
-        residual: "subtract": the base weights were replaced by W_p; "anchor": they are untouched.
+        residual: "subtract": the base weights were replaced by W_p; "anchor": they are untouched
+            (always so for ``PLAIN_INITS``).
         lora_dropout: Dropout of the trainable adapter.
         modules: Full names of the adapted layers.
         projector: Full name of the projector that trains in full, or None.
         fingerprint: Of the original weights of ``modules``, see ``fingerprint.py``.
+        init: Method that gave the first values, see ``milora_vl.config.MiloraConfig``.
     """
 
     r: int
@@ -45,70 +50,151 @@ class MiloraState:
     modules: tuple[str, ...]
     projector: str | None
     fingerprint: dict[str, str]
+    init: str = "milora"
 
     @property
     def scaling(self) -> float:
-        """lora_alpha / r, dimensionless."""
-        return self.lora_alpha / self.r
+        """Factor before B A: lora_alpha / r, for rsLoRA lora_alpha / sqrt(r); dimensionless."""
+        return self.lora_alpha / (self.r**0.5 if self.init == "rslora" else self.r)
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the start (A0, B0) is subtracted by an adapter of its own."""
+        return self.init not in PLAIN_INITS
+
+    @property
+    def widening(self) -> int:
+        """Rank of the plain LoRA that does the same on the original base, over r."""
+        return 2 if self.has_anchor else 1
 
 
-def remember(peft_model: PeftModel, state: MiloraState) -> None:
+def anchor_of(adapter_name: str) -> str:
+    """Return the name of the frozen adapter that belongs to a trainable one."""
+    return ANCHOR if adapter_name == MILORA else f"{adapter_name}_{ANCHOR}"
+
+
+def remember(peft_model: PeftModel, state: MiloraState, adapter_name: str = MILORA) -> None:
     """Keep ``state`` with the model, so that it survives copies and wrapping."""
-    peft_model.milora_state = state
+    peft_model.milora_states = {**adapter_states(peft_model), adapter_name: state}
 
 
-def recall(peft_model: nn.Module) -> MiloraState:
+def forget(peft_model: PeftModel, adapter_name: str) -> None:
+    """Undo ``remember``."""
+    states = adapter_states(peft_model)
+    peft_model.milora_states = {name: states[name] for name in states if name != adapter_name}
+
+
+def adapter_states(peft_model: nn.Module) -> dict[str, MiloraState]:
+    """Return adapter name -> state of all adapters of this package on a model."""
+    return getattr(peft_model, "milora_states", {})
+
+
+def recall(peft_model: nn.Module, adapter_name: str | None = None) -> MiloraState:
     """Return the state kept with a model that ``attach_milora`` or ``load_adapter`` made.
+
+    Args:
+        peft_model: The model.
+        adapter_name: Whose state; default: of the active adapter.
 
     Raises:
         ValueError: If the model has none.
     """
-    state = getattr(peft_model, "milora_state", None)
-    if not isinstance(state, MiloraState):
+    return adapter_states(peft_model)[adapter_name or current_adapter(peft_model)]
+
+
+def current_adapter(peft_model: nn.Module) -> str:
+    """Return the name of the active adapter, its anchor not counted.
+
+    Raises:
+        ValueError: If the model has no adapter of this package, or several and none is active.
+    """
+    states = adapter_states(peft_model)
+    if not states:
         raise ValueError(
             f"this {type(peft_model).__name__} was not made by attach_milora or load_adapter; "
             "if a trainer wrapped it, pass the unwrapped PeftModel"
         )
-    return state
+    active = [name for name in peft_model.active_adapters if name in states] or list(states)
+    if len(active) > 1:
+        raise ValueError(f"name one of the adapters {active}, or make one active with use_adapter")
+    return active[0]
 
 
-def add_adapters(model: PreTrainedModel, state: MiloraState) -> PeftModel:
-    """Wrap a model with the two adapters of ``state``; their values are still arbitrary."""
-    shared = {
-        "r": state.r,
-        "lora_alpha": state.lora_alpha,
-        "target_modules": list(state.modules),
-        "bias": "none",
-        "init_lora_weights": False,
-    }
-    milora = LoraConfig(
-        **shared,
-        lora_dropout=state.lora_dropout,
-        modules_to_save=[state.projector] if state.projector else None,
-    )
+def add_adapters(
+    model: PreTrainedModel, state: MiloraState, adapter_name: str = MILORA
+) -> PeftModel:
+    """Wrap a model with the adapters of ``state``.
+
+    The factors are arbitrary, except for LoRA, rsLoRA and DoRA, which PEFT initialises here.
+    """
+    config = trainable_config(state)
     # float32 factors also on bfloat16 bases: PEFT then adds both products in float32 and rounds
     # once, so the anchor cancels the untrained adapter exactly
-    peft_model = get_peft_model(model, milora, adapter_name=MILORA, autocast_adapter_dtype=True)
-    peft_model.add_adapter(ANCHOR, LoraConfig(**shared), autocast_adapter_dtype=True)
-    if state.projector:
-        keep_master_weights_(trained_projector(peft_model, state.projector))
+    peft_model = get_peft_model(
+        model, config, adapter_name=adapter_name, autocast_adapter_dtype=True
+    )
+    _complete(peft_model, state, adapter_name)
     return peft_model
 
 
-def trained_projector(peft_model: PeftModel, name: str) -> nn.Module:
+def add_more_adapters_(peft_model: PeftModel, state: MiloraState, adapter_name: str) -> None:
+    """Put the adapters of ``state`` beside those a model already has."""
+    config = trainable_config(state)
+    peft_model.add_adapter(adapter_name, config, autocast_adapter_dtype=True)
+    _complete(peft_model, state, adapter_name)
+
+
+def trainable_config(state: MiloraState) -> LoraConfig:
+    """Return PEFT's configuration of the adapter that trains."""
+    return LoraConfig(
+        r=state.r,
+        lora_alpha=state.lora_alpha,
+        target_modules=list(state.modules),
+        bias="none",
+        init_lora_weights=state.init in ("lora", "rslora", "dora"),
+        use_rslora=state.init == "rslora",
+        use_dora=state.init == "dora",
+        lora_dropout=state.lora_dropout,
+        modules_to_save=[state.projector] if state.projector else None,
+    )
+
+
+def _complete(peft_model: PeftModel, state: MiloraState, adapter_name: str) -> None:
+    if state.has_anchor:
+        anchor = LoraConfig(
+            r=state.r,
+            lora_alpha=state.lora_alpha,
+            target_modules=list(state.modules),
+            bias="none",
+            init_lora_weights=False,
+        )
+        peft_model.add_adapter(anchor_of(adapter_name), anchor, autocast_adapter_dtype=True)
+    if state.projector:
+        keep_master_weights_(trained_projector(peft_model, state.projector, adapter_name))
+
+
+def trained_projector(peft_model: PeftModel, name: str, adapter_name: str = MILORA) -> nn.Module:
     """Return the copy of the projector that trains; the original stays beside it."""
-    return peft_model.get_base_model().get_submodule(name).modules_to_save[MILORA]
+    return peft_model.get_base_model().get_submodule(name).modules_to_save[adapter_name]
 
 
-def subtract_anchor_(peft_model: PeftModel, modules: Sequence[str]) -> None:
+def magnitude(peft_model: PeftModel, name: str, adapter_name: str = MILORA) -> Tensor:
+    """Return DoRA's magnitude vector [d_out] of one layer (not a copy)."""
+    return lora_layer(peft_model, name).lora_magnitude_vector[adapter_name].weight
+
+
+def subtract_anchor_(
+    peft_model: PeftModel, modules: Sequence[str], adapter_name: str = MILORA
+) -> None:
     """Write W_p = W - s B0 A0 into the base weights, in their own dtype."""
+    anchor = anchor_of(adapter_name)
     for name in modules:
         layer = lora_layer(peft_model, name)
-        lora_A, negative_lora_B = factors(peft_model, name, ANCHOR)
+        lora_A, negative_lora_B = factors(peft_model, name, anchor)
         weight = layer.get_base_layer().weight
         with full_precision():
             negative_minor = negative_lora_B.detach() @ lora_A.detach()  # [d_out, d_in]
-        negative_minor.mul_(layer.scaling[ANCHOR])
+        negative_minor.mul_(layer.scaling[anchor])
         weight.data.copy_(weight.detach().to(torch.float32) + negative_minor)
 
 
@@ -123,15 +209,25 @@ def factors(peft_model: PeftModel, name: str, adapter: str) -> tuple[Tensor, Ten
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def activate(peft_model: PeftModel, residual: Residual, *, trainable: bool) -> None:
+def activate(
+    peft_model: PeftModel, residual: Residual, *, trainable: bool, adapter_name: str = MILORA
+) -> None:
     """Make the adapters take part as ``residual`` needs, and freeze what must not train.
 
     The anchor never trains. PEFT sets it trainable again whenever it activates adapters, for
     example on leaving ``peft_model.disable_adapter()``; call this afterwards.
     """
-    active = [MILORA, ANCHOR] if residual == "anchor" else [MILORA]
+    anchor, active = anchor_of(adapter_name), [adapter_name]
+    has_anchor = anchor in peft_model.peft_config
+    if residual == "anchor" and has_anchor:
+        active.append(anchor)
     peft_model.base_model.set_adapter(active, inference_mode=not trainable)
-    peft_model.set_requires_grad(ANCHOR, requires_grad=False)
+    if has_anchor:
+        peft_model.set_requires_grad(anchor, requires_grad=False)
+    state = adapter_states(peft_model).get(adapter_name)
+    if state and state.init == "mica":  # MiCA trains A alone
+        for name in state.modules:
+            factors(peft_model, name, adapter_name)[1].requires_grad_(False)
 
 
 @contextmanager
@@ -143,15 +239,16 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     Raises:
         ValueError: If the model carries no MiLoRA adapter.
     """
-    state = recall(peft_model)
+    state, adapter_name = recall(peft_model), current_adapter(peft_model)
+    anchor = anchor_of(adapter_name)
     flags = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
     layers = [lora_layer(peft_model, name) for name in state.modules]
     try:
         if state.residual == "subtract":
             # the anchor holds (A0, -B0); with its scale negated the layer is W_p + s B0 A0 = W
-            peft_model.base_model.set_adapter(ANCHOR, inference_mode=True)
+            peft_model.base_model.set_adapter(anchor, inference_mode=True)
             for layer in layers:
-                layer.set_scale(ANCHOR, -1.0)
+                layer.set_scale(anchor, -1.0)
             yield peft_model
         else:
             with peft_model.disable_adapter():
@@ -159,7 +256,7 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     finally:
         if state.residual == "subtract":
             for layer in layers:
-                layer.set_scale(ANCHOR, 1.0)
-        activate(peft_model, state.residual, trainable=True)
+                layer.set_scale(anchor, 1.0)
+        activate(peft_model, state.residual, trainable=True, adapter_name=adapter_name)
         for name, parameter in peft_model.named_parameters():
             parameter.requires_grad_(flags[name])

@@ -41,13 +41,17 @@ class Targets:
     projector: str | None = None
 
 
-def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> Targets:
+def find_targets(
+    model: PreTrainedModel, target_modules: str | Sequence[str], *, allow_outside: bool = False
+) -> Targets:
     """Resolve ``target_modules`` to full names of linear layers of the language model.
 
     Args:
-        model: A LLaVA-style model or a plain causal language model.
+        model: A LLaVA-style model or a plain causal language model; its weights may be absent
+            (meta device).
         target_modules: ``all-linear``; or a regular expression that must match a full module name;
             or a list of full names or name endings (``q_proj``), as in PEFT.
+        allow_outside: Accept linear layers of the vision tower and the output head as well.
 
     Raises:
         ValueError: If nothing matches, or a pattern reaches the vision tower, the projector, the
@@ -58,7 +62,8 @@ def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
     if target_modules == ALL_LINEAR:
         modules, skipped = _all_linear(model, language_model)
     else:
-        modules, skipped = _matching(model, language_model, target_modules), {}
+        modules = _matching(model, language_model, target_modules, allow_outside)
+        skipped = {}
     if not modules:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer of the language model "
@@ -117,6 +122,10 @@ def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
     """
     for name in modules:
         layer = model.get_submodule(name)
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"{name}: its weight is not loaded (meta device); load the model fully"
+            )
         quantised = is_quantised(layer.weight)
         weight = dense_weight(layer) if quantised else layer.weight
         try:
@@ -131,10 +140,21 @@ def refusal(name: str, module: nn.Module) -> str | None:
         return "its weight is stored transposed (Conv1D); convert it to nn.Linear"
     if not isinstance(module, nn.Linear):
         return f"it is a {type(module).__name__}, not a linear layer"
-    if module.weight.is_meta:
-        return "its weight is not loaded (meta device); load the model fully"
     if name.rpartition(".")[2] == "lm_head":
         return "it is the output head"
+    return None
+
+
+def outside_refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Return why a module outside the language model's layers cannot be adapted, or None."""
+    if not isinstance(module, nn.Linear):
+        return f"it is a {type(module).__name__}, not a linear layer"
+    if any(part in PROJECTOR_NAMES for part in name.split(".")):
+        return "the projector trains in full (train_projector)"
+    embeddings = model.get_input_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if name.rpartition(".")[2] == "lm_head" and (tied or module.weight is embeddings.weight):
+        return "its weight is also the input embedding, which a merge would change"
     return None
 
 
@@ -164,7 +184,10 @@ def _all_linear(model: nn.Module, language_model: str) -> tuple[list[str], dict[
 
 
 def _matching(
-    model: nn.Module, language_model: str, target_modules: str | Sequence[str]
+    model: nn.Module,
+    language_model: str,
+    target_modules: str | Sequence[str],
+    allow_outside: bool,
 ) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside = {name for name, _ in _inside(model, language_model)}
@@ -174,15 +197,19 @@ def _matching(
             continue
         if name not in inside or module is head:
             outside.append(name)
+            if allow_outside and (reason := outside_refusal(model, name, module)):
+                raise ValueError(f"target_modules matches {name}: {reason}; exclude it")
+            if allow_outside:
+                modules.append(name)
         elif reason := refusal(name, module):
             raise ValueError(f"target_modules matches {name}: {reason}; exclude it")
         else:
             modules.append(name)
-    if outside:
+    if outside and not allow_outside:
         raise ValueError(
             f"target_modules={target_modules!r} also matches {len(outside)} modules outside the "
             f"language model, the first is {outside[0]}; only {language_model or 'decoder'} layers "
-            "are adapted. Narrow it, e.g. "
+            "are adapted unless allow_outside_language_model=true. Narrow it, e.g. "
             f"target_modules={_narrowed(language_model, target_modules)!r}"
         )
     return modules

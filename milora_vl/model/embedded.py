@@ -16,7 +16,9 @@ from transformers import (
     AutoTokenizer,
     Dinov2Config,
     Dinov2Model,
+    LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -44,6 +46,16 @@ DINOV2_SMALL = {
     "num_attention_heads": 6,
     "image_size": 518,
     "patch_size": 14,
+}
+SMOLLM2_135M = {
+    "vocab_size": 49216,  # 49152 and the image token, padded to a multiple of 64
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
 }
 GRID_POSITIONS = (DINOV2_SMALL["image_size"] // DINOV2_SMALL["patch_size"]) ** 2
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -145,6 +157,17 @@ def read_dinov2_weights(file: Path) -> dict[str, torch.Tensor]:
     positions = [weights.pop("class"), weights.pop("patches")]
     weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     return {k: torch.from_numpy(np.array(v, dtype=np.float32)) for k, v in weights.items()}
+
+
+def demo_config(image_size_px: int, vision_feature_layer: int | list[int]) -> LlavaConfig:
+    """Return the sides of the demo model, for planning; nothing is fetched or read."""
+    return LlavaConfig(
+        vision_config=Dinov2Config(**DINOV2_SMALL),
+        text_config=LlamaConfig(**SMOLLM2_135M),
+        vision_feature_layer=vision_feature_layer,
+        image_seq_length=(image_size_px // DINOV2_SMALL["patch_size"]) ** 2,
+        tie_word_embeddings=True,
+    )
 
 
 def build_demo_base(

@@ -172,25 +172,49 @@ def finetune(
     if checkpoint:
         peft_model = load_adapter(vlm.model, checkpoint / "adapter", trainable=True)
     else:
-        batch = build_collate(vlm)([dataset[index] for index in range(min(2, len(dataset)))])
-        batch = {name: value.to(vlm.model.device) for name, value in batch.items()}
+        collate, device = build_collate(vlm), vlm.model.device
+        batch = _first_batches(dataset, collate, 2, device)[0]
         batch["logits_to_keep"] = supervised_positions(batch.pop("labels"))
-        peft_model, certificate = attach_milora(vlm.model, adapter, batch=batch)
+        calibration = None
+        if adapter.init == "null_space":
+            size = arguments.per_device_train_batch_size
+            count = size * adapter.calibration_batches
+            calibration = _first_batches(dataset, collate, size, device, count)
+        peft_model, certificate = attach_milora(
+            vlm.model, adapter, batch=batch, calibration=calibration
+        )
         write_json_atomic(run_folder / "certificate.json", json.loads(certificate.to_json()))
         logger.info("init certificate\n%s", certificate.summary())
+    save = partial(save_adapter, peft_model, base=vlm.path, processor=vlm.processor)
     train(
         peft_model,
         vlm,
         dataset,
         validation,
         arguments,
-        save_weights=lambda folder: save_adapter(peft_model, folder, base=vlm.path),
+        save_weights=save,
         metrics_file=run_folder / "metrics.jsonl",
         stage="finetune",
         projector=projector,
     )
-    save_adapter(peft_model, final, base=vlm.path)
+    save(final)
     return vlm.with_model(peft_model.eval())
+
+
+def _first_batches(
+    dataset: ConversationDataset,
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    size: int,
+    device: torch.device,
+    count: int | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """Return the first ``count`` samples (default: one batch) as batches on ``device``."""
+    indices = range(min(count or size, len(dataset)))
+    batches = [
+        collate([dataset[index] for index in indices[start : start + size]])
+        for start in range(0, len(indices), size)
+    ]
+    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
 
 @contextmanager

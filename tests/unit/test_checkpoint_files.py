@@ -1,10 +1,11 @@
 """Laws of writing an adapter folder: whole or as it was, whatever fails, and never over others."""
 
+import json
 import resource
 
 import pytest
 
-from milora_vl.adapter.checkpoint import save_adapter
+from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.state import MILORA, factors, recall
 from milora_vl.config import MiloraConfig
@@ -64,3 +65,65 @@ def test_failed_swap_leaves_the_old_folder_whole(make_tiny_vlm, tmp_path, monkey
         save_adapter(change(peft_model), folder)
     assert snapshot(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 99),
+        ("target_modules", ["q_proj"]),
+        ("modules_to_save", None),
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("alpha_pattern", {"q_proj": 3}),
+        ("bias", "all"),
+    ],
+)
+def test_edited_peft_configuration_is_refused(make_tiny_vlm, tmp_path, key, value):
+    folder = save_adapter(attach(make_tiny_vlm()), tmp_path / "a")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"{key}=.*one of them was edited, copy the adapter"):
+        load_adapter(make_tiny_vlm(), folder)
+
+
+def test_missing_or_damaged_peft_configuration_is_refused(make_tiny_vlm, tmp_path):
+    folder = save_adapter(attach(make_tiny_vlm()), tmp_path / "a")
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
+        load_adapter(make_tiny_vlm(), folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        load_adapter(make_tiny_vlm(), folder)
+
+
+def test_rank_that_both_files_agree_on_but_the_tensors_do_not_is_refused(make_tiny_vlm, tmp_path):
+    folder = save_adapter(attach(make_tiny_vlm()), tmp_path / "a")
+    for name, changes in (
+        ("adapter_config.json", {"r": 8, "lora_alpha": 8}),
+        ("milora.json", {"r": 4, "lora_alpha": 4.0}),
+    ):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=r"has shape \[12, .*but r=4 on this model needs \[8, "):
+        load_adapter(make_tiny_vlm(), folder)
+
+
+def test_folder_of_the_first_format_still_loads(make_tiny_vlm, tmp_path):
+    peft_model = change(attach(make_tiny_vlm()))
+    folder = save_adapter(peft_model, tmp_path / "a")
+    path = folder / "milora.json"
+    facts = json.loads(path.read_text())
+    assert facts["format_version"] == 2
+    old = {key: facts[key] for key in facts if key not in ("init", "processor")}
+    path.write_text(json.dumps({**old, "format_version": 1}))
+    assert recall(load_adapter(make_tiny_vlm(), folder)) == recall(peft_model)
+
+
+def test_another_architecture_is_refused_by_name(make_tiny_vlm, tmp_path):
+    folder = save_adapter(attach(make_tiny_vlm()), tmp_path / "a", base="org/model")
+    base = make_tiny_vlm()
+    del base.model.language_model.layers[1]
+    with pytest.raises(ValueError, match=r"no layer .*7 of 14 are missing.*org/model"):
+        load_adapter(base, folder)

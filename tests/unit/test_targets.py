@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
 from milora_vl.adapter.quantize import is_quantised
-from milora_vl.adapter.targets import find_targets, resolve_residual
+from milora_vl.adapter.targets import check_layers, find_targets, resolve_residual
 
 
 def test_suffix_that_hits_the_clip_tower_is_refused_with_a_pattern_that_works(tiny_vlm):
@@ -60,9 +60,23 @@ def test_transposed_layer_is_refused():
         find_targets(model, ["c_proj"])
 
 
-def test_meta_weights_are_refused(tiny_vlm):
+def test_meta_weights_are_matched_but_not_decomposed(make_tiny_vlm):
+    wanted = find_targets(make_tiny_vlm(), "all-linear")
+    assert find_targets(make_tiny_vlm().to("meta"), "all-linear") == wanted
     with pytest.raises(ValueError, match="not loaded"):
-        find_targets(tiny_vlm.to("meta"), "all-linear")
+        check_layers(make_tiny_vlm().to("meta"), wanted.modules, r=2)
+
+
+def test_tower_and_head_are_matched_only_if_asked_for(tiny_vlm):
+    pattern = r".*(q_proj|lm_head)"
+    modules = find_targets(tiny_vlm, pattern, allow_outside=True).modules
+    assert "lm_head" in modules
+    assert sum("vision_tower" in name for name in modules) == 2
+    with pytest.raises(ValueError, match="the projector trains in full"):
+        find_targets(tiny_vlm, ["linear_1"], allow_outside=True)
+    tiny_vlm.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match="also the input embedding"):
+        find_targets(tiny_vlm, pattern, allow_outside=True)
 
 
 def test_quantised_is_judged_by_class_not_dtype():

@@ -52,7 +52,12 @@ def collate(dataset: ConversationDataset, indices: list[int]) -> dict[str, torch
 
 
 def run(
-    vlm: VLM, dataset: ConversationDataset, folder: Path, steps: int, **training: Any
+    vlm: VLM,
+    dataset: ConversationDataset,
+    folder: Path,
+    steps: int,
+    adapter: MiloraConfig = MiloraConfig(r=4),  # noqa: B008  frozen
+    **training: Any,
 ) -> dict[str, torch.Tensor]:
     settings = {
         "max_steps": steps,
@@ -66,7 +71,7 @@ def run(
     } | training
     finetune(
         vlm,
-        MiloraConfig(r=4),
+        adapter,
         dataset,
         None,
         build_arguments(settings, folder / "checkpoints", 0),
@@ -160,6 +165,51 @@ def test_mid_run_checkpoints_are_whole_adapters(
     final = load_adapter(load_vlm(tiny_checkpoint).model, tmp_path / "adapter")
     batch = collate(dataset, [0, 1])
     torch.testing.assert_close(loaded(**batch).logits, final(**batch).logits)
+
+
+def test_every_checkpoint_holds_the_first_factors_also_after_a_stop(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    start, _ = attach_milora(load_vlm(tiny_checkpoint).model, MiloraConfig(r=4), progress=False)
+    save_adapter(start, tmp_path / "start", base="base")
+    first = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    for steps in (4, 8):  # stopped after four, then gone on
+        run(load_vlm(tiny_checkpoint), dataset, tmp_path / "run", steps, save_total_limit=9)
+        (tmp_path / "run" / "adapter" / "milora.json").unlink()
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "adapter"
+        stored = load_file(folder / "adapter_model.safetensors")
+        assert stored.keys() == first.keys()
+        assert sum("multi_modal_projector" in name for name in stored) == 4
+        for name, value in stored.items():
+            if name.endswith("lora_A.weight"):
+                assert torch.equal(value[4:], first[name][4:])
+                assert not torch.equal(value[:4], first[name][:4])
+            elif name.endswith("lora_B.weight"):
+                assert torch.equal(value[:, 4:], first[name][:, 4:])
+        facts = json.loads((folder / "milora.json").read_text())
+        assert facts["base"]["name_or_path"] == str(tiny_checkpoint)
+        assert facts["processor"]["name_or_path"] == str(tiny_checkpoint)
+        assert len(facts["processor"]["tokenizer_sha256"]) == 64
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
+
+
+@pytest.mark.parametrize("init", ["null_space", "dora", "mica", "olora"])
+def test_other_methods_go_the_same_way(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path, init: str
+) -> None:
+    adapter = MiloraConfig(r=4, init=init, calibration_batches=2)
+    whole = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "whole", 4, adapter)
+    certificate = json.loads((tmp_path / "whole" / "certificate.json").read_text())
+    assert certificate["init"] == init
+    assert certificate["step0_max_abs_logit_difference"] < 1e-4
+    if init == "dora":  # its first A is random, so only the way through is checked
+        return
+    run(load_vlm(tiny_checkpoint), dataset, tmp_path / "stopped", 2, adapter)
+    (tmp_path / "stopped" / "adapter" / "milora.json").unlink()
+    again = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "stopped", 4, adapter)
+    for name, value in whole.items():
+        assert torch.equal(again[name], value), name
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""A saved adapter together with the base model it goes on."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from milora_vl.adapter.certificate import Certificate
+from milora_vl.adapter.checkpoint import load_adapter
+from milora_vl.adapter.portable import (
+    MILORA_FILE,
+    MiloraFile,
+    processor_reference,
+    read_milora_file,
+)
+from milora_vl.config import load_config
+from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.data.images import load_image
+from milora_vl.data.records import read_records
+from milora_vl.model.load import VLM, load_vlm
+
+logger = logging.getLogger(__name__)
+
+NF4_CLASS = "Params4bit"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A saved adapter and the base it goes on.
+
+    Attributes:
+        folder: The adapter folder.
+        facts: Its ``milora.json``.
+        base: Id or path of the base model.
+        device: Where models run.
+        dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
+    """
+
+    folder: Path
+    facts: MiloraFile
+    base: str
+    device: str
+    dtype: torch.dtype | str
+
+    def load(self, *, quantised: bool) -> VLM:
+        """Load the base, in 4 bits if the adapter was trained so and ``quantised`` says so."""
+        kinds = self.facts.base.get("quantised")
+        if kinds not in (None, NF4_CLASS):
+            raise ValueError(f"{self.folder}: its base is quantised as {kinds}; only NF4 can be")
+        return load_vlm(
+            self.base,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.facts.base["revision"],
+            quantization="nf4" if kinds and quantised else None,
+        )
+
+    def attach(self, vlm: VLM, *, strict_base: bool = True) -> PeftModel:
+        """Put the adapter on a loaded base whose weights stay as they are."""
+        return load_adapter(vlm.model, self.folder, residual="anchor", strict_base=strict_base)
+
+
+def find_adapter(path: Path | str) -> Path:
+    """Return the adapter folder of a run, a checkpoint or an adapter folder itself.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / MILORA_FILE).exists():
+            return folder
+    raise FileNotFoundError(
+        f"{path}: neither an adapter folder (with {MILORA_FILE}) nor a run or checkpoint with one "
+        "in adapter/"
+    )
+
+
+def read_source(
+    path: Path | str, base: str | None, device: str, dtype: torch.dtype | str
+) -> Source:
+    """Read what a run, checkpoint or adapter folder says of itself.
+
+    Args:
+        path: See ``find_adapter``.
+        base: Id or path of the base model; default: as recorded.
+        device: Where models will run.
+        dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If its description is damaged, or no base is known.
+    """
+    folder = find_adapter(path)
+    facts = read_milora_file(folder)
+    base = base or facts.base["name_or_path"]
+    if not base:
+        raise ValueError(f"{folder} does not say which base it was made on; pass --model")
+    if Path(base).exists():
+        base = str(Path(base).resolve())  # a relative path means nothing elsewhere
+    return Source(folder, facts, base, device, dtype)
+
+
+def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:
+    """Return the first validation picture of an adapter's run and its question, if both are here.
+
+    Args:
+        folder: The adapter folder, inside a run folder or not.
+    """
+    for parent in list(folder.resolve().parents)[:3]:
+        file = parent / "config.yaml"
+        if not file.exists():
+            continue
+        try:
+            data = load_config(file).data
+            records, _ = read_records(data.validation or data.train[0], data.image_folder, "skip")
+            record = next(item for item in records if item.images)
+            picture = load_image(Path(data.image_folder) / record.images[0])
+        except (OSError, ValueError, StopIteration) as error:
+            logger.info("no example from %s (%s); a drawn picture is used", file, error)
+            return None
+        question = next(turn.text for turn in record.turns if turn.role == "user")
+        return picture, question.replace(IMAGE_TOKEN, "").strip()
+    return None
+
+
+def warn_of_another_processor(facts: MiloraFile, processor: Any) -> None:
+    """Log a warning if a tokenizer is not the one the adapter was trained with."""
+    before, now = facts.processor, processor_reference(processor)
+    if before and before["tokenizer_sha256"] != now["tokenizer_sha256"]:
+        logger.warning(
+            "the tokenizer of the base differs from the one the adapter was trained with (%s); "
+            "token numbers may mean other words",
+            before["name_or_path"],
+        )
+
+
+def certificate_summary(folder: Path) -> str | None:
+    """Return the summary of the certificate that the adapter's run kept, if it is in one."""
+    for parent in list(folder.resolve().parents)[:3]:
+        file = parent / "certificate.json"
+        if file.exists() and (parent / "config.yaml").exists():
+            return Certificate.from_json(file.read_text(encoding="utf-8")).summary()
+    return None

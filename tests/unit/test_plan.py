@@ -1,0 +1,143 @@
+"""Laws of the plan: the numbers of the real thing, no weights read, and the same refusals."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from milora_vl.adapter import cost
+from milora_vl.adapter.milora import attach_milora
+from milora_vl.adapter.plan import empty_model, plan_run
+from milora_vl.cli import main
+from milora_vl.config import parse_config
+from milora_vl.files import cache_folder
+from milora_vl.model.embedded import demo_config
+from milora_vl.model.load import LoadError, load_vlm
+
+
+def config_of(path, adapter=None, training=None, **data):
+    return parse_config(
+        {
+            "model": {"path": str(path), "prompt_style": "chatml", "device": "cpu"},
+            "data": {"train": "nowhere.json", "image_folder": "nowhere", **data},
+            "adapter": adapter or {"r": 4},
+            "training": training or {},
+        }
+    )
+
+
+@pytest.fixture
+def only_config(tiny_checkpoint, tmp_path):
+    """A folder with nothing but config.json."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("init", ["milora", "lora", "dora", "mica"])
+@pytest.mark.parametrize("projector", [True, False])
+def test_counts_are_those_of_the_attached_adapter(only_config, tiny_checkpoint, init, projector):
+    config = config_of(only_config, {"r": 4, "init": init, "train_projector": projector})
+    plan = plan_run(config)
+    _, certificate = attach_milora(load_vlm(tiny_checkpoint).model, config.adapter, progress=False)
+    assert plan.trainable == certificate.trainable_parameters
+    assert plan.total == certificate.total_parameters
+    assert sum(group.shape.count for group in plan.groups) == len(certificate.layers)
+    planned = {(group.kind, group.shape.d_out, group.shape.d_in) for group in plan.groups}
+    made = {(layer.name.rpartition(".")[2], *layer.shape) for layer in certificate.layers}
+    assert planned == made
+    assert plan.residual == certificate.residual
+    for text in (*(group.kind for group in plan.groups), f"{plan.trainable:,}", "GiB"):
+        assert text in plan.summary()
+
+
+def test_no_weight_is_held(only_config):
+    model = empty_model(config_of(only_config).model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_tower_and_head_are_refused_unless_asked_for(only_config, capsys, tmp_path):
+    file = tmp_path / "run.yaml"
+    values = config_of(only_config).model_dump(mode="json")
+    file.write_text(yaml.safe_dump(values))
+    for pattern in (".*q_proj", "lm_head"):
+        words = ["plan", str(file), f"adapter.target_modules={pattern}"]
+        assert main(words) == 1
+        assert "outside the language model" in capsys.readouterr().err
+    words = ["plan", str(file), "adapter.target_modules=.*q_proj"]
+    assert main([*words, "adapter.allow_outside_language_model=true"]) == 0
+    assert "vision tower" in capsys.readouterr().out
+    assert main(["plan", str(file), "adapter.r=17"]) == 1
+    assert "r=17 is out of range" in capsys.readouterr().err
+
+
+def test_demo_config_is_planned_offline(capsys):
+    assert main(["plan", "configs/demo_cpu.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "trainable" in printed
+    assert "230 steps" in printed or "steps" in printed
+
+
+def test_the_written_sides_are_those_of_the_demo_model():
+    found = list((cache_folder() / "models").glob("demo-*/config.json"))
+    if not found:
+        pytest.skip("the demo model is not in the cache")
+    real = json.loads(found[0].read_text())
+    written = demo_config(112, 9).to_dict()
+    for part in ("text_config", "vision_config"):
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+            if key in real[part]:
+                assert written[part][key] == real[part][key], key
+    for key in ("vocab_size", "intermediate_size", "num_key_value_heads"):
+        assert written["text_config"][key] == real["text_config"][key], key
+
+
+def test_a_hub_id_without_a_network_is_explained():
+    with pytest.raises(LoadError, match=r"no config\.json.*set model\.path to its folder"):
+        plan_run(config_of("some-org/some-model"))
+
+
+def test_steps_come_from_the_records(only_config, tmp_path):
+    turns = [
+        {"from": "human", "value": "<image>\n" + "x" * 95},
+        {"from": "gpt", "value": "y" * 100},
+    ]
+    records = [{"id": str(i), "image": "a.png", "conversations": turns} for i in range(10)]
+    file = tmp_path / "train.json"
+    training = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    found = []
+    for content in (json.dumps(records), "\n".join(json.dumps(x) for x in records)):
+        file.write_text(content)
+        found.append(plan_run(config_of(only_config, None, training, train=str(file))))
+    assert [plan.steps for plan in found] == [6, 6]  # 3 steps an epoch, the last one half full
+    assert "10 samples of about 65 tokens" in found[0].summary()  # 51 + 10 marks + 4 image tokens
+    assert plan_run(config_of(only_config)).steps is None
+    assert plan_run(config_of(only_config, None, {"max_steps": 7})).steps == 7
+
+
+def test_estimates_grow_with_the_work():
+    small, large = cost.Shape(512, 512, 1), cost.Shape(2048, 2048, 1)
+    seconds = [cost.init_seconds([s], 32, "auto", 1e11) for s in (small, large)]
+    assert seconds[0] < seconds[1]
+    exact = cost.init_seconds([large], 32, "exact", 1e11)
+    assert exact > 3 * seconds[1]
+    assert cost.init_seconds([large], 32, "none", 1e11) < seconds[0]
+    size = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128)
+    one, two = (cost.TrainingLoad(samples, 100, 0, 0) for samples in (1, 2))
+    assert cost.step_flops(size, two) == 2 * cost.step_flops(size, one)
+    memory = [
+        cost.training_gib(size, two, 4, low=low, checkpointing=checkpointing)
+        for low, checkpointing in ((False, False), (True, False), (True, True))
+    ]
+    assert memory == sorted(memory, reverse=True)
+
+
+def test_rate_is_measured_here():
+    rate = cost.measure_flops(torch.float32)
+    assert 1e8 < rate < 1e16
