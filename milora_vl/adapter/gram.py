@@ -85,7 +85,7 @@ class ShiftedGram:
     """A Cholesky factor of G - shift I in blocks, packed for solves.
 
     Attributes:
-        corners: Inverses of the diagonal blocks, each [b, b].
+        corners: The diagonal blocks, lower triangular, each [b, b].
         rows: The part of the factor left of each diagonal block, [b, start]; None for the first.
         columns: The transposed part below each diagonal block, [b, N - end]; None for the last.
         shift: Below the smallest eigenvalue of G; negative where rounding made that necessary.
@@ -106,12 +106,12 @@ class ShiftedGram:
             part = solution[start:end]
             if rows is not None:
                 part = part - multiply(rows, solution[:start].T)
-            solution[start:end] = corner @ part
+            solution[start:end] = torch.linalg.solve_triangular(corner, part, upper=False)
         for (start, end), corner, _, columns in reversed(steps):
             part = solution[start:end]
             if columns is not None:
                 part = part - multiply(columns, solution[end:].T)
-            solution[start:end] = corner.T @ part
+            solution[start:end] = torch.linalg.solve_triangular(corner.T, part, upper=True)
         return solution
 
 
@@ -129,13 +129,14 @@ def factorise(gram: Tensor, shift: float) -> ShiftedGram | None:
                 column[end - start :] -= multiply(pack(lower[end:, :start]), rows)
         diagonal = column[: end - start]
         diagonal.diagonal().sub_(shift)
-        factor, info = torch.linalg.cholesky_ex(diagonal)
-        if int(info) != 0 or not torch.isfinite(factor).all():
+        corner, info = torch.linalg.cholesky_ex(diagonal)
+        if int(info) != 0 or not torch.isfinite(corner).all():
             return None
-        corner = _inverse_of_lower(factor)
         columns = None
         if end < size:
-            below = multiply(pack(column[end - start :]), corner)  # [N - end, b]
+            identity = torch.eye(end - start, dtype=gram.dtype, device=gram.device)
+            inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
+            below = multiply(pack(column[end - start :]), inverse)  # [N - end, b]
             lower[end:, start:end] = below
             columns = pack(below.T)
         corners.append(corner)
@@ -148,18 +149,13 @@ def from_lower(lower: Tensor, shift: float) -> ShiftedGram:
     """Pack a lower Cholesky factor [N, N] that was made elsewhere; what is above is not read."""
     spans = _spans(lower.shape[0])
     return ShiftedGram(
-        tuple(_inverse_of_lower(lower[start:end, start:end]) for start, end in spans),
+        tuple(lower[start:end, start:end].tril() for start, end in spans),
         tuple(pack(lower[start:end, :start]) if start else None for start, end in spans),
         tuple(
             pack(lower[end:, start:end].T) if end < lower.shape[0] else None for start, end in spans
         ),
         shift,
     )
-
-
-def _inverse_of_lower(lower: Tensor) -> Tensor:
-    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
 
 
 def largest_eigenvalue(gram: Tensor, block: Tensor) -> float:
