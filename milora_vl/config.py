@@ -43,6 +43,7 @@ class MiloraConfig(Section):
             dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
             train mode. This holds for both residual modes.
         train_projector: Train the vision-language projector in full.
+        factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
     """
 
     r: int = Field(default=128, ge=1)
@@ -53,6 +54,7 @@ class MiloraConfig(Section):
     target_modules: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     train_projector: bool = True
+    factor_cache: bool = True
 
     @property
     def scaling(self) -> float:

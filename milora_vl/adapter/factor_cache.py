@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from milora_vl.files import cache_folder, write_bytes_atomic
@@ -80,7 +81,7 @@ class FactorCache:
         """Return the entry for a weight at rank r, or None."""
         file = self._file(key, r)
         try:
-            tensors, metadata = _read(file)
+            tensors = _read(file)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -94,7 +95,7 @@ class FactorCache:
         if stored > r:
             part = slice(0, r) if key.slice == "principal" else slice(stored - r, stored)
             U, S, Vh = U[:, part].contiguous(), S[part].contiguous(), Vh[part].contiguous()
-        return FactorEntry((U, S, Vh), stored, json.loads(metadata["facts"]))
+        return FactorEntry((U, S, Vh), stored, json.loads(tensors["facts"].numpy().tobytes()))
 
     def put(self, key: FactorKey, triplets: Triplets, facts: Mapping[str, Any]) -> None:
         """Store triplets and plain values; what the key held before is replaced.
@@ -103,12 +104,9 @@ class FactorCache:
         """
         r = triplets[1].numel()
         tensors = dict(zip(("U", "S", "Vh"), (x.cpu().contiguous() for x in triplets), strict=True))
-        metadata = {
-            "facts": json.dumps(dict(facts)),
-            "checksum": _checksum(tensors, facts),
-            "slice": key.slice,
-            "svd": key.svd,
-        }
+        tensors["facts"] = _bytes_tensor(json.dumps(dict(facts)).encode())
+        tensors["checksum"] = _bytes_tensor(_checksum(tensors))
+        metadata = {"slice": key.slice, "svd": key.svd}  # for people
         try:
             write_bytes_atomic(self._file(key, r), save(tensors, metadata), durable=False)
         except OSError as error:
@@ -122,7 +120,7 @@ class FactorCache:
                     metadata = opened.metadata()
                     r, d_in = opened.get_slice("Vh").get_shape()
                     d_out = opened.get_slice("U").get_shape()[0]
-            except (SafetensorError, OSError):
+            except (SafetensorError, OSError, RuntimeError):  # damaged, or just replaced
                 continue
             facts = {"rank": r, "shape": (d_out, d_in), "slice": metadata["slice"]}
             yield file, {**facts, "bytes": file.stat().st_size}
@@ -142,21 +140,22 @@ class FactorCache:
         return self.folder / f"{name}.safetensors"
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not file.is_file():
-        raise FileNotFoundError(file)
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-        tensors = {name: opened.get_tensor(name) for name in ("U", "S", "Vh")}
-    if metadata["checksum"] != _checksum(tensors, json.loads(metadata["facts"])):
+def _read(file: Path) -> dict[str, Tensor]:
+    # all bytes at once: opened twice, the name may stand for two files
+    tensors = load(file.read_bytes())
+    if tensors.pop("checksum").numpy().tobytes() != _checksum(tensors):
         raise ValueError("its checksum does not match")
-    return tensors, metadata
+    return tensors
 
 
-def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())
-    for name in ("U", "S", "Vh"):
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for name in ("U", "S", "Vh", "facts"):
         tensor = tensors[name]
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
-    return digest.hexdigest()
+        digest.update(memoryview(tensor.numpy()).cast("B"))
+    return digest.digest()
