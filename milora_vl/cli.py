@@ -127,6 +127,25 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run_verb=export)
 
 
+def cache(arguments: argparse.Namespace) -> int:
+    """Show or clear the SVD factors that are kept for the next start."""
+    from collections import Counter
+
+    from milora_vl.adapter.factor_cache import FactorCache, factors_folder
+
+    factors = FactorCache(factors_folder())
+    if arguments.action == "clear":
+        print(f"{factors.folder}: freed {factors.clear() / 2**20:.1f} MiB")
+        return 0
+    entries = [facts for _, facts in factors.entries()]
+    total = sum(facts["bytes"] for facts in entries)
+    print(f"{factors.folder}: {len(entries)} layers, {total / 2**20:.1f} MiB")
+    kinds = Counter((x["slice"], x["rank"], "x".join(map(str, x["shape"]))) for x in entries)
+    for (part, rank, shape), count in sorted(kinds.items()):
+        print(f"  {count:>5} of {shape:<13} {part}, r={rank}")
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     parser = argparse.ArgumentParser(prog="milora-vl", description=__doc__)
@@ -152,6 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    verb = verbs.add_parser("cache", help="SVD factors on disk", description=cache.__doc__)
+    verb.add_argument("action", choices=["show", "clear"])
+    verb.set_defaults(run_verb=cache)
     verb = verbs.add_parser("eval", help="evaluate (see milora-vl eval --help)", add_help=False)
     verb.add_argument("rest", nargs=argparse.REMAINDER)
     verb.set_defaults(run_verb=evaluate)

@@ -61,6 +61,7 @@ class MiloraConfig(Section):
         calibration_batches: With init "null_space", how many training batches are looked at.
         allow_outside_language_model: Let ``target_modules`` reach the vision tower and an output
             head of its own weights; otherwise such a pattern is refused.
+        factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
     """
 
     r: int = Field(default=128, ge=1)
@@ -87,6 +88,8 @@ class MiloraConfig(Section):
     def spectrum(self) -> Slice | None:
         """The slice the adapter starts from, or None where the method takes none."""
         return self.slice if self.init == "milora" else INIT_SLICES.get(self.init)
+
+    factor_cache: bool = True
 
     @property
     def scaling(self) -> float:

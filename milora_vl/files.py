@@ -14,8 +14,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MILORA_CACHE") or Path.home() / ".cache" / "milora_vl").expanduser()
 
 
-def write_text_atomic(path: Path | str, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` holds either its old content or all of the new.
+def write_bytes_atomic(path: Path | str, data: bytes, *, durable: bool = True) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new.
+
+    Args:
+        path: The file; its folder is made.
+        data: The content.
+        durable: Wait until the disk has it. Without, a power cut may leave a damaged file, so only
+            for files that carry a checksum.
 
     Raises:
         OSError: If the folder cannot be written or the disk is full; ``path`` is unchanged.
@@ -24,15 +30,21 @@ def write_text_atomic(path: Path | str, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text_atomic(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8; see ``write_bytes_atomic``."""
+    write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:

@@ -66,6 +66,14 @@ def build_tiny_vlm(tower: str = "clip", seed: int = 0) -> LlavaForConditionalGen
     return LlavaForConditionalGeneration(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def factors_of_this_test(tmp_path_factory, monkeypatch) -> Path:
+    """Keep SVD factors in a folder of the test, away from the user's cache; return it."""
+    folder = tmp_path_factory.mktemp("factors")
+    monkeypatch.setattr("milora_vl.adapter.milora.factors_folder", lambda: folder)
+    return folder
+
+
 @pytest.fixture
 def make_tiny_vlm() -> Callable[..., LlavaForConditionalGeneration]:
     """Return the builder, for tests that need a second copy or another tower."""

@@ -16,7 +16,7 @@ PRECISIONS: dict[str, torch.dtype] = {
 }
 
 
-def weight_digests(weight: Tensor) -> dict[str, str]:
+def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
     """Digest the values of one weight as they are and as low-precision loading rounds them.
 
     Values are digested as float32 bytes, so the dtype in which the same values are held does not
@@ -24,21 +24,23 @@ def weight_digests(weight: Tensor) -> dict[str, str]:
 
     Args:
         weight: [d_out, d_in] float32, or the codes of a quantised weight.
+        exact: Its digest, where it is known already.
 
     Returns:
         Precision ("exact", "bfloat16", "float16") -> SHA-256 of the values.
     """
-    exact = _digest(weight)
+    exact = exact or digest_of(weight)
     digests = dict.fromkeys(PRECISIONS, exact)
     if weight.is_floating_point():
         for precision, dtype in PRECISIONS.items():
             rounded = weight.to(dtype).to(torch.float32)
             if not torch.equal(rounded, weight):
-                digests[precision] = _digest(rounded)
+                digests[precision] = digest_of(rounded)
     return digests
 
 
-def _digest(values: Tensor) -> str:
+def digest_of(values: Tensor) -> str:
+    """Return the SHA-256 of the bytes of a tensor."""
     array = values.detach().cpu().contiguous().numpy()
     return hashlib.sha256(memoryview(array).cast("B")).hexdigest()
 

@@ -2,28 +2,41 @@
 
 The Gram matrix G of the short side is factorised as ``G - shift I = L L^T``; a block Krylov space
 of its inverse holds the wanted directions after a few solves. The triplets are then taken from the
-original matrix restricted to that space, not from G, whose small eigenvalues drown in rounding.
+original matrix restricted to the best directions of that space, not from G, whose small eigenvalues
+drown in rounding; and where that rounding could have turned the directions themselves, residuals
+of the original matrix correct them.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-START_SOLVES = 2
-MIN_BLOCKS = 3
-MAX_BLOCKS = 7
+from milora_vl.adapter.gram import (
+    EPSILON,
+    LARGEST_COLUMNS,
+    ShiftedGram,
+    Tall,
+    factorise,
+    from_lower,
+    largest_eigenvalue,
+)
+
+FIRST_BLOCKS = 3  # of the space that locates the smallest eigenvalues
+SHIFTED_BLOCKS = 2  # at least, of the space of the shifted inverse
+MAX_BLOCKS = 9
 MAX_LIFTS = 6
+MAX_SHIFTS = 3
+MAX_CORRECTIONS = 3
 MAX_SPACE_RATIO = 2 / 3  # of the short side; beyond, the exact method is as fast
-NOISE_RATIO = 1e3  # eigenvalues of G below this many roundings of the largest are not trusted
-CLUSTERED_RATIO = 0.01  # smallest over largest eigenvalue of the start: one more block at once
+NOISE_RATIO = 1e4  # eigenvalues of G below this many roundings of the largest are not trusted
+DROWNED_RATIO = 4  # below this many, they hold nothing of the matrix
+CLUSTERED_RATIO = 0.05  # smallest over largest eigenvalue of the slice, from where shifting pays
+SINE2_TOLERANCE = 1e-4  # mean squared sine between slice and space, before the last improvements
+SINE2_BEFORE_CORRECTION = 1e-3
 RESIDUAL_TOLERANCE = 0.015  # relative to the wanted singular values
 RESIDUAL_ROUNDINGS = 50  # of the largest singular value, below which residuals are only rounding
 ORTHOGONALITY_TOLERANCE = 1e-4
-PANELS = 4
-PANEL_MIN_COLUMNS = 2048
-EPSILON = torch.finfo(torch.float32).eps
 
 
 class NotConvergedError(ArithmeticError):
@@ -31,24 +44,20 @@ class NotConvergedError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class ShiftedGram:
-    """A Gram matrix and a factor of its shifted copy.
+class Space:
+    """Approximate eigenvectors of the smallest eigenvalues of G.
 
     Attributes:
-        gram: G = T^T T, [N, N].
-        factor: Lower Cholesky factor of G - shift I, [N, N].
-        shift: Below the smallest eigenvalue of G; negative where rounding made that necessary.
-        largest: Estimate of the largest eigenvalue of G.
+        vectors: [N, p], orthonormal, p > r; the smallest eigenvalue first.
+        values: Their eigenvalues, [p] ascending.
+        bound: Below the smallest eigenvalue, as far as its residual tells.
+        sine2: Estimated mean squared sine between the r smallest eigenvectors and ``vectors``.
     """
 
-    gram: Tensor
-    factor: Tensor
-    shift: float
-    largest: float
-
-    def solve(self, block: Tensor) -> Tensor:
-        """Return (G - shift I)^-1 block, [N, b]."""
-        return torch.cholesky_solve(block, self.factor)
+    vectors: Tensor
+    values: Tensor
+    bound: float
+    sine2: float
 
 
 def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,28 +74,41 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         NotConvergedError: If the space would not be small, the matrix cannot be factorised in
             float32, or the result misses the tolerance for residuals or orthogonality.
 
-    Cost: one Gram product and one or two factors of the short side N, a few solves, and a QR
-        decomposition with at most 2 N / 3 columns.
+    Cost: half a Gram product (it is symmetric), one or two Cholesky factors of the short side N,
+        six to nine solves with about r columns, and some six products of the weight with as many.
+        Where the wanted values drown in the rounding of the Gram matrix, a QR decomposition too.
+        Memory: three matrices of the size of the weight, and two to four of N x N.
     """
     if weight.shape[0] < weight.shape[1]:
         V, S, Uh = krylov_minor_svd(weight.T, r)
         return Uh.T, S, V.T
     columns = weight.shape[1]
-    width = r + max(16, r // 8)  # some more than wanted, for the edge of the slice
-    if MIN_BLOCKS * width > columns * MAX_SPACE_RATIO:
+    width = r + max(16, r // 4)  # some more than wanted, for the edge of the slice
+    if FIRST_BLOCKS * width > columns * MAX_SPACE_RATIO:
         raise NotConvergedError(f"r={r} is too large for a Krylov space in {columns} dimensions")
     scale = weight.norm() / columns**0.5  # root mean square of the singular values
     if not scale > 0:
         raise NotConvergedError("the matrix is zero")
-    tall = weight / scale  # [M, N], M >= N
-    inverse = factorise(compute_gram(tall))
-    block, values = _start(tall, inverse, width)
-    if float(values[-1]) < NOISE_RATIO * EPSILON * inverse.largest:
-        inverse = factorise_finely(tall, inverse)
-        block, values = _start(tall, inverse, width)
-    else:
-        inverse = shift_towards(inverse, block, values, r)
-    U, S, V = _iterate(tall, inverse, block, values, r)
+    tall = Tall(weight / scale)
+    gram = tall.gram()
+    largest = largest_eigenvalue(gram, _random_block(gram, LARGEST_COLUMNS))
+    noise = NOISE_RATIO * EPSILON * largest
+    inverse = factorise_lifted(gram, largest)
+    start = torch.linalg.qr(_random_block(gram, width)).Q
+    space = expand(inverse, start, r, noise, least=FIRST_BLOCKS, shiftable=True)
+    if float(space.values[r - 1]) < DROWNED_RATIO * EPSILON * largest:
+        # they drown in the rounding of G: a factor of G that never squares T
+        inverse = factorise_finely(weight / scale)
+        space = expand(inverse, start, r, noise, least=FIRST_BLOCKS)
+    elif space.sine2 > SINE2_TOLERANCE:
+        shifted = shift_towards(gram, space, r, largest)
+        if shifted is not None:
+            inverse = shifted
+        if shifted is not None or is_clustered(space.values, r):
+            space = expand(inverse, space.vectors, r, noise, least=SHIFTED_BLOCKS)
+    floor = RESIDUAL_ROUNDINGS * EPSILON * (largest * r) ** 0.5
+    corrections = int(float(space.values[r - 1]) < noise)
+    U, S, V = triplets_in(tall, inverse, space, r, floor, corrections)
     for factor in (U, V):
         error = float((factor.T @ factor - torch.eye(r, device=factor.device)).abs().max())
         if not error <= ORTHOGONALITY_TOLERANCE:
@@ -94,40 +116,22 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return U, S * scale, V.T
 
 
-def compute_gram(tall: Tensor) -> Tensor:
-    """Return tall^T tall [N, N]; a large one from panels of its upper triangle only."""
-    columns = tall.shape[1]
-    if columns < PANEL_MIN_COLUMNS:
-        return tall.T @ tall
-    gram = tall.new_empty(columns, columns)
-    edges = [columns * i // PANELS for i in range(PANELS + 1)]
-    for start, end in itertools.pairwise(edges):
-        panel = tall[:, start:end].T @ tall[:, start:]  # [end - start, N - start]
-        gram[start:end, start:] = panel
-        gram[start:, start:end] = panel.T
-    return gram
-
-
-def factorise(gram: Tensor) -> ShiftedGram:
+def factorise_lifted(gram: Tensor, largest: float) -> ShiftedGram:
     """Factorise G, lifted by as little as its rounding needs.
 
     Raises:
         NotConvergedError: If no small lift makes it positive definite.
     """
-    block = _random_block(gram, 4)
-    for _ in range(5):
-        block = torch.linalg.qr(gram @ block).Q
-    largest = float((block * (gram @ block)).sum(dim=0).max())
-    lift = 4 * EPSILON * largest
+    lift = EPSILON * largest
     for _ in range(MAX_LIFTS):
-        if (factor := _cholesky(gram, -lift)) is not None:
-            return ShiftedGram(gram, factor, -lift, largest)
+        if (inverse := factorise(gram, -lift)) is not None:
+            return inverse
         lift *= 4
     raise NotConvergedError("the Gram matrix is not positive definite in float32")
 
 
-def factorise_finely(tall: Tensor, inverse: ShiftedGram) -> ShiftedGram:
-    """Factorise G as R^T R from a QR decomposition of T, which squares no rounding error.
+def factorise_finely(tall: Tensor) -> ShiftedGram:
+    """Factorise G = T^T T as R^T R from a QR decomposition of T.
 
     Raises:
         NotConvergedError: If T is singular in float32.
@@ -135,39 +139,30 @@ def factorise_finely(tall: Tensor, inverse: ShiftedGram) -> ShiftedGram:
     R = torch.linalg.qr(tall, mode="r").R  # [N, N]
     if not float(R.diagonal().abs().min()) > 0:
         raise NotConvergedError("the matrix is singular")
-    return ShiftedGram(inverse.gram, R.T.contiguous(), 0.0, inverse.largest)
+    return from_lower(R.T.contiguous(), 0.0)
 
 
-def shift_towards(inverse: ShiftedGram, block: Tensor, values: Tensor, r: int) -> ShiftedGram:
-    """Move the shift to just under the smallest eigenvalue, if that speeds up convergence.
+def is_clustered(values: Tensor, r: int) -> bool:
+    """Tell whether the r smallest eigenvalues lie far from zero and close to each other.
 
-    Where the smallest singular values are far from zero and close to each other (tall matrices),
-    the unshifted inverse hardly tells them apart.
-
-    Args:
-        inverse: The unshifted factor.
-        block: [N, p], approximate eigenvectors of the smallest eigenvalues.
-        values: [p] ascending, their approximate eigenvalues.
-        r: Number of wanted triplets.
+    As in tall matrices. The unshifted inverse hardly tells them apart then.
     """
-    smallest, edge = float(values[0]), float(values[-1])
-    if smallest < 0.05 * edge:
-        return inverse
-    first = block[:, :1]
-    error = float((inverse.gram @ first - smallest * first).norm())
-    gap = max(error, 0.05 * (float(values[r - 1]) - smallest), 16 * EPSILON * inverse.largest)
-    while smallest - gap > 0:
-        if (factor := _cholesky(inverse.gram, smallest - gap)) is not None:
-            return ShiftedGram(inverse.gram, factor, smallest - gap, inverse.largest)
+    return float(values[0]) > CLUSTERED_RATIO * float(values[r - 1])
+
+
+def shift_towards(gram: Tensor, space: Space, r: int, largest: float) -> ShiftedGram | None:
+    """Factorise G with the shift just under its smallest eigenvalue, where that pays."""
+    if not is_clustered(space.values, r):
+        return None
+    smallest, edge = float(space.values[0]), float(space.values[r - 1])
+    gap = max(smallest - space.bound, 0.05 * (edge - smallest), 16 * EPSILON * largest)
+    for _ in range(MAX_SHIFTS):
+        if smallest - gap <= 0:
+            return None
+        if (inverse := factorise(gram, smallest - gap)) is not None:
+            return inverse
         gap *= 2
-    return inverse
-
-
-def _cholesky(gram: Tensor, shift: float) -> Tensor | None:
-    moved = gram.clone()
-    moved.diagonal().sub_(shift)
-    factor, info = torch.linalg.cholesky_ex(moved)
-    return factor if int(info) == 0 else None
+    return None
 
 
 def _random_block(like: Tensor, width: int) -> Tensor:
@@ -175,64 +170,106 @@ def _random_block(like: Tensor, width: int) -> Tensor:
     return torch.randn(like.shape[0], width, generator=generator).to(like.device)
 
 
-def _start(tall: Tensor, inverse: ShiftedGram, width: int) -> tuple[Tensor, Tensor]:
-    """Return approximate eigenvectors [N, width] and eigenvalues [width], ascending, of G."""
-    block = torch.linalg.qr(_random_block(inverse.gram, width)).Q
-    for _ in range(START_SOLVES):
-        block = torch.linalg.qr(inverse.solve(block)).Q
-    _, singular, right = torch.linalg.svd(tall @ block, full_matrices=False)
-    return block @ right.T.flip(1), singular.flip(0).square()
+def expand(
+    inverse: ShiftedGram,
+    block: Tensor,
+    r: int,
+    noise: float,
+    *,
+    least: int,
+    shiftable: bool = False,
+) -> Space:
+    """Build a block Krylov space of the inverse until it holds the r smallest eigenvectors.
 
-
-def _iterate(
-    tall: Tensor, inverse: ShiftedGram, block: Tensor, values: Tensor, r: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Extend the Krylov space until the r smallest triplets within it are converged."""
-    clustered = float(values[0]) > CLUSTERED_RATIO * float(values[-1])
-    floor = RESIDUAL_ROUNDINGS * EPSILON * (inverse.largest * r) ** 0.5
-    basis, blocks = block, 1
-    while True:
-        block = _next_block(inverse, basis, block)
-        basis, blocks = torch.cat([basis, block], dim=1), blocks + 1
-        if blocks < MIN_BLOCKS + clustered:
-            continue
-        U, S, V = _restricted_svd(tall, basis, r)
-        if inverse.shift <= 0:
-            U = _refine_left(tall, inverse, U, S, V)
-        residual = float((tall.T @ U - V * S).norm())
-        if residual <= max(RESIDUAL_TOLERANCE * float(S.norm()), floor):
-            return U, S, V
-        full = (blocks + 1) * block.shape[1] > tall.shape[1] * MAX_SPACE_RATIO
-        if full or blocks == MAX_BLOCKS:
-            relative = residual / max(float(S.norm()), floor)
-            raise NotConvergedError(f"relative residual {relative:.1e} after {blocks} blocks")
-
-
-def _next_block(inverse: ShiftedGram, basis: Tensor, block: Tensor) -> Tensor:
-    """Return the next Krylov block [N, p], orthonormal and orthogonal to ``basis``."""
-    following = inverse.solve(block)
-    for _ in range(2):
-        following = following - basis @ (basis.T @ following)
-        following = torch.linalg.qr(following).Q
-    return following
-
-
-def _restricted_svd(tall: Tensor, basis: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the r smallest triplets U [M, r], S [r], V [N, r] of ``tall`` within ``basis``."""
-    reflectors, tau = torch.geqrf(tall @ basis)  # [M, d]
-    width = basis.shape[1]
-    left, S, right = torch.linalg.svd(reflectors[:width].triu())
-    U = torch.zeros(tall.shape[0], r, dtype=tall.dtype, device=tall.device)
-    U[:width] = left[:, -r:]
-    return torch.ormqr(reflectors, tau, U), S[-r:], basis @ right[-r:].T
-
-
-def _refine_left(tall: Tensor, inverse: ShiftedGram, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """Remove from U what rounding in V left of the large singular directions.
-
-    ``u = T v / s`` enlarges an error of V along the largest direction by ``largest / s``.
+    Args:
+        inverse: Applied once a block.
+        block: [N, p] orthonormal, p > r: where to start.
+        r: Number of wanted eigenvectors.
+        noise: Eigenvalues of G below it are not trusted; corrections follow, so less will do.
+        least: Blocks to build at least.
+        shiftable: Return at once where a shift would speed up convergence.
     """
-    residual = tall.T @ U - V * S  # [N, r]
-    refined = U - tall @ inverse.solve(residual)
-    Q, R = torch.linalg.qr(refined)
+    size, width = block.shape
+    basis = block  # [N, d]
+    projected = block.new_zeros(width * MAX_BLOCKS, width * MAX_BLOCKS)  # basis^T inverse basis
+    while True:
+        d = basis.shape[1]
+        following = inverse.solve(block)
+        for _ in range(2):
+            part = basis.T @ following  # [d, p]
+            following -= basis @ part
+            projected[:d, d - width : d] += part
+        projected[d - width : d, :d] = projected[:d, d - width : d].T
+        block, corner = torch.linalg.qr(following)
+        if d >= least * width:
+            theta, Y = torch.linalg.eigh(projected[:d, :d])
+            theta, Y = theta.flip(0), Y.flip(1)[:, :width]
+            outside = corner @ Y[-width:]  # what the inverse of basis Y has along ``block``
+            residuals = outside.norm(dim=0)
+            sine2 = float((residuals[:r] / (theta[:r] - theta[width])).square().mean())
+            values = inverse.shift + 1 / theta[:width]
+            corrected = float(values[r - 1]) < noise
+            done = sine2 <= (SINE2_BEFORE_CORRECTION if corrected else SINE2_TOLERANCE)
+            full = d + width > min(size * MAX_SPACE_RATIO, width * MAX_BLOCKS)
+            if done or full or (shiftable and is_clustered(values, r)):
+                # one more inverse, for free: it damps what is left of the large eigenvalues
+                vectors = torch.linalg.qr(basis @ Y + block @ (outside / theta[:width])).Q
+                bound = float(inverse.shift + 1 / (theta[0] + residuals[0]))
+                return Space(vectors, values, bound, sine2)
+        basis = torch.cat([basis, block], dim=1)
+
+
+def triplets_in(
+    tall: Tall, inverse: ShiftedGram, space: Space, r: int, floor: float, corrections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the r smallest triplets of T from a space, and correct them until they are good.
+
+    A correction adds to the space what the inverse makes of the residuals ``T^T u - s v``, which
+    know nothing of the rounding of G. The same vectors remove from U what rounding in V left of
+    the large singular directions: ``u = T v / s`` enlarges it by ``largest / s``.
+
+    Args:
+        tall: T [M, N].
+        inverse: Factor of its shifted Gram matrix.
+        space: Where to start.
+        r: Number of triplets.
+        floor: Residuals below it are rounding.
+        corrections: How often to correct at least.
+
+    Returns:
+        U [M, r], S [r] descending and V [N, r].
+
+    Raises:
+        NotConvergedError: If the residuals stay too large.
+    """
+    basis, kept = space.vectors, space.vectors.shape[1]
+    image = tall.times(basis)
+    for done in range(MAX_CORRECTIONS + 1):
+        Q, R = torch.linalg.qr(image)  # by columns, so that small ones keep their accuracy
+        left, S, right = torch.linalg.svd(R.double())
+        U, S, right = Q @ left[:, -r:].float(), S[-r:].float(), right[-kept:].T.float()
+        basis, image = basis @ right, image @ right
+        V = basis[:, -r:]
+        residual = tall.transposed_times(U) - V * S  # [N, r]
+        last = done >= corrections
+        if inverse.shift <= 0 or not last:
+            correction = inverse.solve(residual)
+        if inverse.shift <= 0:
+            U = _orthonormal(U - tall.times(correction))
+            residual = tall.transposed_times(U) - V * S if last else residual
+        if last:
+            if float(residual.norm()) <= max(RESIDUAL_TOLERANCE * float(S.norm()), floor):
+                return U, S, V
+            correction = inverse.solve(residual)
+        for _ in range(2):
+            correction = torch.linalg.qr(correction - basis @ (basis.T @ correction)).Q
+        basis = torch.cat([correction, basis], dim=1)
+        image = torch.cat([tall.times(correction), image], dim=1)
+    relative = float(residual.norm()) / max(float(S.norm()), floor)
+    raise NotConvergedError(f"relative residual {relative:.1e} after {MAX_CORRECTIONS} corrections")
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Return nearly orthonormal columns made orthonormal, none of them turned around."""
+    Q, R = torch.linalg.qr(columns)
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)

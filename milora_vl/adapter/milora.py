@@ -9,19 +9,15 @@ import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.baselines import init_baseline
-from milora_vl.adapter.certificate import Certificate, LayerCertificate, certify_layer
-from milora_vl.adapter.fingerprint import combine_digests, weight_digests
-from milora_vl.adapter.minor_svd import full_precision, minor_svd
-from milora_vl.adapter.quantize import (
-    dense_weight,
-    evaluating,
-    is_quantised,
-    stored_values,
-)
+from milora_vl.adapter.certificate import Certificate, LayerCertificate
+from milora_vl.adapter.decompose import Recipe, decompose_layers
+from milora_vl.adapter.factor_cache import FactorCache, factors_folder
+from milora_vl.adapter.fingerprint import combine_digests
+from milora_vl.adapter.minor_svd import full_precision
+from milora_vl.adapter.quantize import evaluating
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -101,7 +97,8 @@ def attach_milora(
     try:
         with full_precision():
             if config.spectrum:
-                layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
+                cache = FactorCache(factors_folder()) if config.factor_cache else None
+                layers, digests, peak_bytes = _init_factors(peft_model, state, cache, progress)
             else:
                 layers, digests, peak_bytes = init_baseline(
                     peft_model, state, calibration, progress
@@ -164,41 +161,23 @@ def log_targets(targets: Targets, residual: Residual) -> None:
 
 
 def _init_factors(
-    peft_model: PeftModel, state: MiloraState, progress: bool
+    peft_model: PeftModel, state: MiloraState, cache: FactorCache | None, progress: bool
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Decompose every layer into both adapters; base weights stay as they are."""
-    layers, digests, peak_bytes = [], {}, 0
+    layers = {name: lora_layer(peft_model, name).get_base_layer() for name in state.modules}
+    recipe = Recipe(
+        state.r, state.slice, state.svd, state.scaling, subtracted=state.residual == "subtract"
+    )
+    certificates, digests, peak_bytes = {}, {}, 0
     process = psutil.Process()
-    bar = tqdm(state.modules, desc=f"SVD ({state.slice}, r={state.r})", disable=not progress)
-    for name in bar:
-        base_layer = lora_layer(peft_model, name).get_base_layer()
-        weight = dense_weight(base_layer)  # [d_out, d_in] float32
-        try:
-            triplets = minor_svd(weight, state.r, method=state.svd, slice=state.slice)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: {error}") from error
-        lora_A, lora_B = lora_factors(*triplets, scaling=state.scaling)
-        _write(factors(peft_model, name, MILORA), lora_A, lora_B)
-        _write(factors(peft_model, name, ANCHOR), lora_A, -lora_B)
-        digests[name] = weight_digests(stored_values(base_layer))
-        layers.append(
-            certify_layer(
-                name,
-                weight,
-                triplets,
-                state.scaling * (lora_B @ lora_A),
-                stored_dtype=None if is_quantised(base_layer.weight) else base_layer.weight.dtype,
-                subtracted=state.residual == "subtract",
-            )
-        )
+    for done in decompose_layers(layers, recipe, cache, progress=progress):
+        lora_A, lora_B = done.factors
+        _write(factors(peft_model, done.name, MILORA), lora_A, lora_B)
+        _write(factors(peft_model, done.name, ANCHOR), lora_A, -lora_B)
+        digests[done.name] = done.digests
+        certificates[done.name] = done.certificate
         peak_bytes = max(peak_bytes, process.memory_info().rss)
-    return layers, digests, peak_bytes
-
-
-def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return lora_A [r, d_in], lora_B [d_out, r]: scaling * lora_B @ lora_A = U diag(S) Vh."""
-    root = (S / scaling).sqrt()
-    return root[:, None] * Vh, U * root
+    return [certificates[name] for name in state.modules], digests, peak_bytes
 
 
 def _write(target: tuple[Tensor, Tensor], lora_A: Tensor, lora_B: Tensor) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from milora_vl.adapter.krylov_svd import NotConvergedError, compute_gram, krylov_minor_svd
+from milora_vl.adapter.gram import ShiftedGram, Tall, factorise
+from milora_vl.adapter.krylov_svd import NotConvergedError, krylov_minor_svd
 from milora_vl.adapter.minor_svd import full_precision, minor_svd
 
 
@@ -47,11 +48,12 @@ def test_agrees_with_the_float64_svd(shape, r):
     assert (weight @ Vh.T - U * S).norm() < 1e-4 * weight.norm()
 
 
-def test_large_condition_number_spoils_neither_side():
-    weight = weight_with(torch.logspace(2, -3, 256), 256, 256)
+@pytest.mark.parametrize("power", [0, -1, -3])  # the last is beyond a Gram matrix in float32
+def test_large_condition_number_spoils_neither_side(power):
+    weight = weight_with(torch.logspace(2, power, 256), 256, 256)
     r = 8
     U, S, Vh = krylov_minor_svd(weight, r)
-    # contamination by the largest direction would show here, enlarged by 1e5
+    # contamination by the largest direction would show here, enlarged by the condition number
     assert (weight.T @ U - Vh.T * S).norm() < 1e-5 * weight.norm()
     assert (weight @ Vh.T - U * S).norm() < 1e-5 * weight.norm()
 
@@ -96,14 +98,11 @@ def test_hopeless_cases_fall_back_to_exact_with_the_reason(weight, r, reason, ca
 
 
 def test_unconverged_space_is_noticed(monkeypatch):
-    from milora_vl.adapter import krylov_svd
+    def lazy(inverse, block):
+        generator = torch.Generator().manual_seed(int(block.abs().sum()))
+        return torch.randn(block.shape, generator=generator)
 
-    def lazy(inverse, basis, block):
-        random = torch.randn(block.shape, generator=torch.Generator().manual_seed(basis.shape[1]))
-        return torch.linalg.qr(random - basis @ (basis.T @ random)).Q
-
-    monkeypatch.setattr(krylov_svd, "START_SOLVES", 0)
-    monkeypatch.setattr(krylov_svd, "_next_block", lazy)
+    monkeypatch.setattr(ShiftedGram, "solve", lazy)
     with pytest.raises(NotConvergedError, match="relative residual"):
         krylov_minor_svd(llm_like(256, 256), 8)
 
@@ -116,12 +115,28 @@ def test_other_slices_are_done_exactly():
         assert all(torch.equal(a, b) for a, b in zip(krylov, exact, strict=True))
 
 
-def test_panels_give_the_whole_gram_matrix(monkeypatch):
-    from milora_vl.adapter import krylov_svd
+@pytest.mark.parametrize("shape", [(1200, 1000), (90, 37), (384, 384)])
+def test_packed_products_are_the_plain_ones(shape):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator) / shape[0] ** 0.5
+    right, left = (torch.randn(side, 70, generator=generator) for side in shape[::-1])
+    tall = Tall(values)
+    assert_close(tall.gram(), values.T @ values, atol=1e-5, rtol=0)
+    assert torch.equal(tall.gram(), tall.gram().T)
+    assert_close(tall.times(right), values @ right, atol=1e-4, rtol=0)
+    assert_close(tall.transposed_times(left), values.T @ left, atol=1e-4, rtol=0)
 
-    tall = torch.randn(50, 37, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(krylov_svd, "PANEL_MIN_COLUMNS", 1)
-    assert_close(compute_gram(tall), tall.T @ tall, atol=1e-5, rtol=0)
+
+@pytest.mark.parametrize("size", [40, 384, 1000])
+def test_blocked_factor_inverts_the_shifted_matrix(size):
+    generator = torch.Generator().manual_seed(0)
+    gram = Tall(torch.randn(2 * size, size, generator=generator) / size**0.5).gram()
+    block = torch.randn(size, 80, generator=generator)
+    smallest = float(torch.linalg.eigvalsh(gram)[0])
+    for shift in (-0.1, smallest - 0.01):
+        solution = factorise(gram, shift).solve(block)
+        assert_close(gram @ solution - shift * solution, block, atol=1e-3, rtol=0)
+    assert factorise(gram, smallest + 0.01) is None
 
 
 def test_precision_switch_is_restored():

@@ -1,0 +1,258 @@
+"""Decompose the layers of a model: in parallel, shared between processes, with a cache on disk."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from milora_vl.adapter.certificate import LayerCertificate, certify_layer
+from milora_vl.adapter.factor_cache import FactorCache, FactorKey
+from milora_vl.adapter.fingerprint import digest_of, weight_digests
+from milora_vl.adapter.minor_svd import minor_svd
+from milora_vl.adapter.quantize import dense_weight, is_quantised, stored_values
+
+SMALL_LAYER = 2048 * 2048  # elements; up to here one thread a layer beats all threads on one
+LAYER_COPIES = 12  # float32 copies of a weight that decomposing it may hold at once
+MEMORY_SHARE = 0.5  # of what is available, for layers that are decomposed at the same time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every layer is decomposed and certified.
+
+    Attributes:
+        r: Rank.
+        slice: Part of the spectrum.
+        svd: Method, see ``minor_svd``.
+        scaling: lora_alpha / r.
+        subtracted: Whether W_p will replace the weights.
+    """
+
+    r: int
+    slice: str
+    svd: str
+    scaling: float
+    subtracted: bool
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What came of one layer.
+
+    Attributes:
+        name: Full module name.
+        factors: lora_A [r, d_in] and lora_B [d_out, r], float32; scaling * lora_B @ lora_A is the
+            slice.
+        digests: Of the weight, see ``fingerprint.py``.
+        certificate: Numbers of the layer.
+    """
+
+    name: str
+    factors: tuple[Tensor, Tensor]
+    digests: dict[str, str]
+    certificate: LayerCertificate
+
+
+def decompose_layers(
+    layers: Mapping[str, nn.Module],
+    recipe: Recipe,
+    cache: FactorCache | None = None,
+    *,
+    progress: bool = True,
+    read: Callable[[str], Tensor] | None = None,
+) -> Iterator[Decomposition]:
+    """Yield the decomposition of every layer, as each gets done.
+
+    In a distributed run each process decomposes a share of the layers of about equal cost, and all
+    processes yield the same factors in the same order.
+
+    Args:
+        layers: Full name -> linear layer; not modified.
+        recipe: How.
+        cache: Where factors are looked up and kept; None for nowhere.
+        progress: Show a progress bar with rate and remaining time.
+        read: Full name -> float32 weight [d_out, d_in], in place of what the layers hold.
+
+    Raises:
+        ValueError: Naming the layer, if one cannot be decomposed; in every process.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    own_rank = dist.get_rank() if ranks > 1 else 0
+    shares = share_out({name: _cost(layer) for name, layer in layers.items()}, ranks)
+    names = shares[own_rank]
+
+    def decompose(name: str) -> Decomposition:
+        try:
+            return decompose_layer(name, layers[name], recipe, cache, read)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    title = f"SVD ({recipe.slice}, r={recipe.r})"
+    bar = tqdm(total=len(names), desc=title, disable=not progress or own_rank > 0)
+    with bar, closing(_run(decompose, names, count_workers([layers[n] for n in names]))) as results:
+        if ranks == 1:
+            for result in results:
+                bar.update()
+                yield result
+            return
+        own, failure = {}, ""
+        try:
+            for result in results:
+                bar.update()
+                own[result.name] = result
+        except ValueError as error:  # the others must hear of it, or they would wait for ever
+            failure = str(error)
+    yield from _exchange(layers, recipe.r, shares, own, failure)
+
+
+def decompose_layer(
+    name: str,
+    layer: nn.Module,
+    recipe: Recipe,
+    cache: FactorCache | None,
+    read: Callable[[str], Tensor] | None = None,
+) -> Decomposition:
+    """Decompose one layer, or take from the cache what an earlier call computed for its values.
+
+    Raises:
+        ValueError: If the weight is not finite or too small for the rank.
+    """
+    quantised = read is None and is_quantised(layer.weight)
+    weight = dense_weight(layer) if quantised else None  # [d_out, d_in] float32
+    values = read(name) if read is not None else stored_values(layer)
+    stored_dtype = None if is_quantised(layer.weight) else layer.weight.dtype
+    exact = digest_of(weight if quantised else values)
+    shape = tuple((weight if quantised else values).shape)
+    key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
+    # what the stored numbers depend on beside the weight
+    numbers = json.dumps([recipe.r, recipe.scaling, str(stored_dtype), recipe.subtracted])
+    entry = cache.get(key, recipe.r) if cache is not None else None
+    facts = dict(entry.facts) if entry is not None else {}
+    if "digests" in facts and not quantised:
+        digests = facts["digests"]
+    else:
+        digests = weight_digests(values, exact=None if quantised else exact)
+    if weight is None:
+        weight = values
+    if entry is not None:
+        U, S, Vh = (x.to(weight.device) for x in entry.triplets)
+    else:
+        U, S, Vh = minor_svd(weight, recipe.r, method=recipe.svd, slice=recipe.slice)
+    lora_A, lora_B = lora_factors(U, S, Vh, scaling=recipe.scaling)
+    known = facts.get("certificates", {}).get(numbers)
+    if known is not None:
+        certificate = LayerCertificate(**{**known, "name": name, "shape": key.shape})
+    else:
+        certificate = certify_layer(
+            name,
+            weight,
+            (U, S, Vh),
+            recipe.scaling * (lora_B @ lora_A),
+            stored_dtype=stored_dtype,
+            subtracted=recipe.subtracted,
+        )
+    if cache is not None and (entry is None or entry.stored_rank == recipe.r) and known is None:
+        certificates = {**facts.get("certificates", {}), numbers: asdict(certificate)}
+        kept = {"certificates": certificates} | ({} if quantised else {"digests": digests})
+        cache.put(key, (U, S, Vh), kept)
+    return Decomposition(name, (lora_A, lora_B), digests, certificate)
+
+
+def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return lora_A [r, d_in], lora_B [d_out, r]: scaling * lora_B @ lora_A = U diag(S) Vh."""
+    root = (S / scaling).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def _cost(layer: nn.Module) -> int:
+    return layer.in_features * layer.out_features * min(layer.in_features, layer.out_features)
+
+
+def share_out(costs: Mapping[str, int], n_shares: int) -> list[list[str]]:
+    """Share names out so that the sums of their costs are about equal; the same everywhere."""
+    shares: list[list[str]] = [[] for _ in range(n_shares)]
+    sums = [0] * n_shares
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        least = sums.index(min(sums))
+        shares[least].append(name)
+        sums[least] += costs[name]
+    order = {name: index for index, name in enumerate(costs)}
+    return [sorted(share, key=order.__getitem__) for share in shares]
+
+
+def count_workers(layers: Sequence[nn.Module]) -> int:
+    """Return how many layers to decompose at once: one a thread for small ones on the CPU, else 1.
+
+    The routines for one small matrix hardly use a second thread.
+    """
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
+    if not sizes or max(sizes) > SMALL_LAYER or not on_cpu:
+        return 1
+    memory = MEMORY_SHARE * psutil.virtual_memory().available
+    return max(1, min(torch.get_num_threads(), int(memory / (LAYER_COPIES * 4 * max(sizes)))))
+
+
+def _run(
+    decompose: Callable[[str], Decomposition], names: Sequence[str], workers: int
+) -> Iterator[Decomposition]:
+    if workers == 1:
+        yield from map(decompose, names)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for future in as_completed([pool.submit(decompose, name) for name in names]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the workers' setting is also the default of new threads
+
+
+def _exchange(
+    layers: Mapping[str, nn.Module],
+    r: int,
+    shares: Sequence[Sequence[str]],
+    own: Mapping[str, Decomposition],
+    failure: str,
+) -> Iterator[Decomposition]:
+    """Yield all layers in every process, each sent by the process that decomposed it."""
+    device = next(iter(layers.values())).weight.device
+    for rank in range(len(shares)):
+        if problem := _broadcast_text(failure, rank, device):
+            raise ValueError(problem)
+    owner = {name: rank for rank, share in enumerate(shares) for name in share}
+    for name, layer in layers.items():
+        mine = own.get(name)
+        weight = layer.weight
+        lora_A = torch.empty(r, layer.in_features, device=weight.device)
+        lora_B = torch.empty(layer.out_features, r, device=weight.device)
+        text = ""
+        if mine is not None:
+            lora_A.copy_(mine.factors[0])
+            lora_B.copy_(mine.factors[1])
+            text = json.dumps([mine.digests, asdict(mine.certificate)])
+        dist.broadcast(lora_A, owner[name])
+        dist.broadcast(lora_B, owner[name])
+        digests, numbers = json.loads(_broadcast_text(text, owner[name], device))
+        certificate = LayerCertificate(**{**numbers, "shape": tuple(numbers["shape"])})
+        yield Decomposition(name, (lora_A, lora_B), digests, certificate)
+
+
+def _broadcast_text(text: str, source: int, device: torch.device) -> str:
+    """Return the text of process ``source``; no pickle."""
+    data = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8, device=device)
+    length = torch.tensor([data.numel()], device=device)
+    dist.broadcast(length, source)
+    if dist.get_rank() != source:
+        data = torch.empty(int(length), dtype=torch.uint8, device=device)
+    if int(length):
+        dist.broadcast(data, source)
+    return bytes(data.tolist()).decode("utf-8")

@@ -1,0 +1,161 @@
+"""SVD factors on disk, keyed by the values of the weight: decomposed once, read ever after."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from milora_vl.files import cache_folder, write_bytes_atomic
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the decomposition or the layout changes: older entries are not read
+NESTED_SLICES: tuple[str, ...] = ("minor", "principal")  # a larger rank holds every smaller one
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FactorKey:
+    """What an entry is found by.
+
+    Attributes:
+        weight: SHA-256 of the float32 values of the weight.
+        shape: (d_out, d_in).
+        slice: Part of the spectrum.
+        svd: Method asked for; different methods round differently.
+    """
+
+    weight: str
+    shape: tuple[int, int]
+    slice: str
+    svd: str
+
+
+@dataclass(frozen=True)
+class FactorEntry:
+    """What an entry holds.
+
+    Attributes:
+        triplets: U [d_out, r], S [r] descending, Vh [r, d_in]; float32 on the CPU.
+        stored_rank: Rank that was decomposed. Where it is larger than r, the triplets are its
+            slice.
+        facts: Plain values that were stored with it, true of the same weight.
+    """
+
+    triplets: Triplets
+    stored_rank: int
+    facts: dict[str, Any]
+
+
+def factors_folder() -> Path:
+    """Return the folder of all entries, below ``cache_folder()``."""
+    return cache_folder() / "factors"
+
+
+class FactorCache:
+    """A folder of entries; many processes may use it at once.
+
+    An entry is one safetensors file that appears by renaming. With the slices ``minor`` and
+    ``principal`` it holds the largest rank asked for so far and serves every smaller one; the
+    others hold one rank each. An entry that does not match its own checksum is removed, with a
+    line in the log, and counts as absent.
+
+    Args:
+        folder: Made on first use.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Point at the folder."""
+        self.folder = folder
+
+    def get(self, key: FactorKey, r: int) -> FactorEntry | None:
+        """Return the entry for a weight at rank r, or None."""
+        file = self._file(key, r)
+        try:
+            tensors = _read(file)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            logger.warning("factor cache: dropped the damaged entry %s (%s)", file.name, error)
+            file.unlink(missing_ok=True)
+            return None
+        U, S, Vh = tensors["U"], tensors["S"], tensors["Vh"]
+        stored = S.numel()
+        if stored < r:
+            return None
+        if stored > r:
+            part = slice(0, r) if key.slice == "principal" else slice(stored - r, stored)
+            U, S, Vh = U[:, part].contiguous(), S[part].contiguous(), Vh[part].contiguous()
+        return FactorEntry((U, S, Vh), stored, json.loads(tensors["facts"].numpy().tobytes()))
+
+    def put(self, key: FactorKey, triplets: Triplets, facts: Mapping[str, Any]) -> None:
+        """Store triplets and plain values; what the key held before is replaced.
+
+        Ask ``get`` first. A full or read-only disk costs a line in the log, nothing else.
+        """
+        r = triplets[1].numel()
+        tensors = dict(zip(("U", "S", "Vh"), (x.cpu().contiguous() for x in triplets), strict=True))
+        tensors["facts"] = _bytes_tensor(json.dumps(dict(facts)).encode())
+        tensors["checksum"] = _bytes_tensor(_checksum(tensors))
+        metadata = {"slice": key.slice, "svd": key.svd}  # for people
+        try:
+            write_bytes_atomic(self._file(key, r), save(tensors, metadata), durable=False)
+        except OSError as error:
+            logger.warning("factor cache: %s cannot be written (%s)", self.folder, error)
+
+    def entries(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield file, and rank, shape, slice and size in bytes, of every readable entry."""
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    metadata = opened.metadata()
+                    r, d_in = opened.get_slice("Vh").get_shape()
+                    d_out = opened.get_slice("U").get_shape()[0]
+            except (SafetensorError, OSError, RuntimeError):  # damaged, or just replaced
+                continue
+            facts = {"rank": r, "shape": (d_out, d_in), "slice": metadata["slice"]}
+            yield file, {**facts, "bytes": file.stat().st_size}
+
+    def clear(self) -> int:
+        """Remove every entry, also damaged and half-written ones; return how many bytes."""
+        freed = 0
+        for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.safetensors.*")]:
+            freed += file.stat().st_size
+            file.unlink(missing_ok=True)
+        return freed
+
+    def _file(self, key: FactorKey, r: int) -> Path:
+        rank = None if key.slice in NESTED_SLICES else r
+        facts = [FORMAT, key.weight, list(key.shape), key.slice, key.svd, rank]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]
+        return self.folder / f"{name}.safetensors"
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    # all bytes at once: opened twice, the name may stand for two files
+    tensors = load(file.read_bytes())
+    if tensors.pop("checksum").numpy().tobytes() != _checksum(tensors):
+        raise ValueError("its checksum does not match")
+    return tensors
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for name in ("U", "S", "Vh", "facts"):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(memoryview(tensor.numpy()).cast("B"))
+    return digest.digest()
