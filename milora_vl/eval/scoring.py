@@ -1,4 +1,4 @@
-"""What most benches share: prompt endings, judged rows, mean scores, breakdowns, constant guesses."""
+"""What most benches share: prompt endings, judged rows, mean scores, breakdowns, best guesses."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -118,7 +118,7 @@ def parse(item: Item, text: str) -> str | None:
 def judge(item: Item, text: str | None) -> Row:
     """Return the row of an answer, without a score until a judge's reply is there."""
     said = None if text is None else parse(item, text)
-    return scoring.judged(item, text, said, 0.0, bool(said), {"reference_score": 0.0})
+    return scoring.judged(item, text, said, 0.0, bool(said), {"reference_score": 1.0})
 
 
 def judge_prompt(item: Item, text: str) -> str:
