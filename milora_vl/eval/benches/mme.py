@@ -166,12 +166,16 @@ def _sums(rows: Sequence[Row], categories: Sequence[str]) -> statistics.Array:
 
 
 def headline(sums: statistics.Array) -> statistics.Array:
-    """Return points from sums [R, 4 * categories]: accuracy and pair accuracy, a hundred each."""
-    points = np.zeros(len(sums))
+    """Return points from sums [R, 4 * categories]: accuracy and pair accuracy, a hundred each.
+
+    A small category that a resample does not hold counts as the mean of the others, not as zero.
+    """
+    points, n_categories = np.zeros(len(sums)), sums.shape[1] // _N_COUNTS
+    n_present = np.sum(sums[:, 1::_N_COUNTS] > 0, axis=1)
     for start in range(0, sums.shape[1], _N_COUNTS):
         for column in (start, start + 2):
             points += 100 * statistics.ratio(sums[:, column : column + 2])
-    return points
+    return points * n_categories / np.maximum(n_present, 1)
 
 
 def _points(rows: Sequence[Row], categories: Sequence[str]) -> dict[str, Any]:
@@ -233,5 +237,6 @@ def write_submission(
             for row in part
             if row.text is not None
         ]
-        paths += scoring.write_json_lines(out_dir / "mme" / f"{category}.jsonl", rows)
+        if rows:
+            paths += scoring.write_json_lines(out_dir / "mme" / f"{category}.jsonl", rows)
     return paths
