@@ -101,6 +101,15 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare runs: scores with paired tests, training, memory, pictures where they disagree."""
+    from milora_vl.eval.run_report import compare_runs
+
+    compare_runs(arguments.runs, arguments.out)
+    print(f"page: {arguments.out}")
+    return 0
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Check a config and print it with everything filled in."""
     import yaml
@@ -177,6 +186,10 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("eval", help="evaluate (see milora-vl eval --help)", add_help=False)
     verb.add_argument("rest", nargs=argparse.REMAINDER)
     verb.set_defaults(run_verb=evaluate)
+    verb = verbs.add_parser("compare", help="compare runs", description=compare.__doc__)
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or evaluation folder")
+    verb.add_argument("--out", type=Path, default=Path("comparison.html"), help="the HTML page")
+    verb.set_defaults(run_verb=compare)
     verb = verbs.add_parser("ask", help="ask a question about a picture", description=ask.__doc__)
     verb.add_argument("image", type=Path, help="picture file")
     verb.add_argument("question")

@@ -14,17 +14,30 @@ predictions.jsonl into --out and prints a table: every score with its 95 % inter
 score of the same model without the picture and the best constant guess.
 """
 EPILOG = """\
-files looked for below --data
-  mmbench  mmbench.tsv or *mmbench*.tsv, here or in mmbench/ (rotated rows included, as published)
-  pope     pope/random.jsonl or coco_pope_random.json (popular, adversarial); pictures in images/,
-           images/bench/ or val2014/
-  vqav2    vqa/questions.json + annotations.json, or v2_OpenEnded_mscoco_val2014_questions.json and
-           v2_mscoco_val2014_annotations.json; pictures in images/bench/ or val2014/
-Where answers are not published (test splits) a submission file is written instead of a score.
+benches, and the official files looked for below --data (or in a folder of the bench's name in it)
+  mmbench      *mmbench*.tsv, rotated rows included, as published     mmbench-cn  the same, *cn*
+  pope         coco_pope_random.json (popular, adversarial), or pope/random.jsonl ...
+  vqav2        v2_OpenEnded_mscoco_{val2014,test-dev2015,test2015}_questions.json + annotations;
+               or the demo's vqa/questions.json
+  gqa          testdev_balanced_questions.json                       vizwiz      val.json, test.json
+  sqa          problems.json + pid_splits.json, questions with a picture;         sqa-full  all
+  textvqa      TextVQA_0.5.1_val.json;   textvqa-ocr  also TextVQA_Rosetta_OCR_v0.2_val.json
+  mme          a folder a category below MME_Benchmark_release_version
+  seed         SEED-Bench.json, pictures and middle frames of videos; seed-image  pictures alone
+  mmmu         *validation*.parquet
+  mmvet        mm-vet.json               llava-w  questions.jsonl, context.jsonl, answers_gpt4.jsonl
+  custom       a JSONL file: question, image, and choices + answer, or answers
+  stickervqa   mmbench, pope and vqav2 of the demo's own set (not scores of those benchmarks)
+  lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]')
+  all          every bench whose files are in --data
+Without --data the hub mirrors are used. --data may also name one file, to choose a split. Where
+answers are not published (test splits) a submission file is written instead of a score; mmvet and
+llava-w get prediction files and judge prompts, and a score only from a judge that you name.
 
 examples
   python -m milora_vl.eval --bench mmbench --model llava-hf/llava-1.5-7b-hf --data data/mmbench
-  python -m milora_vl.eval --bench all --model BASE --adapter runs/demo/adapter --limit 200
+  python -m milora_vl.eval --bench stickervqa --model BASE --adapter runs/demo/adapter --limit 200
+  python -m milora_vl.eval --bench mmvet --model BASE --judge-url URL --judge-model NAME
 """
 
 
@@ -37,14 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--bench", required=True, metavar="NAMES", help="mmbench, pope, vqav2; a,b; or all")
+    add(
+        "--bench",
+        required=True,
+        metavar="NAMES",
+        help="one, several joined by commas, or all; listed below",
+    )
     add("--model", required=True, metavar="ID_OR_PATH", help="hub id or checkpoint folder")
     add("--adapter", type=Path, metavar="DIR", help="MiLoRA or other PEFT adapter on that model")
     add(
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder of the benches (default: the demo's, <cache>/stickervqa/core)",
+        help="folder or file of the benches (default: hub mirrors; stickervqa: the demo's set)",
     )
     add("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default: %(default)s")
     add("--limit", type=_positive, metavar="N", help="a seeded sample of N questions of each bench")
@@ -64,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantization", choices=("nf4",), help="load the language model in 4 bits")
     add("--no-blind", action="store_true", help="skip the run without pictures")
     add("--prompt-style", metavar="NAME", help="vicuna_v1, chatml, ... (default: by chat template)")
-    add("--max-new-tokens", type=_positive, metavar="N", help="default: 8, for vqav2 16")
+    add("--max-new-tokens", type=_positive, metavar="N", help="default: as each bench says")
     add(
         "--allow-errors",
         type=int,
@@ -73,13 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="failed samples per bench that do not fail the run; they count as wrong (default: 0)",
     )
     add(
+        "--parity",
         "--parity-check",
+        dest="parity_check",
         type=int,
         default=0,
         metavar="N",
         help="ask N questions of each bench again "
         "one by one with plain generate and report how many answers differ",
     )
+    add("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /chat/completions")
+    add("--judge-model", metavar="NAME", help="model of the judge; goes beside every score of it")
     return parser
 
 
@@ -126,11 +148,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from milora_vl.eval.evaluation import bench_names, evaluate
+    from milora_vl.eval.judge import Judge
 
     names = bench_names(arguments.bench)
-    data = arguments.data or cache_folder() / "stickervqa" / "core"
-    if not data.exists():
-        raise FileNotFoundError(f"{data}: no such folder; name the benches' folder with --data")
+    data = arguments.data
+    if data is None and arguments.bench.strip().lower() == "stickervqa":
+        data = cache_folder() / "stickervqa" / "core"
+    if data is not None and not data.exists():
+        raise FileNotFoundError(
+            f"{data}: no such folder; name the benches' folder with --data (the demo's set is made"
+            " by `python data_prep/stickervqa.py`)"
+        )
+    judge = None
+    if arguments.judge_url or arguments.judge_model:
+        judge = Judge(arguments.judge_url or "", arguments.judge_model or "")
     vlm = load_model(arguments)
     autocast = torch.autocast(
         vlm.model.device.type,
@@ -140,7 +171,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with autocast:
         return evaluate(
             vlm,
-            names,
+            "all" if arguments.bench.strip().lower() == "all" else names,
             data,
             arguments.out,
             batch_size=arguments.batch_size,
@@ -151,6 +182,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             adapter_name=None if arguments.adapter is None else str(arguments.adapter),
             allow_errors=arguments.allow_errors,
             parity_check=arguments.parity_check,
+            judge=judge,
         )
 
 

@@ -131,6 +131,28 @@ def vqa_accuracy(
     if not (identical_as_is and len(set(lines)) == 1):
         candidate = vqa_official(candidate)
         lines = [vqa_official(line) for line in lines]
+    return _leave_one_out(candidate, lines)
+
+
+def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Score one prediction as TextVQA and VizWiz are: both sides through ``m4c``, leave-one-out.
+
+    Args:
+        prediction: Raw model output.
+        answers: The answers of all annotators, ten in the official files.
+
+    Returns:
+        A fraction between 0 and 1.
+
+    Raises:
+        ValueError: If there are fewer than two answers.
+    """
+    if len(answers) < 2:
+        raise ValueError(f"leave-one-out accuracy needs two or more answers, got {list(answers)!r}")
+    return _leave_one_out(m4c(prediction), [m4c(answer) for answer in answers])
+
+
+def _leave_one_out(candidate: str, lines: Sequence[str]) -> float:
     matches = sum(line == candidate for line in lines)
     misses = len(lines) - matches
     credited = matches * min(1.0, (matches - 1) / 3) + misses * min(1.0, matches / 3)

@@ -1,6 +1,6 @@
 """Greedy decoding over prefix trees: one forward pass for the prompts, then one a token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ def generate_over_trees(
     *,
     max_new_tokens: int,
     stop_ids: set[int],
+    final_ids: Mapping[int, Set[int]] | None = None,
 ) -> dict[int, list[int]]:
     """Decode every row of some trees greedily.
 
@@ -27,6 +28,8 @@ def generate_over_trees(
         features: For each tree the projected picture [P, D] that its image tokens stand for.
         max_new_tokens: Limit for each row.
         stop_ids: Tokens that end a row; the one that did is kept as the last token.
+        final_ids: By row, tokens that end it if they come first: an answer of one token then costs
+            no forward pass beyond the prompt's.
 
     Returns:
         New tokens by row number.
@@ -40,7 +43,7 @@ def generate_over_trees(
     leaves = torch.from_numpy(state.columns).to(hidden.device)
     logits = _logits(model, hidden[torch.from_numpy(state.tree_of).to(hidden.device), leaves])
     for step in range(max_new_tokens):
-        state.append(logits.argmax(dim=-1).tolist(), stop_ids)
+        state.append(logits.argmax(dim=-1).tolist(), stop_ids, {} if step else final_ids or {})
         if not len(state.tree_of) or step + 1 == max_new_tokens:
             break
         kept = state.compact_trees()
@@ -72,12 +75,14 @@ class _Rows:
             nodes = trees[tree].attends[leaf]
             self.attends[place, : len(nodes)] = nodes
 
-    def append(self, new: Sequence[int], stop_ids: set[int]) -> None:
+    def append(
+        self, new: Sequence[int], stop_ids: set[int], final_ids: Mapping[int, Set[int]]
+    ) -> None:
         """Add one token a row and forget the rows that it ends."""
         going = []
         for place, (row, token) in enumerate(zip(self.live, new, strict=True)):
             self.tokens[row].append(token)
-            if token not in stop_ids:
+            if token not in stop_ids and token not in final_ids.get(row, ()):
                 going.append(place)
         self.live = [self.live[place] for place in going]
         self.tree_of, self.positions = self.tree_of[going], self.positions[going] + 1

@@ -1,8 +1,6 @@
 """One run as one HTML file: nothing is loaded from elsewhere, and all foreign text is escaped."""
 
-import base64
 import html
-import io
 import json
 import logging
 from collections.abc import Mapping
@@ -10,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.adapter.certificate import Certificate
-from milora_vl.data.images import load_image
 from milora_vl.eval import plots
-from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.html_parts import figure, page, read_items, thumbnail
 from milora_vl.eval.items import Item, read_json_lines, read_json_object
-from milora_vl.eval.tables import as_percent, bench_title, change_text, with_interval
+from milora_vl.eval.tables import as_percent, bench_title, change_text, scale_of, with_interval
 
 logger = logging.getLogger(__name__)
 
-_PICTURE_PX = 180
 _OUTCOMES = (  # title, was right, is right, how many to show
     ("wrong → right", False, True, 3),
     ("right → wrong", True, False, 2),
@@ -26,18 +22,6 @@ _OUTCOMES = (  # title, was right, is right, how many to show
     ("right both times", True, True, 1),
 )
 _RIGHT_FROM = 0.5  # credit of a free answer that counts as right in the gallery
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:right}
-th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}
-tr.sub td{color:#666;font-size:.9rem;padding-top:0;padding-bottom:0}td small{color:#666}
-img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
-.card{border:1px solid #ddd;border-radius:.4rem;padding:.7rem;font-size:.85rem}
-.card p{margin:.3rem 0;white-space:pre-line}.right::before{content:"✓ "}.wrong::before{content:"✗ "}
-.right{color:#005a8c}.wrong{color:#a03c00}
-"""
 
 
 def render_report(
@@ -60,7 +44,7 @@ def render_report(
     metrics = run_folder / "metrics.jsonl"
     curves = plots.plot_curves(read_json_lines(metrics)) if metrics.is_file() else None
     if curves:
-        parts += ["<h2>Training</h2>", _image(curves, "losses over optimiser steps")]
+        parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
     if comparison is not None:
         parts += _gallery(run_folder, comparison, data_dir)
     certificate = run_folder / "certificate.json"
@@ -68,16 +52,7 @@ def render_report(
         summary = Certificate.from_json(certificate.read_text(encoding="utf-8")).summary()
         parts += ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
     parts += _files(run_folder)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(run_folder.resolve().name)}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
-
-
-def _image(encoded: str, text: str) -> str:
-    return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{encoded}"></p>'
+    return page(run_folder.resolve().name, parts)
 
 
 def _scores(comparison: Mapping[str, Any]) -> list[str]:
@@ -86,15 +61,16 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
     body = []
     for name in names:
         old, new = before["benches"][name], after["benches"][name]
-        change = change_text(old["score"], new["score"], comparison["changes"].get(name))
+        scale = scale_of(new)
+        change = change_text(old["score"], new["score"], comparison["changes"].get(name), scale)
         title = html.escape(bench_title(name, after))
         cells = [
             f"{title}<br><small>{html.escape(new['metric'].replace('_', ' '))}</small>",
-            with_interval(old["score"], old["interval_95"]),
-            f"<b>{with_interval(new['score'], new['interval_95'])}</b>",
+            with_interval(old["score"], old["interval_95"], scale),
+            f"<b>{with_interval(new['score'], new['interval_95'], scale)}</b>",
             change,
-            with_interval(new["blind"], new["blind_interval_95"]),
-            as_percent(new["majority"]),
+            with_interval(new["blind"], new["blind_interval_95"], scale),
+            as_percent(new["majority"], scale),
             str(new["n"]),
         ]
         body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -112,12 +88,12 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
         " paired). “No picture” is the trained model asked without the picture, “majority” the best"
         " constant guess.</p>",
         f"<table><tr>{head}</tr>{''.join(body)}</table>",
-        _image(plots.plot_scores(rows), "scores before and after with intervals"),
+        figure(plots.plot_scores(rows), "scores before and after with intervals"),
     ]
     for title, old, new in rows:
         if len(new["by_category"]) > 1:
-            encoded = plots.plot_categories(old["by_category"], new["by_category"])
-            parts += [f"<h3>{html.escape(title)}</h3>", _image(encoded, f"{title} by category")]
+            encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
+            parts += [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
     return parts
 
 
@@ -133,7 +109,7 @@ def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | N
         keys = [key for key in new if key in old and key[0] == name and new[key]["answers"]]
         if not keys:
             continue
-        items = _read_items(name, folder)
+        items = read_items(name, folder)
         counts, cards = [], []
         for title, was_right, is_right, n_shown in _OUTCOMES:
             chosen = [
@@ -154,16 +130,8 @@ def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | N
     return parts
 
 
-def _read_items(name: str, data_dir: Path) -> dict[str, Item]:
-    try:
-        return {item.id: item for item in BENCHES[name].load(data_dir)}
-    except (OSError, ValueError) as error:
-        logger.warning("the report has no pictures of %s: %s", name, error)
-        return {}
-
-
 def _card(before: Mapping[str, Any], after: Mapping[str, Any], item: Item | None) -> str:
-    picture = "" if item is None else _thumbnail(item)
+    picture = "" if item is None else thumbnail(item)
     options = "".join(
         f"\n{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", after["options"], strict=False)
     )
@@ -177,20 +145,6 @@ def _card(before: Mapping[str, Any], after: Mapping[str, Any], item: Item | None
         f'<div class="card">{picture}<p>{html.escape(after["question"] + options)}</p>'
         f"<p><b>right: {html.escape(right)}</b></p>{answers}</div>"
     )
-
-
-def _thumbnail(item: Item) -> str:
-    if item.image is None:
-        return ""
-    try:
-        picture = load_image(io.BytesIO(item.image.read()))
-    except (OSError, ValueError) as error:
-        return f"<p>{html.escape(str(error))}</p>"
-    picture.thumbnail((_PICTURE_PX, _PICTURE_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
 
 
 def _files(run_folder: Path) -> list[str]:

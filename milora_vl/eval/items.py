@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import json
 import random
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,17 +17,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A picture that has not been read yet: a file or base64 text.
+    """A picture that has not been read yet: a file, base64 text or a row of a table on disk.
 
     Attributes:
         where: What to name in an error, such as "mmbench.tsv row 17 (index 1000017)".
         path: The file, or None.
         encoded: Base64 text of an image file, or None.
+        fetch: Returns the bytes of the image file, or None; ``where`` tells two of them apart.
     """
 
     where: str
     path: Path | None = None
     encoded: str | None = field(default=None, repr=False)
+    fetch: Callable[[], bytes | None] | None = field(default=None, repr=False, compare=False)
 
     def read(self) -> bytes:
         """Return the bytes of the image file.
@@ -41,6 +43,8 @@ class ImageSource:
                 return self.path.read_bytes()
             except OSError as error:
                 raise OSError(f"{self.where}: cannot read {self.path}: {error.strerror}") from error
+        if self.fetch is not None and (content := self.fetch()) is not None:
+            return content
         if self.encoded is None:
             raise ValueError(f"{self.where}: the row has no image")
         try:
@@ -67,6 +71,7 @@ class Item:
         options: Option texts of a lettered question, in order.
         question: The bare question, for reports.
         details: Further columns of the official file that the scoring needs.
+        choices: Answers that are expected as a single token, such as "A" or "Yes".
     """
 
     id: str
@@ -78,6 +83,7 @@ class Item:
     options: tuple[str, ...] = ()
     question: str = ""
     details: dict[str, Any] = field(default_factory=dict, hash=False)
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,19 @@ class EvaluationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """A question to the model: ``prompt`` without the image marker, and its picture or None."""
+    """A question to the model.
+
+    Attributes:
+        id: Unique within one call.
+        prompt: What the user says, without the image marker.
+        image: The picture, or None.
+        choices: Answers of a single token; one of them ends the answer at once (see ``Answerer``).
+    """
 
     id: str
     prompt: str
     image: ImageSource | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,30 +141,39 @@ class Answer:
     Attributes:
         text: The decoded answer; None if the sample failed.
         n_tokens: Generated tokens, an end marker included.
-        ended: Whether the model ended by itself, not at the limit.
+        ended: Whether the model ended by itself, not at the limit; None where one of the request's
+            ``choices`` was taken without asking the model what it would say next.
         error: What went wrong, or None.
+        seconds: Its share of the time of its batch.
     """
 
     text: str | None
     n_tokens: int = 0
-    ended: bool = False
+    ended: bool | None = False
     error: str | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
-def find_file(data_dir: Path, folders: Sequence[str], patterns: Sequence[str]) -> Path | None:
+def find_file(
+    data_dir: Path,
+    folders: Sequence[str],
+    patterns: Sequence[str],
+    accept: Callable[[str], bool] = lambda name: True,
+) -> Path | None:
     """Return the one file that matches the first successful pattern, or None.
 
     Args:
         data_dir: Where to start.
         folders: Folders below ``data_dir``, in order of preference; "." is itself.
         patterns: Glob patterns, in order of preference.
+        accept: Which file names count.
 
     Raises:
         ValueError: If a pattern matches several files of a folder: the choice is the user's.
     """
     for folder in folders:
         for pattern in patterns:
-            found = sorted((data_dir / folder).glob(pattern))
+            found = sorted(path for path in (data_dir / folder).glob(pattern) if accept(path.name))
             if len(found) > 1:
                 names = ", ".join(str(path) for path in found)
                 raise ValueError(f"several files match {pattern}: {names}; keep one in the folder")

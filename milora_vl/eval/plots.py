@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by people with any colour vision.
 BEFORE, AFTER, BLIND, MAJORITY = "#999999", "#0072B2", "#D55E00", "#333333"
-_CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_DPI = 110
+CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+DPI = 110
 
 
-def _finish(figure: Figure) -> str:
+def finish_figure(figure: Figure) -> str:
+    """Draw a figure without its upper and right borders. Returns base64 PNG."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -33,7 +34,7 @@ def plot_scores(
     Returns:
         Base64 PNG.
     """
-    figure = Figure(figsize=(7.5, 0.9 + 0.85 * len(rows)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(7.5, 0.9 + 0.85 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for place, (_, before, after) in enumerate(rows):
         for bench, colour, shift, label in (
@@ -42,7 +43,9 @@ def plot_scores(
         ):
             if bench is None or bench["score"] is None:
                 continue
-            score, (low, high) = bench["score"], bench["interval_95"]
+            share = bench.get("maximum", 1.0)  # points are drawn as a share of their maximum
+            score = bench["score"] / share
+            low, high = (end / share for end in bench["interval_95"] or [bench["score"]] * 2)
             axes.errorbar(
                 100 * score,
                 place + shift,
@@ -57,7 +60,7 @@ def plot_scores(
             if after.get(name) is not None:
                 label = "no picture" if name == "blind" else "majority"
                 axes.scatter(
-                    100 * after[name],
+                    100 * after[name] / after.get("maximum", 1.0),
                     place + (0.16 if name == "blind" else 0),
                     marker=marker,
                     s=80,
@@ -71,38 +74,41 @@ def plot_scores(
     axes.set_xlabel("score in per cent, with its 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    return _finish(figure)
+    return finish_figure(figure)
 
 
-def plot_categories(before: Mapping[str, float] | None, after: Mapping[str, float]) -> str:
+def plot_categories(
+    before: Mapping[str, float] | None, after: Mapping[str, float], scale: float = 100.0
+) -> str:
     """Draw the scores of a bench's categories as bars, before and after. Returns base64 PNG."""
     names = list(after)
-    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(names)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(names)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     height = 0.38 if before else 0.7
     places = range(len(names))
     if before:
         axes.barh(
             [place - height / 2 for place in places],
-            [100 * before.get(name, 0.0) for name in names],
+            [scale * before.get(name, 0.0) for name in names],
             height,
             color=BEFORE,
             label="before",
         )
     axes.barh(
         [place + (height / 2 if before else 0) for place in places],
-        [100 * after[name] for name in names],
+        [scale * after[name] for name in names],
         height,
         color=AFTER,
         label="after",
     )
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("score in per cent")
+    if scale == 100:
+        axes.set_xlim(0, 100)
+    axes.set_xlabel("score in per cent" if scale == 100 else "points")
     if before:
         axes.legend(frameon=False)
-    return _finish(figure)
+    return finish_figure(figure)
 
 
 def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
@@ -124,15 +130,17 @@ def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
     if not stages:
         return None
     width = 4.2 * len(stages) if len(stages) > 1 else 7.5
-    figure = Figure(figsize=(width, 3.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width, 3.2), dpi=DPI, layout="constrained")
     for axes, (stage, series) in zip(
         figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True
     ):
-        for colour, (name, points) in zip(_CURVES * len(series), series.items(), strict=False):
+        for colour, (name, points) in zip(
+            CURVE_COLOURS * len(series), series.items(), strict=False
+        ):
             steps, values = zip(*points, strict=True)
             style = "o-" if len(points) <= 12 else "-"
             axes.plot(steps, values, style, color=colour, label=name.replace("_", " "))
         axes.set_title(stage)
         axes.set_xlabel("optimiser step")
         axes.legend(frameon=False, fontsize="small")
-    return _finish(figure)
+    return finish_figure(figure)

@@ -102,8 +102,9 @@ def plan_trees(
         groups: What a row may share its beginning with; image tokens of two pictures are equal, so
             rows of different pictures must be in different groups.
         max_rows: Most rows in a tree.
-        max_nodes: Most nodes in a tree, since attention grows with their square; a longer row is a
-            tree of its own.
+        max_nodes: Most nodes a tree has beyond those of its first row, since attention grows with
+            their square. The first row does not count: with hundreds of image tokens it is where
+            sharing pays most.
         share: Whether rows share at all; without it every row is a tree.
 
     Returns:
@@ -111,15 +112,15 @@ def plan_trees(
     """
     order = sorted(range(len(ids)), key=lambda row: (groups[row] or "", ids[row]))
     trees: list[list[int]] = []
-    n_nodes = 0
+    n_added = 0
     for row in order:
         previous = trees[-1][-1] if trees else None
         if share and previous is not None and groups[previous] == groups[row]:
             added = len(ids[row]) - count_common(ids[previous], ids[row])
-            if len(trees[-1]) < max_rows and n_nodes + added <= max_nodes:
+            if len(trees[-1]) < max_rows and n_added + added <= max_nodes:
                 trees[-1].append(row)
-                n_nodes += added
+                n_added += added
                 continue
         trees.append([row])
-        n_nodes = len(ids[row])
+        n_added = 0
     return trees

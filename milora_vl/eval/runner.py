@@ -8,10 +8,11 @@ in exact arithmetic the result is that of ``model.generate`` on one question at 
 import io
 import logging
 import sys
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,43 +27,18 @@ from milora_vl.data.images import build_image_transform, load_image
 from milora_vl.data.prompts import get_style
 from milora_vl.data.records import Turn
 from milora_vl.eval.generation import encode_pictures, generate_over_trees
-from milora_vl.eval.items import Answer, EvaluationError, ImageSource, Request
+from milora_vl.eval.items import Answer, ImageSource, Request
+from milora_vl.eval.job import Job, Journal, find_choice_ids
 from milora_vl.eval.prefix_tree import build_tree, plan_trees
 from milora_vl.model.load import count_image_tokens
 
 logger = logging.getLogger(__name__)
 
 MAX_NODES = 512
-"""Most nodes of a prefix tree; attention over a tree costs their square."""
+"""Most nodes of a prefix tree beyond its first row; attention over a tree costs their square."""
 
 _FEATURE_CACHE_BYTES = 1 << 30
 _FAILURES = (RuntimeError, ValueError, OSError)  # out of memory is a RuntimeError
-
-
-@dataclass
-class _Job:
-    """The distinct questions of one call, and the answers so far."""
-
-    asked: list[list[Request]]
-    ids: list[list[int]]
-    keys: list[str | None]
-    max_new_tokens: int
-    allow_errors: int
-    answers: dict[str, Answer]
-
-    def fail(self, requests: Sequence[Request], error: Exception) -> None:
-        """Mark requests as failed.
-
-        Raises:
-            EvaluationError: If that is more than allowed.
-        """
-        self.answers |= {one.id: Answer(None, error=str(error)) for one in requests}
-        failed = [(name, one.error) for name, one in self.answers.items() if one.error]
-        if len(failed) > self.allow_errors:
-            listed = "; ".join(f"{name}: {message}" for name, message in failed[:5])
-            raise EvaluationError(
-                f"{len(failed)} failed, {self.allow_errors} allowed (allow_errors): {listed}"
-            ) from error
 
 
 class Answerer:
@@ -73,6 +49,8 @@ class Answerer:
             ``processor`` and ``prompt_style`` (a style or its name).
         batch_size: Most questions in one forward pass.
         share_prefix: Compute common beginnings once; off only to compare.
+        one_forward: Take an answer of one token (``Request.choices``) from the prompt's own forward
+            pass once the model was seen to end after it (see ``Job``); off to compare.
         pad_to_square: Whether pictures are padded with the mean colour, as LLaVA does.
     """
 
@@ -82,6 +60,7 @@ class Answerer:
         *,
         batch_size: int = 32,
         share_prefix: bool = True,
+        one_forward: bool = True,
         pad_to_square: bool = True,
     ) -> None:
         """See the class."""
@@ -93,10 +72,14 @@ class Answerer:
         self.style = get_style(vlm.prompt_style)
         self.batch_size = batch_size
         self.share_prefix = share_prefix
+        self.one_forward = one_forward
         self.transform = build_image_transform(vlm.processor.image_processor, pad_to_square)
         self.stop_ids = self._find_stop_ids()
         self.n_image_tokens = count_image_tokens(vlm.processor)
         self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._choice_ids = lru_cache(
+            lambda choices: find_choice_ids(choices, self.style, self.tokenizer, self.stop_ids)
+        )
 
     def answer(
         self,
@@ -106,6 +89,7 @@ class Answerer:
         allow_errors: int = 0,
         label: str = "",
         progress: bool = True,
+        journal: Journal | None = None,
     ) -> dict[str, Answer]:
         """Answer all requests; requests with the same picture and prompt are asked once.
 
@@ -115,6 +99,7 @@ class Answerer:
             allow_errors: Samples that may fail (unreadable picture, out of memory on its own).
             label: Of the progress bar.
             progress: Whether to show one (stderr).
+            journal: Answers of an earlier, interrupted call; new ones are recorded as they come.
 
         Returns:
             Answers by request id, for every request.
@@ -122,7 +107,8 @@ class Answerer:
         Raises:
             EvaluationError: As soon as more than ``allow_errors`` samples have failed.
         """
-        job = self._prepare(requests, max_new_tokens, allow_errors)
+        job = Job(max_new_tokens, allow_errors, journal)
+        self._prepare(requests, job)
         trees = plan_trees(
             job.ids,
             job.keys,
@@ -200,25 +186,25 @@ class Answerer:
         finally:
             self.vlm.model.train(was_training)
 
-    def _prepare(self, requests: Sequence[Request], max_new_tokens: int, allow_errors: int) -> _Job:
-        job = _Job([], [], [], max_new_tokens, allow_errors, {})
-        keys: dict[ImageSource, str] = {}
+    def _prepare(self, requests: Sequence[Request], job: Job) -> None:
+        keys: dict[Any, str] = {}
         unique: dict[tuple[str | None, tuple[int, ...]], list[Request]] = {}
         for request in requests:
-            try:
-                if request.image is not None and request.image not in keys:
-                    keys[request.image] = request.image.key()
-            except (ValueError, OSError) as error:
-                job.fail([request], error)
-                continue
-            key = None if request.image is None else keys[request.image]
+            key = None
+            if (image := request.image) is not None:
+                # rows that share a file or a text share its hash
+                same = image.path or image.encoded or image
+                try:
+                    key = keys[same] if same in keys else keys.setdefault(same, image.key())
+                except (ValueError, OSError) as error:
+                    job.fail([request], error)
+                    continue
             unique.setdefault((key, tuple(self.encode(request))), []).append(request)
-        job.asked = list(unique.values())
-        job.ids = [list(ids) for _, ids in unique]
-        job.keys = [key for key, _ in unique]
-        return job
+        for (key, ids), asking in unique.items():
+            choices = self._choice_ids(asking[0].choices) if self.one_forward else frozenset()
+            job.add(key, ids, choices, asking)
 
-    def _batches(self, trees: list[list[int]], job: _Job) -> Iterator[list[list[int]]]:
+    def _batches(self, trees: list[list[int]], job: Job) -> Iterator[list[list[int]]]:
         """Group trees of similar size; the largest first, so that lack of memory shows at once."""
         sizes = [sum(len(job.ids[row]) for row in tree) for tree in trees]
         batch: list[list[int]] = []
@@ -230,10 +216,12 @@ class Answerer:
         if batch:
             yield batch
 
-    def _run(self, batch: list[list[int]], job: _Job) -> None:
+    def _run(self, batch: list[list[int]], job: Job) -> None:
         """Answer a batch; if it fails, its halves, down to the question that is to blame."""
+        started = time.perf_counter()
+        final_ids = job.final_ids()
         try:
-            outputs = self._generate(batch, job)
+            outputs = self._generate(batch, job, final_ids)
         except _FAILURES as error:
             if len(batch) == 1 and len(batch[0]) == 1:
                 job.fail(job.asked[batch[0][0]], error)
@@ -242,9 +230,14 @@ class Answerer:
                 self.batch_size = max(1, sum(map(len, batch)) // 2)  # for the batches to come too
             logger.debug("a batch failed, trying its halves: %s", error)
         else:
-            for row, tokens in outputs.items():
-                answer = self._finish(tokens)
-                job.answers |= {request.id: answer for request in job.asked[row]}
+            job.note_endings(outputs, self.stop_ids)
+            share_s = (time.perf_counter() - started) / len(outputs)
+            job.store(
+                {
+                    row: self._finish(tokens, final_ids.get(row, frozenset()), share_s)
+                    for row, tokens in outputs.items()
+                }
+            )
             return
         if len(batch) == 1:
             middle = len(batch[0]) // 2
@@ -254,7 +247,9 @@ class Answerer:
         for half in halves:
             self._run(half, job)
 
-    def _generate(self, batch: list[list[int]], job: _Job) -> dict[int, list[int]]:
+    def _generate(
+        self, batch: list[list[int]], job: Job, final_ids: dict[int, Set[int]]
+    ) -> dict[int, list[int]]:
         trees = [build_tree(job.ids, rows) for rows in batch]
         sources = {job.keys[rows[0]]: job.asked[rows[0]][0].image for rows in batch}
         features = self._encode_images(sources)
@@ -264,6 +259,7 @@ class Answerer:
             [features[job.keys[rows[0]]] for rows in batch],
             max_new_tokens=job.max_new_tokens,
             stop_ids=self.stop_ids,
+            final_ids=final_ids,
         )
 
     def _encode_images(
@@ -292,8 +288,12 @@ class Answerer:
         except ValueError as error:
             raise ValueError(f"{source.where}: {source.path or 'base64 image'}: {error}") from error
 
-    def _finish(self, tokens: list[int]) -> Answer:
-        ended = bool(tokens) and tokens[-1] in self.stop_ids
+    def _finish(
+        self, tokens: list[int], final: Set[int] = frozenset(), seconds: float = 0.0
+    ) -> Answer:
+        ended: bool | None = bool(tokens) and tokens[-1] in self.stop_ids
         said = tokens[:-1] if ended else tokens
+        if len(tokens) == 1 and tokens[0] in final:
+            ended = None
         text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
-        return Answer(text, n_tokens=len(tokens), ended=ended)
+        return Answer(text, n_tokens=len(tokens), ended=ended, seconds=seconds)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _CELLS_PER_CHUNK = 4_000_000
+N_RESAMPLES = 2000
 
 
 def sum_by_group(values: Array | Sequence[Sequence[float]], groups: Sequence[str]) -> Array:
@@ -41,7 +42,7 @@ def bootstrap_interval(
     sums: Array,
     statistic: Callable[[Array], Array] = ratio,
     *,
-    n_resamples: int = 2000,
+    n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of a statistic of column sums, resampling groups.
@@ -58,6 +59,15 @@ def bootstrap_interval(
     Raises:
         ValueError: If there is no group.
     """
+    values = _resample(sums, statistic, n_resamples, seed)
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resample(
+    sums: Array, statistic: Callable[[Array], Array], n_resamples: int, seed: int
+) -> Array:
+    """Return the statistic of each resample of groups, [n_resamples]."""
     n_groups = len(sums)
     if n_groups == 0:
         raise ValueError("an interval needs at least one group")
@@ -68,8 +78,7 @@ def bootstrap_interval(
         size = min(step, n_resamples - start)
         times = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size)
         values.append(statistic(times.astype(np.float64) @ sums))
-    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
-    return float(low), float(high)
+    return np.concatenate(values)
 
 
 def mean_interval(
@@ -95,10 +104,37 @@ def difference_interval(
     Raises:
         ValueError: If the shapes differ.
     """
+    low, high, _ = paired_bootstrap(before, after, statistic, seed=seed)
+    return low, high
+
+
+def paired_bootstrap(
+    before: Array, after: Array, statistic: Callable[[Array], Array] = ratio, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the interval of ``difference_interval`` and a two-sided p-value of no difference.
+
+    The p-value is twice the share of resamples on the rarer side of zero, those at zero counted
+    half; no smaller than 1 in the number of resamples.
+
+    Args:
+        before: [G, k].
+        after: [G, k], the same groups in the same order.
+        statistic: As in ``bootstrap_interval``.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if before.shape != after.shape:
         raise ValueError(f"not the same groups: {before.shape} before, {after.shape} after")
     width = before.shape[1]
     both = np.hstack([before, after])
-    return bootstrap_interval(
-        both, lambda sums: statistic(sums[:, width:]) - statistic(sums[:, :width]), seed=seed
+    values = _resample(
+        both,
+        lambda sums: statistic(sums[:, width:]) - statistic(sums[:, :width]),
+        N_RESAMPLES,
+        seed,
     )
+    low, high = np.percentile(values, [2.5, 97.5])
+    side = min(np.mean(values < 0), np.mean(values > 0)) + np.mean(values == 0) / 2
+    return float(low), float(high), float(np.clip(2 * side, 1 / N_RESAMPLES, 1.0))

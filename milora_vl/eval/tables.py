@@ -8,16 +8,22 @@ from rich.markup import escape
 from rich.table import Table
 
 
-def as_percent(value: float | None) -> str:
+def scale_of(bench: Mapping[str, Any]) -> float:
+    """Return what a score is multiplied by to be shown: 100, or 1 for a bench with its points."""
+    return 1.0 if "maximum" in bench else 100.0
+
+
+def as_percent(value: float | None, scale: float = 100.0) -> str:
     """Write a fraction as per cent with one decimal; a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f}"
+    return "–" if value is None else f"{scale * value:.1f}"
 
 
-def with_interval(value: float | None, interval: list[float] | None) -> str:
+def with_interval(value: float | None, interval: list[float] | None, scale: float = 100.0) -> str:
     """Write "61.0 (58.2 to 64.1)"."""
     if value is None or interval is None:
-        return as_percent(value)
-    return f"{as_percent(value)} ({as_percent(interval[0])} to {as_percent(interval[1])})"
+        return as_percent(value, scale)
+    low, high = (as_percent(end, scale) for end in interval)
+    return f"{as_percent(value, scale)} ({low} to {high})"
 
 
 def bench_title(name: str, results: Mapping[str, Any]) -> str:
@@ -34,19 +40,29 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("note")
     for name, bench in results["benches"].items():
+        scale = scale_of(bench)
         table.add_row(
             f"{escape(bench_title(name, results))}\n{bench['metric']}",
-            with_interval(bench["score"], bench["interval_95"]),
-            with_interval(bench["blind"], bench["blind_interval_95"]),
-            as_percent(bench["majority"]),
+            with_interval(bench["score"], bench["interval_95"], scale),
+            with_interval(bench["blind"], bench["blind_interval_95"], scale),
+            as_percent(bench["majority"], scale),
             str(bench["n"]),
             f"{bench['seconds_per_item']:.2f}",
             bench["note"],
         )
         for category, score in bench["by_category"].items():
-            table.add_row(f"  {escape(category)}", as_percent(score), style="dim")
+            table.add_row(f"  {escape(category)}", as_percent(score, scale), style="dim")
+        if published := bench.get("published"):
+            table.add_row("  published", published_text(published), style="dim")
         table.add_section()
     return table
+
+
+def published_text(published: Mapping[str, Any]) -> str:
+    """Write "full 64.3, lora 66.1, milora 66.1 (dev, circular)"."""
+    names = ("full", "lora", "milora")
+    scores = ", ".join(f"{name} {published[name]}" for name in names if name in published)
+    return f"{scores} ({published['split']})"
 
 
 def _title(results: Mapping[str, Any]) -> str:
@@ -74,31 +90,37 @@ def comparison_table(
         old = before["benches"].get(name)
         if old is None:
             continue
-        change = change_text(old["score"], new["score"], (changes or {}).get(name))
+        scale = scale_of(new)
+        change = change_text(old["score"], new["score"], (changes or {}).get(name), scale)
         table.add_row(
             f"{escape(bench_title(name, after))}\n{new['metric']}",
-            with_interval(old["score"], old["interval_95"]),
-            with_interval(new["score"], new["interval_95"]),
+            with_interval(old["score"], old["interval_95"], scale),
+            with_interval(new["score"], new["interval_95"], scale),
             change,
-            as_percent(new["blind"]),
-            as_percent(new["majority"]),
+            as_percent(new["blind"], scale),
+            as_percent(new["majority"], scale),
             str(new["n"]),
         )
         for category, score in new["by_category"].items():
             first = old["by_category"].get(category)
-            shown = change_text(first, score, None)
-            cells = (f"  {escape(category)}", as_percent(first), as_percent(score), shown)
-            table.add_row(*cells, style="dim")
+            shown = change_text(first, score, None, scale)
+            values = (as_percent(first, scale), as_percent(score, scale), shown)
+            table.add_row(f"  {escape(category)}", *values, style="dim")
         table.add_section()
     return table
 
 
-def change_text(old: float | None, new: float | None, change: Mapping[str, Any] | None) -> str:
+def change_text(
+    old: float | None,
+    new: float | None,
+    change: Mapping[str, Any] | None,
+    scale: float = 100.0,
+) -> str:
     """Write "+12.3 (+8.1 to +16.0)": a change in points of per cent, with its paired interval."""
     if old is None or new is None:
         return "–"
-    text = f"{100 * (new - old):+.1f}"
+    text = f"{scale * (new - old):+.1f}"
     if change is not None:
         low, high = change["interval_95"]
-        text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
+        text += f" ({scale * low:+.1f} to {scale * high:+.1f})"
     return text

@@ -42,7 +42,13 @@ def test_a_plan_holds_every_row_once_and_never_mixes_groups(ids, data):
     for tree in trees:
         assert len({groups[row] for row in tree}) == 1
         assert len(tree) <= 3
-        assert len(build_tree(ids, tree).input_ids) <= 9
+        assert len(build_tree(ids, tree).input_ids) - len(ids[tree[0]]) <= 9
+
+
+def test_a_long_common_beginning_is_shared_whatever_the_limit():
+    picture = [7] * 576  # LLaVA-1.5's image tokens, more than the limit by themselves
+    ids = [[*picture, 1, row] for row in range(18)]
+    assert plan_trees(ids, ["x"] * 18, max_rows=32, max_nodes=512) == [list(range(18))]
 
 
 def test_without_sharing_every_row_is_alone():

@@ -6,7 +6,6 @@ rotated copies of a question are rows of the file, ``index = base + k * 1_000_00
 
 import importlib.util
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -16,17 +15,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from milora_vl.eval import statistics
+from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import most_common, parse_option
 from milora_vl.eval.items import (
     ImageSource,
     Item,
     Row,
-    find_file,
     reject_duplicates,
     split_rows,
     take_sample,
 )
+from milora_vl.eval.mirrors import Mirror, picture, rows_without
+from milora_vl.eval.mmbench_files import find_tsv, is_chinese, known, read_tsv, resolve_image
 from milora_vl.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -34,61 +34,54 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 METRIC = "circular_accuracy"
 MAX_NEW_TOKENS = 8
+MIRRORS = (Mirror("MMBench", "en", "dev"),)
+MIRRORS_CN = (Mirror("MMBench", "cn", "dev"),)
 
-_SUFFIX = "Answer with the option's letter from the given choices directly."
 _SUFFIX_CN = "请直接回答选项字母。"
 _ROTATION_STEP = 1_000_000
-_LONGEST_REFERENCE_CHARS = 64
-_LETTERS = "ABCDEFGHIJ"
 
 
-def find(data_dir: Path) -> Path:
-    """Return the TSV: ``data_dir`` itself, or the one with "mmbench" in its name in that folder.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    if data_dir.is_file():
-        return data_dir
-    patterns = ("mmbench.tsv", "*[mM][mM][bB]ench*.tsv")
-    path = find_file(data_dir, (".", "mmbench", "MMBench"), patterns)
-    if path is None:
-        raise FileNotFoundError(f"no *mmbench*.tsv in {data_dir} or its folder mmbench")
-    return path
-
-
-def load(data_dir: Path, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions, all rotations included.
 
     Args:
-        data_dir: Folder with the TSV, or the TSV.
+        data_dir: Folder with the TSV, or the TSV; None: hub mirror of the dev split.
         limit: Number of base questions; each comes with all its rotations.
 
     Raises:
         FileNotFoundError: If there is no TSV.
+        MirrorError: If the mirror cannot be loaded.
         ValueError: If a column is missing, or an index is not a number or occurs twice.
     """
-    path = find(data_dir)
-    # Default parsing of missing values, as the official loaders do: an option "None" disappears.
-    table = pd.read_csv(path, sep="\t", dtype=str)
-    missing = {"index", "question", "A", "B", "image"} - set(table.columns)
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}")
-    rows = [
-        {name: value for name, value in row.items() if isinstance(value, str)}
-        for row in table.to_dict("records")
-    ]
-    is_chinese = bool(re.search(r"(?i)(?:^|[_-])(?:cn|cc)(?:[_.-]|$)", path.name))
-    indices = [_index(row, f"{path.name} row {number}") for number, row in enumerate(rows, start=1)]
-    reject_duplicates(indices, str(path))
+    return _load(data_dir, limit, chinese=False)
+
+
+def load_chinese(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the Chinese questions; see ``load``."""
+    return _load(data_dir, limit, chinese=True)
+
+
+def _load(data_dir: Path | None, limit: int | None, *, chinese: bool) -> list[Item]:
+    if data_dir is None:
+        (mirror,) = MIRRORS_CN if chinese else MIRRORS
+        table, name = mirror.open(), f"MMBench-{mirror.config} mirror"
+        rows = [known(row) for row in rows_without(table, "image")]
+        sources = [picture(table, place, f"{name} row {place}") for place in range(len(rows))]
+    else:
+        path = find_tsv(data_dir, chinese=chinese)
+        name, chinese = path.name, is_chinese(path.name)
+        rows, sources = read_tsv(path), None
+    indices = [_index(row, f"{name} row {number}") for number, row in enumerate(rows, start=1)]
+    reject_duplicates(indices, str(data_dir or name))
     images = {index: row.get("image") for index, row in zip(indices, rows, strict=True)}
-    items = [
-        _item(row, index, f"{path.name} row {number} (index {index})", images, is_chinese)
-        for number, (index, row) in enumerate(zip(indices, rows, strict=True), start=1)
-    ]
+    items = []
+    for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        where = f"{name} row {place + 1} (index {index})"
+        encoded = ImageSource(where, encoded=resolve_image(images, index))
+        items.append(_item(row, index, sources[place] if sources else encoded, chinese))
     kept = set(take_sample(list(dict.fromkeys(item.group for item in items)), limit))
     items = [item for item in items if item.group in kept]
-    _warn_about_rotations(items, path)
+    _warn_about_rotations(items, str(data_dir or name))
     return items
 
 
@@ -99,23 +92,17 @@ def _index(row: Mapping[str, str], where: str) -> int:
         raise ValueError(f"{where}: the index is not a number: {row.get('index')!r}") from error
 
 
-def _item(
-    row: Mapping[str, str],
-    index: int,
-    where: str,
-    images: Mapping[int, str | None],
-    is_chinese: bool,
-) -> Item:
-    lettered = {name: row[name] for name in takewhile(row.__contains__, _LETTERS)}
+def _item(row: Mapping[str, str], index: int, image: ImageSource, chinese: bool) -> Item:
+    lettered = {name: row[name] for name in takewhile(row.__contains__, scoring.LETTERS)}
     group = row.get("g_index", str(index % _ROTATION_STEP))
     question = row.get("question", "")
     lines = [row["hint"]] if "hint" in row else []
-    lines += [question, *(f"{letter}. {text}" for letter, text in lettered.items())]
-    lines.append(_SUFFIX_CN if is_chinese else _SUFFIX)
+    lines += [question, *scoring.lettered(list(lettered.values()))]
+    lines.append(_SUFFIX_CN if chinese else scoring.LETTER_ANSWER)
     answer = row.get("answer", "").strip()
     return Item(
         id=str(index),
-        image=ImageSource(where, encoded=_resolve_image(images, index)),
+        image=image,
         prompt="\n".join(lines),
         answers=(answer,) if answer else (),
         group=group,
@@ -127,23 +114,11 @@ def _item(
             "rotation": index // _ROTATION_STEP,
             "answer_text": lettered.get(answer),
         },
+        choices=tuple(lettered),
     )
 
 
-def _resolve_image(images: Mapping[int, str | None], index: int) -> str | None:
-    """Follow short "images", which are the index of the row that holds the picture."""
-    seen = {index}
-    image = images[index]
-    while image and len(image) <= _LONGEST_REFERENCE_CHARS and image.strip().isdigit():
-        target = int(image)
-        if target in seen or target not in images:
-            return None
-        seen.add(target)
-        image = images[target]
-    return image
-
-
-def _warn_about_rotations(items: Sequence[Item], path: Path) -> None:
+def _warn_about_rotations(items: Sequence[Item], path: str) -> None:
     rows = defaultdict(list)
     for item in items:
         rows[item.group].append(item)
@@ -162,19 +137,9 @@ def parse(item: Item, text: str) -> str | None:
 def judge(item: Item, text: str | None) -> Row:
     """Score one answer: 1 for the right letter. ``text`` None is a failed sample, always wrong."""
     letter = None if text is None else parse(item, text)
-    return Row(
-        id=item.id,
-        group=item.group,
-        category=item.category,
-        answers=item.answers,
-        text=text,
-        parsed=letter,
-        score=float(letter is not None and letter in item.answers),
-        well_formed=text is not None
-        and text.strip().rstrip(".") in _LETTERS[: len(item.options)]
-        and text.strip() != "",
-        details=item.details,
-    )
+    is_right = letter is not None and letter in item.answers
+    is_bare = scoring.is_bare_letter(text, len(item.options))
+    return scoring.judged(item, text, letter, float(is_right), is_bare)
 
 
 def headline_sums(rows: Sequence[Row]) -> statistics.Array:
@@ -192,14 +157,6 @@ def _scores(rows: Sequence[Row]) -> dict[str, list[float]]:
     for row in rows:
         scores[row.group].append(row.score)
     return dict(scores)
-
-
-def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
-    values = [row.score for row in rows]
-    if not values:
-        return {"score": None, "interval_95": None, "n": 0}
-    interval = statistics.mean_interval(values, [row.group for row in rows])
-    return {"score": float(np.mean(values)), "interval_95": list(interval), "n": len(values)}
 
 
 def _circular(rows: Sequence[Row]) -> dict[str, Any]:
@@ -222,8 +179,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "by_category": {name: part["score"] for name, part in by_category.items()},
         "by_category_details": by_category,
         "by_l2": {name: _circular(part)["score"] for name, part in by_l2.items()},
-        "vanilla_circ0": _accuracy([row for row in rows if row.details["rotation"] == 0]),
-        "vanilla_all": _accuracy(rows),
+        "vanilla_circ0": scoring.mean_score([row for row in rows if row.details["rotation"] == 0]),
+        "vanilla_all": scoring.mean_score(rows),
         "off_letter_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
         "unparsed_rate": chosen.count(None) / len(rows),
         "letter_share": {
@@ -264,18 +221,22 @@ def _best_constant(items: Sequence[Item]) -> float:
 
 
 def write_submission(
-    items: Sequence[Item], texts: Mapping[str, str | None], out_dir: Path
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
 ) -> list[Path]:
     """Write what the evaluation server takes: the questions with a column ``prediction``.
 
     Returns:
         The TSV and, if ``openpyxl`` is installed, the XLSX.
     """
+    del data_dir
     table = pd.DataFrame(
         {
             "index": int(item.id),
             "question": item.question,
-            **dict(zip(_LETTERS, item.options, strict=False)),
+            **dict(zip(scoring.LETTERS, item.options, strict=False)),
             "category": item.category,
             "l2-category": item.details["l2"],
             "prediction": texts[item.id],

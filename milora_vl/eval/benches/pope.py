@@ -5,7 +5,6 @@ starts again in each file, so an answer belongs to (category, question_id), neve
 Questions are asked as they are written, with the misspelt "imange" of early releases too.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from milora_vl.eval import statistics
+from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_yes_no
 from milora_vl.eval.items import (
     ImageSource,
@@ -27,7 +26,7 @@ from milora_vl.eval.items import (
     split_rows,
     take_sample,
 )
-from milora_vl.files import write_text_atomic
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +34,8 @@ VERSION = 1
 METRIC = "mean_f1"
 MAX_NEW_TOKENS = 8
 CATEGORIES = ("random", "popular", "adversarial")
+MIRRORS = (Mirror("POPE", None, "test"),)
 
-_SUFFIX = "Answer the question using a single word or phrase."
 _FOLDERS = ("pope", "pope/coco", "coco", "POPE", ".")
 _IMAGE_FOLDERS = (
     *("images/bench", "images/val", "../images/bench", "../images/val", "images"),
@@ -45,35 +44,56 @@ _IMAGE_FOLDERS = (
 _N_COUNTS = 4  # true positive, false positive, false negative, true negative
 
 
-def load(data_dir: Path, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions of all category files that are there.
 
     Args:
-        data_dir: Folder with ``pope/{category}.jsonl`` or ``coco_pope_{category}.json``.
+        data_dir: Folder with ``pope/{category}.jsonl`` or ``coco_pope_{category}.json``; None: hub
+            mirror.
         limit: Number of questions over all categories; half of them "yes", as far as there are.
 
     Raises:
         FileNotFoundError: If no category file is there.
         ValueError: If a line is malformed or an id occurs twice; names file and line.
     """
-    files = {}
+    parts = _from_files(data_dir) if data_dir is not None else _from_mirror()
+    missing = sorted(set(CATEGORIES) - set(parts))
+    if missing:
+        logger.warning("POPE without %s: the mean is over %s", ", ".join(missing), ", ".join(parts))
+    items = []
+    for place, part in enumerate(parts.values()):
+        share = None if limit is None else (limit - place + len(parts) - 1) // len(parts)
+        items += _balanced(part, share)
+    return items
+
+
+def _from_files(data_dir: Path) -> dict[str, list[Item]]:
+    parts = {}
     for category in CATEGORIES:
         path = find_file(data_dir, _FOLDERS, (f"{category}.jsonl", f"*pope_{category}.json*"))
         if path is not None:
-            files[category] = path
-    if not files:
+            parts[category] = _read_category(data_dir, category, path)
+    if not parts:
         raise FileNotFoundError(
             f"no random.jsonl or coco_pope_random.json (popular, adversarial) in {data_dir} or its "
             "folders pope, coco"
         )
-    missing = sorted(set(CATEGORIES) - set(files))
-    if missing:
-        logger.warning("POPE without %s: the mean is over %s", ", ".join(missing), ", ".join(files))
-    items = []
-    for place, (category, path) in enumerate(files.items()):
-        share = None if limit is None else (limit - place + len(files) - 1) // len(files)
-        items += _balanced(_read_category(data_dir, category, path), share)
-    return items
+    return parts
+
+
+def _from_mirror() -> dict[str, list[Item]]:
+    (table,) = open_all(MIRRORS)
+    parts: dict[str, list[Item]] = {}
+    for place, row in enumerate(rows_without(table, "image")):
+        where = f"POPE mirror row {place}"
+        official = {"question_id": row["question_id"], "text": row["question"]}
+        official |= {"label": row["answer"], "image": f"{row['image_source']}.jpg"}
+        category = str(row["category"])
+        item = _item(official, category, where, picture(table, place, where))
+        parts.setdefault(category, []).append(item)
+    parts = {name: parts[name] for name in CATEGORIES if name in parts}
+    reject_duplicates((item.id for part in parts.values() for item in part), "POPE mirror")
+    return parts
 
 
 def _read_category(data_dir: Path, category: str, path: Path) -> list[Item]:
@@ -81,25 +101,30 @@ def _read_category(data_dir: Path, category: str, path: Path) -> list[Item]:
     items = []
     for number, row in enumerate(read_json_lines(path), start=1):
         where = f"{path.name} row {number}"
-        question = require(row, "text", where)
-        label = str(require(row, "label", where)).strip().lower()
-        if label not in ("yes", "no"):
-            raise ValueError(f"{path} row {number}: label {label!r} is neither yes nor no")
-        image = str(require(row, "image", where))
-        items.append(
-            Item(
-                id=f"{category}/{require(row, 'question_id', where)}",
-                image=ImageSource(where, path=find_image(folders, image)),
-                prompt=f"{question}\n{_SUFFIX}",
-                answers=(label,),
-                group=image,
-                category=category,
-                question=question,
-                details={"question_id": row["question_id"], "image": image},
-            )
-        )
+        for name in ("text", "label", "image"):
+            require(row, name, where)
+        image = find_image(folders, str(row["image"]))
+        items.append(_item(row, category, where, ImageSource(where, path=image)))
     reject_duplicates((item.id for item in items), str(path))
     return items
+
+
+def _item(row: dict[str, Any], category: str, where: str, image: ImageSource) -> Item:
+    question = row["text"]
+    label = str(row["label"]).strip().lower()
+    if label not in ("yes", "no"):
+        raise ValueError(f"{where}: label {label!r} is neither yes nor no")
+    return Item(
+        id=f"{category}/{require(row, 'question_id', where)}",
+        image=image,
+        prompt=f"{question}\n{scoring.SHORT_ANSWER}",
+        answers=(label,),
+        group=str(row["image"]),
+        category=category,
+        question=question,
+        details={"question_id": row["question_id"], "image": str(row["image"])},
+        choices=scoring.YES_NO,
+    )
 
 
 def _balanced(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -122,16 +147,8 @@ def judge(item: Item, text: str | None) -> Row:
     """Score one answer: 1 if right. ``text`` None is a failed sample, always wrong."""
     said = None if text is None else parse(item, text)
     strict = None if text is None else parse_yes_no(text, "strict")
-    return Row(
-        id=item.id,
-        group=item.group,
-        category=item.category,
-        answers=item.answers,
-        text=text,
-        parsed=said,
-        score=float(said in item.answers),
-        well_formed=strict is not None,
-        details={**item.details, "strict": strict},
+    return scoring.judged(
+        item, text, said, float(said in item.answers), strict is not None, {"strict": strict}
     )
 
 
@@ -226,9 +243,13 @@ def majority(items: Sequence[Item]) -> float:
 
 
 def write_submission(
-    items: Sequence[Item], texts: Mapping[str, str | None], out_dir: Path
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
 ) -> list[Path]:
     """Write one answer file a category, in the form of POPE's own scorer."""
+    del data_dir
     paths = []
     for category in CATEGORIES:
         rows = [
@@ -242,8 +263,5 @@ def write_submission(
         ]
         if rows:
             path = out_dir / f"pope_{category}_answers.jsonl"
-            write_text_atomic(
-                path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            )
-            paths.append(path)
+            paths += scoring.write_json_lines(path, rows)
     return paths

@@ -5,15 +5,12 @@ Official files: a questions file and, where answers are published, an annotation
 its picture itself, under ``image``.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from milora_vl.eval import statistics
+from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c, most_common, vqa_accuracy
 from milora_vl.eval.items import (
     ImageSource,
@@ -24,16 +21,15 @@ from milora_vl.eval.items import (
     read_json_object,
     reject_duplicates,
     require,
-    split_rows,
     take_sample,
 )
-from milora_vl.files import write_text_atomic
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
 
 VERSION = 1
 METRIC = "vqa_accuracy"
 MAX_NEW_TOKENS = 16
+MIRRORS = (Mirror("VQAv2", None, "validation"),)
 
-_SUFFIX = "Answer the question using a single word or phrase."
 _FOLDERS = ("vqa", "vqav2", "VQAv2", ".")
 _QUESTION_FILES = (
     *("questions.json", "*val2014_questions.json"),
@@ -46,20 +42,25 @@ _IMAGE_FOLDERS = (
 )
 _FEWEST_FOR_A_GUESS = 5
 
+headline_sums = scoring.mean_sums
+headline = statistics.ratio
 
-def load(data_dir: Path, *, limit: int | None = None) -> list[Item]:
+
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read questions and, if they are there, the answers.
 
     Args:
         data_dir: Folder with ``vqa/questions.json`` or ``v2_OpenEnded_mscoco_*_questions.json``,
-            and the annotations beside it.
+            and the annotations beside it; or that questions file; None: hub mirror of val2014.
         limit: Number of questions.
 
     Raises:
         FileNotFoundError: If there is no questions file.
         ValueError: If a file is malformed, an id occurs twice, or a question has no annotation.
     """
-    path = find_file(data_dir, _FOLDERS, _QUESTION_FILES)
+    if data_dir is None:
+        return take_sample(_from_mirror(), limit)
+    path = data_dir if data_dir.is_file() else find_file(data_dir, _FOLDERS, _QUESTION_FILES)
     if path is None:
         raise FileNotFoundError(
             f"no questions.json or *_questions.json in {data_dir} or its folder vqa"
@@ -68,11 +69,14 @@ def load(data_dir: Path, *, limit: int | None = None) -> list[Item]:
     questions = require(content, "questions", str(path))
     subset = str(content.get("data_subtype", "val2014")).replace("test-dev", "test")
     annotations = _read_annotations(path)
-    folders = [data_dir / name for name in _IMAGE_FOLDERS] + [path.parent]
-    items = [
-        _item(row, f"{path.name} questions[{place}]", subset, annotations, folders)
-        for place, row in enumerate(questions)
-    ]
+    root = path.parent if data_dir.is_file() else data_dir
+    folders = [root / name for name in _IMAGE_FOLDERS] + [path.parent]
+    items = []
+    for place, row in enumerate(questions):
+        where = f"{path.name} questions[{place}]"
+        names = _image_names(row, subset, where)
+        image = ImageSource(where, path=find_image(folders, *names))
+        items.append(_item(row, where, annotations, image))
     reject_duplicates((item.id for item in items), str(path))
     return take_sample(items, limit)
 
@@ -96,20 +100,32 @@ def _read_annotations(questions: Path) -> dict[str, dict[str, Any]] | None:
     return {str(row["question_id"]): row for row in rows}
 
 
+def _from_mirror() -> list[Item]:
+    (table,) = open_all(MIRRORS)
+    items = []
+    for place, row in enumerate(rows_without(table, "image")):
+        where = f"VQAv2 mirror row {place}"
+        annotations = {str(row["question_id"]): row} if row.get("answers") else None
+        items.append(_item(row, where, annotations, picture(table, place, where)))
+    return items
+
+
+def _image_names(row: dict[str, Any], subset: str, where: str) -> list[str]:
+    image_id = require(row, "image_id", where)
+    if "image" in row or not isinstance(image_id, int):
+        return [str(row.get("image", image_id))]
+    stem = f"{subset}_{image_id:012d}"
+    return [f"COCO_{stem}.jpg", f"{stem}.png", f"{stem}.jpg"]
+
+
 def _item(
     row: dict[str, Any],
     where: str,
-    subset: str,
     annotations: dict[str, dict[str, Any]] | None,
-    folders: Sequence[Path],
+    image: ImageSource,
 ) -> Item:
     question_id = require(row, "question_id", where)
-    image_id = require(row, "image_id", where)
     question = require(row, "question", where)
-    names = [str(row.get("image", image_id))]
-    if "image" not in row and isinstance(image_id, int):
-        stem = f"{subset}_{image_id:012d}"
-        names = [f"COCO_{stem}.jpg", f"{stem}.png", f"{stem}.jpg"]
     answer: dict[str, Any] = {}
     if annotations is not None:
         if str(question_id) not in annotations:
@@ -117,10 +133,10 @@ def _item(
         answer = annotations[str(question_id)]
     return Item(
         id=str(question_id),
-        image=ImageSource(where, path=find_image(folders, *names)),
-        prompt=f"{question}\n{_SUFFIX}",
+        image=image,
+        prompt=f"{question}\n{scoring.SHORT_ANSWER}",
         answers=tuple(str(one["answer"]) for one in answer.get("answers", ())),
-        group=str(image_id),
+        group=str(row["image_id"]),
         category=str(answer.get("answer_type", "all")),
         question=question,
         details={
@@ -138,47 +154,17 @@ def parse(item: Item, text: str) -> str | None:
 
 def judge(item: Item, text: str | None) -> Row:
     """Score one answer. ``text`` None is a failed sample, always wrong."""
-    is_scored = text is not None and item.answers
-    return Row(
-        id=item.id,
-        group=item.group,
-        category=item.category,
-        answers=item.answers,
-        text=text,
-        parsed=None if text is None else parse(item, text),
-        score=vqa_accuracy(text, item.answers) if is_scored else 0.0,
-        well_formed=bool(text and text.strip()),
-        details=item.details,
-    )
-
-
-def headline_sums(rows: Sequence[Row]) -> statistics.Array:
-    """Return [pictures, 2]: credit and number of questions."""
-    return statistics.sum_by_group([[row.score, 1.0] for row in rows], [row.group for row in rows])
-
-
-def headline(sums: statistics.Array) -> statistics.Array:
-    """Return accuracy from sums [R, 2]."""
-    return statistics.ratio(sums)
-
-
-def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
-    interval = statistics.bootstrap_interval(headline_sums(rows), headline)
-    score = float(np.mean([row.score for row in rows]))
-    return {"score": score, "interval_95": list(interval), "n": len(rows)}
+    score = vqa_accuracy(text, item.answers) if text is not None and item.answers else 0.0
+    said = None if text is None else parse(item, text)
+    return scoring.judged(item, text, said, score, bool(text and text.strip()))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown (answer type, question type) of all rows."""
-    parts = split_rows(rows, [row.category for row in rows])
-    by_category = {name: _accuracy(part) for name, part in parts.items()}
-    types = split_rows(rows, [row.details["question_type"] for row in rows])
     return {
-        "metric": METRIC,
-        **_accuracy(rows),
-        "by_category": {name: part["score"] for name, part in by_category.items()},
-        "by_category_details": by_category,
-        "by_question_type": {name: _accuracy(part)["score"] for name, part in types.items()},
+        **scoring.summarise_mean(
+            rows, METRIC, by_question_type=lambda row: row.details["question_type"]
+        ),
         "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
     }
 
@@ -203,17 +189,26 @@ def majority(items: Sequence[Item]) -> float:
 
 
 def write_submission(
-    items: Sequence[Item], texts: Mapping[str, str | None], out_dir: Path
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
 ) -> list[Path]:
     """Write the JSON list that the challenge server takes: question_id and processed answer.
 
-    The server wants every question of test2015: run on that file, not on test-dev alone.
+    The server wants every question of test2015. After test-dev alone the others get an empty
+    answer, as LLaVA does, if ``v2_OpenEnded_mscoco_test2015_questions.json`` is in ``data_dir``.
     """
     rows = [
         {"question_id": item.details["question_id"], "answer": m4c(answer)}
         for item in items
         if (answer := texts[item.id]) is not None
     ]
-    path = out_dir / "vqav2_submission.json"
-    write_text_atomic(path, json.dumps(rows, ensure_ascii=False) + "\n")
-    return [path]
+    asked = {item.details["question_id"] for item in items}
+    root = data_dir.parent if data_dir is not None and data_dir.is_file() else data_dir
+    whole = None if root is None else find_file(root, _FOLDERS, ("*_test2015_questions.json",))
+    if whole is not None:
+        ids = [one["question_id"] for one in read_json_object(whole)["questions"]]
+        if asked <= set(ids):
+            rows += [{"question_id": one, "answer": ""} for one in ids if one not in asked]
+    return scoring.write_json(out_dir / "vqav2_submission.json", rows)

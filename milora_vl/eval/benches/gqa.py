@@ -1,0 +1,161 @@
+"""GQA: compositional questions on real pictures, right only if the answer is the very word.
+
+Official file: ``testdev_balanced_questions.json`` (questions1.2), an object of questions by id;
+pictures are ``{imageId}.jpg``.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_vl.eval import scoring, statistics
+from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.official import locate, picture_file
+
+VERSION = 1
+METRIC = "exact_match"
+MAX_NEW_TOKENS = 16
+MIRRORS = (
+    Mirror("GQA", "testdev_balanced_instructions", "testdev"),
+    Mirror("GQA", "testdev_balanced_images", "testdev"),
+)
+
+_FOLDERS = ("gqa", "gqa/data", "gqa/data/questions1.2", "gqa/questions1.2", "questions1.2", "GQA")
+_FILES = ("*testdev_balanced_questions.json",)
+_IMAGE_FOLDERS = ("images", "../images", "data/images", "../../images")
+
+headline_sums = scoring.mean_sums
+headline = statistics.ratio
+
+
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the balanced questions.
+
+    Args:
+        data_dir: Folder with ``testdev_balanced_questions.json`` or that file; None: hub mirror.
+        limit: Number of questions.
+
+    Raises:
+        FileNotFoundError: If there is no questions file.
+        MirrorError: If the mirror cannot be loaded.
+        ValueError: If the file is malformed.
+    """
+    items = _from_files(data_dir) if data_dir is not None else _from_mirror()
+    return take_sample(items, limit)
+
+
+def _from_files(data_dir: Path) -> list[Item]:
+    path = locate(data_dir, _FOLDERS, _FILES, "GQA questions")
+    items = []
+    for key, row in read_json_object(path).items():
+        where = f"{path.name} question {key}"
+        name = f"{require(row, 'imageId', where)}.jpg"
+        if row.get("isBalanced", True):
+            items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, where, name), where))
+    return items
+
+
+def _from_mirror() -> list[Item]:
+    questions, images = open_all(MIRRORS)
+    places = {row["id"]: place for place, row in enumerate(rows_without(images, "image"))}
+    items = []
+    for row in rows_without(questions, "image"):
+        where = f"GQA mirror question {row['id']}"
+        if row["imageId"] not in places:
+            raise ValueError(f"{where}: no picture {row['imageId']}")
+        if row.get("isBalanced", True):
+            source = picture(images, places[row["imageId"]], f"{where} ({row['imageId']})")
+            items.append(_item(str(row["id"]), row, source, where))
+    return items
+
+
+def _item(key: str, row: Mapping[str, Any], image: ImageSource, where: str) -> Item:
+    question = require(dict(row), "question", where)
+    types = row.get("types") or {}
+    answer = row.get("answer")
+    return Item(
+        id=key,
+        image=image,
+        prompt=f"{question}\n{scoring.SHORT_ANSWER}",
+        answers=() if answer is None else (str(answer),),
+        group=str(row["imageId"]),
+        category="open" if types.get("structural") == "query" else "binary",
+        question=question,
+        details={
+            "structural": str(types.get("structural")),
+            "semantic": str(types.get("semantic")),
+            "n_words": len(question.split()),
+            "n_steps": len(row.get("semantic") or ()),
+            "answer_group": (row.get("groups") or {}).get("global"),
+        },
+    )
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return the answer as LLaVA scores it: no final periods, lower case, nothing else."""
+    del item
+    return text.rstrip(".").lower()
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Score one answer: 1 if equal. ``text`` None is a failed sample, always wrong."""
+    said = None if text is None else parse(item, text)
+    return scoring.judged(item, text, said, float(said in item.answers), bool(said))
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return score, interval and the official breakdowns; ``distribution`` is better when low."""
+    return {
+        **scoring.summarise_mean(
+            rows,
+            METRIC,
+            by_structural=lambda row: row.details["structural"],
+            by_semantic=lambda row: row.details["semantic"],
+            by_n_words=lambda row: f"{row.details['n_words']:02d}",
+            by_n_steps=lambda row: f"{row.details['n_steps']:02d}",
+        ),
+        "distribution": _distribution(rows),
+        "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
+    }
+
+
+def _distribution(rows: Sequence[Row]) -> float | None:
+    """Return the chi-square between right and given answers in each group of answers, over 100."""
+    right: dict[str, Counter[str]] = defaultdict(Counter)
+    given: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        group = row.details["answer_group"]
+        if group is not None:
+            right[group][row.answers[0]] += 1
+            given[group][row.parsed or ""] += 1
+    n_questions = sum(counts.total() for counts in right.values())
+    if n_questions == 0:
+        return None
+    total = 0.0
+    for group, counts in right.items():
+        distances = ((given[group][answer] - n) ** 2 / n for answer, n in counts.items())
+        total += counts.total() * sum(distances)
+    return total / n_questions / 100
+
+
+def majority(items: Sequence[Item]) -> float:
+    """Return the accuracy of each structural type's most frequent answer."""
+    return scoring.best_constant(items, judge, lambda item: item.details["structural"])
+
+
+def write_submission(
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
+) -> list[Path]:
+    """Write the prediction file of GQA's own scorer."""
+    del data_dir
+    rows = [
+        {"questionId": item.id, "prediction": parse(item, answer)}
+        for item in items
+        if (answer := texts[item.id]) is not None
+    ]
+    return scoring.write_json(out_dir / "gqa_submission.json", rows)

@@ -1,0 +1,203 @@
+"""LLaVA-Bench (in the wild): open questions; a judge model compares each answer with a reference.
+
+Official files: ``questions.jsonl``, ``context.jsonl`` (what the picture shows, for the judge) and
+``answers_gpt4.jsonl`` (the reference), pictures in ``images/``. The score is the mean grade of the
+model over that of the reference. The judge's prompt is worded here, and the judge of the published
+numbers is no longer offered: scores compare with others of the same judge and version only.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_vl.eval import scoring, statistics
+from milora_vl.eval.items import (
+    ImageSource,
+    Item,
+    Row,
+    read_json_lines,
+    reject_duplicates,
+    require,
+    split_rows,
+    take_sample,
+)
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.official import locate, picture_file
+
+VERSION = 1
+METRIC = "judge_score_over_reference"
+MAX_NEW_TOKENS = 1024
+MIRRORS = (Mirror("llava-bench-in-the-wild", None, "train"),)
+
+_FOLDERS = ("llava-bench-in-the-wild", "llava-w", "llava_w")
+_GRADES = re.compile(r"(?<![\d.])(10|\d)(?:\.\d+)?(?![\d.]*\d)")
+_INSTRUCTION = """\
+Two assistants answered a question about a picture. You cannot see it; its content is described
+below. Grade each answer from 1 to 10 for being helpful, relevant, correct and detailed; the order
+of the two must not matter. On the first line write both grades, the first answer's first,
+separated by a space, and nothing else. Then explain in short.
+"""
+
+
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read questions, contexts and reference answers.
+
+    Args:
+        data_dir: Folder with ``questions.jsonl``, ``context.jsonl``, ``answers_gpt4.jsonl``; None:
+            hub mirror.
+        limit: Number of questions.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MirrorError: If the mirror cannot be loaded.
+        ValueError: If a question has no context or no reference.
+    """
+    items = _from_files(data_dir) if data_dir is not None else _from_mirror()
+    return take_sample(items, limit)
+
+
+def _from_files(data_dir: Path) -> list[Item]:
+    path = locate(data_dir, _FOLDERS, ("questions.jsonl",), "LLaVA-Bench questions")
+    context = _read_by(path.with_name("context.jsonl"), "image", "caption")
+    reference = _read_by(path.with_name("answers_gpt4.jsonl"), "question_id", "text")
+    items = []
+    for number, row in enumerate(read_json_lines(path), start=1):
+        where = f"{path.name} row {number}"
+        name, key = str(require(row, "image", where)), str(require(row, "question_id", where))
+        for known, wanted, what in ((context, name, "context"), (reference, key, "reference")):
+            if wanted not in known:
+                raise ValueError(f"{where}: no {what} for {wanted}")
+        image = picture_file(path, ("images",), where, name)
+        items.append(_item(row, image, context[name], reference[key]))
+    reject_duplicates((item.id for item in items), str(path))
+    return items
+
+
+def _read_by(path: Path, key: str, value: str) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; LLaVA-Bench needs it beside questions.jsonl")
+    rows = enumerate(read_json_lines(path), start=1)
+    return {
+        str(require(row, key, f"{path.name} row {number}")): str(row[value]) for number, row in rows
+    }
+
+
+def _from_mirror() -> list[Item]:
+    (table,) = open_all(MIRRORS)
+    items = []
+    for place, row in enumerate(rows_without(table, "image")):
+        image = picture(table, place, f"LLaVA-Bench mirror row {place}")
+        official = {**row, "text": row["question"], "image": row.get("image_id", str(place))}
+        items.append(_item(official, image, str(row["caption"]), str(row["gpt_answer"])))
+    return items
+
+
+def _item(row: Mapping[str, Any], image: ImageSource, context: str, reference: str) -> Item:
+    return Item(
+        id=str(row["question_id"]),
+        image=image,
+        prompt=str(row["text"]),
+        answers=(),
+        group=str(row["image"]),
+        category=str(row.get("category", "all")).removeprefix("llava_bench_"),
+        question=str(row["text"]),
+        details={"context": context, "reference": reference},
+    )
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return the answer as it is; a judge reads it."""
+    del item
+    return text.strip() or None
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Return the row of an answer, without a score until a judge's reply is there."""
+    said = None if text is None else parse(item, text)
+    return scoring.judged(item, text, said, 0.0, bool(said), {"reference_score": 1.0})
+
+
+def judge_prompt(item: Item, text: str) -> str:
+    """Return what the judge is asked about an answer; the reference is the first one."""
+    return (
+        f"{_INSTRUCTION}\n[Picture]\n{item.details['context']}\n\n[Question]\n{item.question}\n\n"
+        f"[Answer 1]\n{item.details['reference']}\n\n[Answer 2]\n{text}\n"
+    )
+
+
+def _read_grades(reply: str) -> list[float]:
+    first_line = reply.strip().splitlines()[0] if reply.strip() else ""
+    return [float(found.group()) for found in _GRADES.finditer(first_line)]
+
+
+def is_usable(reply: str) -> bool:
+    """Tell whether the first line holds two grades between 1 and 10."""
+    grades = _read_grades(reply)
+    return len(grades) == 2 and all(1 <= grade <= 10 for grade in grades)
+
+
+def with_reply(row: Row, reply: str) -> Row:
+    """Return the row with the judge's grades, a tenth each: the model's and the reference's."""
+    reference, model = _read_grades(reply)
+    details = {**row.details, "judge_reply": reply, "reference_score": reference / 10}
+    return replace(row, score=model / 10, details=details)
+
+
+def headline_sums(rows: Sequence[Row]) -> statistics.Array:
+    """Return [pictures, 2]: grades of the model and of the reference."""
+    table = [[row.score, row.details["reference_score"]] for row in rows]
+    return statistics.sum_by_group(table, [row.group for row in rows])
+
+
+headline = statistics.ratio
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the mean grade over the reference's, interval, and the same by category."""
+    sums = headline_sums(rows)
+    parts = split_rows(rows, [row.category for row in rows])
+    by_category = {
+        name: float(headline(headline_sums(part).sum(axis=0, keepdims=True))[0])
+        for name, part in parts.items()
+    }
+    return {
+        "metric": METRIC,
+        "score": float(headline(sums.sum(axis=0, keepdims=True))[0]),
+        "interval_95": list(statistics.bootstrap_interval(sums, headline)),
+        "n": len(rows),
+        "by_category": by_category,
+        "mean_grade": 10 * float(np.mean([row.score for row in rows])),
+        "mean_reference_grade": 10 * float(np.mean([r.details["reference_score"] for r in rows])),
+    }
+
+
+def majority(items: Sequence[Item]) -> None:
+    """Return None: there is no constant answer to compare with."""
+    del items
+
+
+def write_submission(
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
+) -> list[Path]:
+    """Write the official answers file and the judge's prompts."""
+    del data_dir
+    said = {item.id: answer for item in items if (answer := texts[item.id]) is not None}
+    answers = [
+        {"question_id": item.id, "prompt": item.question, "text": said[item.id]}
+        for item in items
+        if item.id in said
+    ]
+    prompts = [
+        {"id": item.id, "prompt": judge_prompt(item, said[item.id])}
+        for item in items
+        if item.id in said
+    ]
+    paths = scoring.write_json_lines(out_dir / "llava_w_answers.jsonl", answers)
+    return paths + scoring.write_json_lines(out_dir / "llava_w_judge_prompts.jsonl", prompts)

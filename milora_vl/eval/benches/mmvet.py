@@ -1,0 +1,148 @@
+"""MM-Vet: open questions that need several skills at once; a judge model scores the answers.
+
+Official file: ``mm-vet.json``, an object of ``imagename, question, answer, capability`` by id;
+pictures in ``images/``. Without a judge the official prediction file and the judge's prompts are
+written and there is no score. The judge's prompt is worded here and not MM-Vet's own, so scores
+compare with others of the same judge and version only.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_vl.eval import scoring, statistics
+from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.official import locate, picture_file
+
+VERSION = 1
+METRIC = "judge_score"
+MAX_NEW_TOKENS = 1024
+MIRRORS = (Mirror("MMVet", None, "test"),)
+
+_FOLDERS = ("mm-vet", "mmvet", "MMVet")
+_IMAGE_FOLDERS = ("images", "mm-vet/images")
+_NUMBER = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.]*\d)")
+_INSTRUCTION = """\
+You grade an answer to a question about a picture that you cannot see, by a reference. In the
+reference, <AND> joins parts that must all be there, <OR> joins parts of which one is enough.
+Grade from 0.0 (all wrong) to 1.0 (all right) in steps of 0.1, in proportion to what is right.
+Reply with the grade alone.
+"""
+
+headline_sums = scoring.mean_sums
+headline = statistics.ratio
+
+
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the questions.
+
+    Args:
+        data_dir: Folder with ``mm-vet.json``, or that file; None: hub mirror.
+        limit: Number of questions.
+
+    Raises:
+        FileNotFoundError: If there is no questions file.
+        MirrorError: If the mirror cannot be loaded.
+        ValueError: If the file is malformed.
+    """
+    if data_dir is None:
+        (table,) = open_all(MIRRORS)
+        items = []
+        for place, row in enumerate(rows_without(table, "image")):
+            where = f"MM-Vet mirror row {place}"
+            skills = row.get("capability") or []
+            row["capability"] = skills.split(",") if isinstance(skills, str) else skills
+            key = str(row.get("question_id", f"v1_{place}"))
+            items.append(_item(key, row, picture(table, place, where), where))
+        return take_sample(items, limit)
+    path = locate(data_dir, _FOLDERS, ("*mm-vet.json",), "MM-Vet questions")
+    items = []
+    for key, row in read_json_object(path).items():
+        where = f"{path.name} question {key}"
+        name = str(require(row, "imagename", where))
+        items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, where, name), where))
+    return take_sample(items, limit)
+
+
+def _item(key: str, row: dict[str, Any], image: ImageSource, where: str) -> Item:
+    question = require(row, "question", where)
+    skills = sorted(str(one).strip() for one in row.get("capability") or ())
+    return Item(
+        id=key,
+        image=image,
+        prompt=question,
+        answers=(),
+        group=key,
+        category="+".join(skills) or "all",
+        question=question,
+        details={"reference": str(require(row, "answer", where)), "skills": skills},
+    )
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return the answer as it is; a judge reads it."""
+    del item
+    return text.strip() or None
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Return the row of an answer, without a score until a judge's reply is there."""
+    said = None if text is None else parse(item, text)
+    return scoring.judged(item, text, said, 0.0, bool(said))
+
+
+def judge_prompt(item: Item, text: str) -> str:
+    """Return what the judge is asked about an answer."""
+    return (
+        f"{_INSTRUCTION}\nQuestion: {item.question}\nReference: {item.details['reference']}\n"
+        f"Answer: {text}\nGrade:"
+    )
+
+
+def is_usable(reply: str) -> bool:
+    """Tell whether a reply holds exactly one grade between 0 and 1."""
+    return len(_NUMBER.findall(reply)) == 1
+
+
+def with_reply(row: Row, reply: str) -> Row:
+    """Return the row with the judge's grade as its score."""
+    (grade,) = _NUMBER.findall(reply)
+    return replace(row, score=float(grade), details={**row.details, "judge_reply": reply})
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the mean grade, interval, and the mean over the questions that need each skill."""
+    skills = sorted({skill for row in rows for skill in row.details["skills"]})
+    by_skill = {
+        skill: float(np.mean([row.score for row in rows if skill in row.details["skills"]]))
+        for skill in skills
+    }
+    return {**scoring.summarise_mean(rows, METRIC), "by_skill": by_skill}
+
+
+def majority(items: Sequence[Item]) -> None:
+    """Return None: there is no constant answer to compare with."""
+    del items
+
+
+def write_submission(
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
+) -> list[Path]:
+    """Write the official prediction file (id -> text) and the judge's prompts."""
+    del data_dir
+    said = {item.id: answer for item in items if (answer := texts[item.id]) is not None}
+    prompts = [
+        {"id": item.id, "prompt": judge_prompt(item, said[item.id])}
+        for item in items
+        if item.id in said
+    ]
+    paths = scoring.write_json(out_dir / "mmvet_predictions.json", said)
+    return paths + scoring.write_json_lines(out_dir / "mmvet_judge_prompts.jsonl", prompts)

@@ -1,0 +1,187 @@
+"""ScienceQA: lettered school questions. IMG: those with a picture; full: all of the test split.
+
+Official files: ``problems.json`` (by id) and ``pid_splits.json``; pictures are
+``test/{id}/image.png``. LLaVA's published numbers are IMG ones; never compare one with the other.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from milora_vl.eval import scoring, statistics
+from milora_vl.eval.answers import parse_option
+from milora_vl.eval.items import (
+    EvaluationError,
+    ImageSource,
+    Item,
+    Row,
+    read_json_object,
+    require,
+    take_sample,
+)
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.official import locate, picture_file
+
+VERSION = 1
+METRIC = "img_accuracy"
+METRIC_FULL = "accuracy"
+MAX_NEW_TOKENS = 8
+MIRRORS = (Mirror("ScienceQA", "ScienceQA-FULL", "test"),)
+
+_FOLDERS = ("scienceqa", "ScienceQA", "sqa", "scienceqa/data/scienceqa", "data/scienceqa")
+_IMAGE_FOLDERS = ("images/test", "test", "images", "../images/test", "../test")
+_OFFICIAL_LETTERS = "ABCDE"
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+_LOWER_GRADES = frozenset(f"grade{number}" for number in range(1, 7))
+
+headline_sums = scoring.mean_sums
+headline = statistics.ratio
+
+
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the questions of the test split that have a picture.
+
+    Args:
+        data_dir: Folder with ``problems.json`` and ``pid_splits.json``; None: hub mirror.
+        limit: Number of questions.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MirrorError: If the mirror cannot be loaded.
+        ValueError: If a file is malformed.
+    """
+    return take_sample([item for item in _read(data_dir) if item.image is not None], limit)
+
+
+def load_full(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read all questions of the test split, with and without a picture; see ``load``."""
+    return take_sample(_read(data_dir), limit)
+
+
+def _read(data_dir: Path | None) -> list[Item]:
+    if data_dir is None:
+        (table,) = open_all(MIRRORS)
+        # the mirror has no column of ids: its row number is the id
+        items = []
+        for place, row in enumerate(rows_without(table, "image")):
+            where = f"ScienceQA mirror row {place}"
+            has_picture = table[place]["image"] is not None
+            image = picture(table, place, where) if has_picture else None
+            items.append(_item(f"row{place}", row, image, where))
+        return items
+    path = locate(data_dir, _FOLDERS, ("problems.json",), "ScienceQA problems")
+    splits = path.with_name("pid_splits.json")
+    if not splits.is_file():
+        raise FileNotFoundError(f"{splits} is missing: it says which problems are the test split")
+    problems = read_json_object(path)
+    items = []
+    for key in require(read_json_object(splits), "test", str(splits)):
+        where = f"{path.name} problem {key}"
+        row = require(problems, key, str(path))
+        image = None
+        if row.get("image"):
+            names = (f"{key}/{row['image']}", f"test/{key}/{row['image']}")
+            image = picture_file(path, _IMAGE_FOLDERS, where, *names)
+        items.append(_item(key, row, image, where))
+    return items
+
+
+def _item(key: str, row: dict[str, Any], image: ImageSource | None, where: str) -> Item:
+    question, options = require(row, "question", where), list(require(row, "choices", where))
+    hint = row.get("hint") or ""
+    lines = [f"Context: {hint}"] if hint else []
+    lines += [question, *scoring.lettered(options), scoring.LETTER_ANSWER]
+    answer = row.get("answer")
+    letters = tuple(scoring.LETTERS[: len(options)])
+    return Item(
+        id=key,
+        image=image,
+        prompt="\n".join(lines),
+        answers=() if answer is None else (letters[int(answer)],),
+        group=key,
+        category=str(row.get("subject", "all")),
+        options=tuple(options),
+        question=question,
+        details={
+            "context": "image" if image else "text" if hint else "none",
+            "has_image": image is not None,
+            "has_text": bool(hint),
+            "grades": "1-6" if row.get("grade") in _LOWER_GRADES else "7-12",
+        },
+        choices=letters,
+    )
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return the letter by LLaVA's rule: bare, "A. ...", or one "The answer is A." in the text."""
+    if text and text in _OFFICIAL_LETTERS and len(text) == 1:
+        letter = text
+    elif len(text) >= 3 and text[0] in _OFFICIAL_LETTERS and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        found = _SENTENCE.findall(text)
+        letter = found[0] if len(found) == 1 else ""
+    return letter if letter and letter in item.choices else None
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Score one answer: 1 for the right letter. ``text`` None is a failed sample, always wrong."""
+    letter = None if text is None else parse(item, text)
+    lenient = None if text is None else parse_option(text, item.options)
+    return scoring.judged(
+        item,
+        text,
+        letter,
+        float(letter in item.answers),
+        scoring.is_bare_letter(text, len(item.options)),
+        {"lenient": lenient},
+    )
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return IMG accuracy, interval and breakdown (subject, context, grades)."""
+    return _summarise([row for row in rows if row.details["has_image"]], METRIC)
+
+
+def summarise_full(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return accuracy over all questions, and ``img_accuracy`` beside it."""
+    images = scoring.mean_score([row for row in rows if row.details["has_image"]])
+    return {**_summarise(rows, METRIC_FULL), "img_accuracy": images}
+
+
+def _summarise(rows: Sequence[Row], metric: Literal["img_accuracy", "accuracy"]) -> dict[str, Any]:
+    if not rows:
+        raise EvaluationError("no question with a picture among those asked; use sqa-full")
+    lenient = sum(row.details["lenient"] in row.answers for row in rows) / len(rows)
+    return {
+        **scoring.summarise_mean(
+            rows,
+            metric,
+            by_context=lambda row: row.details["context"],
+            by_grades=lambda row: row.details["grades"],
+        ),
+        "lenient_accuracy": lenient,
+        "unparsed_rate": sum(row.parsed is None for row in rows) / len(rows),
+    }
+
+
+def majority(items: Sequence[Item]) -> float:
+    """Return the accuracy of the best constant letter of each subject, or of a random option."""
+    return scoring.best_constant(items, judge)
+
+
+def write_submission(
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
+) -> list[Path]:
+    """Write the results file of ScienceQA's own scorer: id -> number of the option, -1 for none."""
+    del data_dir
+    results = {}
+    for item in items:
+        text = texts[item.id]
+        letter = None if text is None else parse(item, text)
+        results[item.id] = -1 if letter is None else item.choices.index(letter)
+    return scoring.write_json(out_dir / "sqa_submission.json", {"results": results})

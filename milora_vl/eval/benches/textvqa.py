@@ -1,0 +1,174 @@
+"""TextVQA: reading text in pictures, with or without the words that an OCR system found.
+
+Official file: ``TextVQA_0.5.1_val.json``; pictures are ``train_images/{image_id}.jpg``. LLaVA-1.5's
+58.2 is *with* OCR words in the prompt (``textvqa-ocr``), later models' numbers are without.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_vl.eval import scoring, statistics
+from milora_vl.eval.answers import m4c, m4c_accuracy
+from milora_vl.eval.items import (
+    ImageSource,
+    Item,
+    Row,
+    find_file,
+    read_json_lines,
+    read_json_object,
+    reject_duplicates,
+    require,
+    take_sample,
+)
+from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.official import locate, picture_file
+
+VERSION = 1
+METRIC = "vqa_accuracy"
+MAX_NEW_TOKENS = 16
+MIRRORS = (Mirror("textvqa", None, "validation"),)
+
+_FOLDERS = ("textvqa", "TextVQA")
+_FILES = ("*TextVQA_0.5.1_val.json", "*TextVQA_0.5.1_test.json")
+_OCR_FILES = ("*Rosetta_OCR*val.json", "*textvqa*ocr.jsonl")
+_IMAGE_FOLDERS = ("train_images", "test_images", "train_val_images/train_images")
+_OCR_LINE = "Reference OCR token: "
+_N_ANSWERS = 10
+
+headline_sums = scoring.mean_sums
+headline = statistics.ratio
+
+
+def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the questions, prompts without OCR words.
+
+    Args:
+        data_dir: Folder with ``TextVQA_0.5.1_val.json``, or that file; None: hub mirror.
+        limit: Number of questions.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MirrorError: If the mirror cannot be loaded.
+        ValueError: If a file is malformed or a question has not ten answers.
+    """
+    return take_sample(_read(data_dir, with_ocr=False), limit)
+
+
+def load_with_ocr(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the questions, prompts with OCR words as LLaVA-1.5 was evaluated.
+
+    The words come from ``TextVQA_Rosetta_OCR_*_val.json`` or LLaVA's
+    ``llava_textvqa_val_v051_ocr.jsonl`` beside the questions; see ``load``.
+    """
+    return take_sample(_read(data_dir, with_ocr=True), limit)
+
+
+def _read(data_dir: Path | None, *, with_ocr: bool) -> list[Item]:
+    if data_dir is None:
+        (table,) = open_all(MIRRORS)
+        items = []
+        for place, row in enumerate(rows_without(table, "image")):
+            where = f"TextVQA mirror row {place}"
+            words = ", ".join(row["ocr_tokens"]) if with_ocr else None
+            items.append(_item(row, picture(table, place, where), words, where))
+        return items
+    path = locate(data_dir, _FOLDERS, _FILES, "TextVQA questions")
+    words_of = _read_ocr(path) if with_ocr else {}
+    items = []
+    for place, row in enumerate(require(read_json_object(path), "data", str(path))):
+        where = f"{path.name} data[{place}]"
+        image_id = str(require(row, "image_id", where))
+        words = None
+        if with_ocr:
+            key = (image_id, require(row, "question", where).strip().lower())
+            words = words_of.get(key, words_of.get((image_id, None)))
+            if words is None:
+                raise ValueError(f"{where}: no OCR words for picture {image_id} and its question")
+        image = picture_file(path, _IMAGE_FOLDERS, where, f"{image_id}.jpg")
+        items.append(_item(row, image, words, where))
+    reject_duplicates((item.id for item in items), str(path))
+    return items
+
+
+def _read_ocr(questions: Path) -> dict[tuple[str, str | None], str]:
+    """Return OCR words, joined by commas, by (picture, question) or (picture, None)."""
+    path = find_file(questions.parent, (".",), _OCR_FILES)
+    if path is None:
+        raise FileNotFoundError(
+            f"textvqa-ocr needs the OCR words beside {questions}: TextVQA_Rosetta_OCR_v0.2_val.json"
+            " or llava_textvqa_val_v051_ocr.jsonl; without them use textvqa"
+        )
+    if path.suffix == ".json":
+        rows = require(read_json_object(path), "data", str(path))
+        return {(str(row["image_id"]), None): ", ".join(row["ocr_tokens"]) for row in rows}
+    words: dict[tuple[str, str | None], str] = {}
+    for number, row in enumerate(read_json_lines(path), start=1):
+        lines = str(require(row, "text", f"{path.name} row {number}")).split("\n")
+        if len(lines) != 3 or not lines[1].startswith(_OCR_LINE.strip()):
+            raise ValueError(f"{path} row {number}: question, OCR words and request were expected")
+        key = (str(row["question_id"]), lines[0].strip().lower())
+        words[key] = lines[1][len(_OCR_LINE.strip()) :].strip()
+    return words
+
+
+def _item(row: Mapping[str, Any], image: ImageSource, words: str | None, where: str) -> Item:
+    question = row["question"]
+    lines = [question, *([] if words is None else [_OCR_LINE + words]), scoring.SHORT_ANSWER]
+    answers = tuple(str(answer) for answer in row.get("answers") or ())
+    if len(answers) not in (0, _N_ANSWERS):
+        raise ValueError(f"{where}: {len(answers)} answers, {_N_ANSWERS} expected")
+    return Item(
+        id=str(row["question_id"]),
+        image=image,
+        prompt="\n".join(lines),
+        answers=answers,
+        group=str(row["image_id"]),
+        category="all",
+        question=question,
+        details={"question_id": row["question_id"], "ocr_words": words},
+    )
+
+
+def parse(item: Item, text: str) -> str | None:
+    """Return the answer as it is scored."""
+    del item
+    return m4c(text)
+
+
+def judge(item: Item, text: str | None) -> Row:
+    """Score one answer. ``text`` None is a failed sample, always wrong."""
+    if text is None:
+        return scoring.judged(item, None, None, 0.0, False)
+    score = m4c_accuracy(text, item.answers) if item.answers else 0.0
+    return scoring.judged(item, text, parse(item, text), score, bool(text.strip()))
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return score and interval; ``with_ocr`` says what the prompts held."""
+    return {
+        **scoring.summarise_mean(rows, METRIC),
+        "with_ocr": any(row.details["ocr_words"] is not None for row in rows),
+        "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
+    }
+
+
+def majority(items: Sequence[Item]) -> float:
+    """Return the accuracy of one constant answer."""
+    return scoring.best_constant(items, judge)
+
+
+def write_submission(
+    items: Sequence[Item],
+    texts: Mapping[str, str | None],
+    out_dir: Path,
+    data_dir: Path | None = None,
+) -> list[Path]:
+    """Write the JSON list that the evaluation server takes: question_id and processed answer."""
+    del data_dir
+    rows = [
+        {"question_id": item.details["question_id"], "answer": m4c(answer)}
+        for item in items
+        if (answer := texts[item.id]) is not None
+    ]
+    return scoring.write_json(out_dir / "textvqa_submission.json", rows)

@@ -1,0 +1,121 @@
+"""What most benches share: prompt endings, judged rows, mean scores, breakdowns, best guesses."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_vl.eval import statistics
+from milora_vl.eval.answers import most_common
+from milora_vl.eval.items import Item, Row, split_rows
+from milora_vl.files import write_text_atomic
+
+LETTERS = "ABCDEFGHIJ"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
+YES_NO = ("Yes", "No", "yes", "no")
+"""Answers of one token to a yes/no question."""
+
+
+def lettered(options: Sequence[str]) -> list[str]:
+    """Return "A. text" lines."""
+    return [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
+
+
+def is_bare_letter(text: str | None, n_options: int) -> bool:
+    """Tell whether an answer is the letter of an option and nothing else, but for a period."""
+    said = "" if text is None else text.strip().rstrip(".")
+    return len(said) == 1 and said in LETTERS[:n_options]
+
+
+def judged(
+    item: Item,
+    text: str | None,
+    parsed: str | None,
+    score: float,
+    well_formed: bool,
+    details: Mapping[str, Any] | None = None,
+) -> Row:
+    """Return the row of an item; ``details`` are added to the item's."""
+    return Row(
+        id=item.id,
+        group=item.group,
+        category=item.category,
+        answers=item.answers,
+        text=text,
+        parsed=parsed,
+        score=score,
+        well_formed=well_formed,
+        details={**item.details, **(details or {})},
+    )
+
+
+def mean_sums(rows: Sequence[Row]) -> statistics.Array:
+    """Return [groups, 2]: credit and number of questions."""
+    return statistics.sum_by_group([[row.score, 1.0] for row in rows], [row.group for row in rows])
+
+
+def mean_score(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return mean score, its interval over groups, and n; None without rows."""
+    if not rows:
+        return {"score": None, "interval_95": None, "n": 0}
+    interval = statistics.bootstrap_interval(mean_sums(rows), statistics.ratio)
+    score = float(np.mean([row.score for row in rows]))
+    return {"score": score, "interval_95": list(interval), "n": len(rows)}
+
+
+def break_down(rows: Sequence[Row], label: Callable[[Row], str]) -> dict[str, float]:
+    """Return the mean score of the rows of each label."""
+    parts = split_rows(rows, [label(row) for row in rows])
+    return {name: float(np.mean([row.score for row in part])) for name, part in parts.items()}
+
+
+def summarise_mean(
+    rows: Sequence[Row], metric: str, **breakdowns: Callable[[Row], str]
+) -> dict[str, Any]:
+    """Return mean score, interval, the breakdown by category, and further ones by name."""
+    parts = split_rows(rows, [row.category for row in rows])
+    by_category = {name: mean_score(part) for name, part in parts.items()}
+    return {
+        "metric": metric,
+        **mean_score(rows),
+        "by_category": {name: part["score"] for name, part in by_category.items()},
+        "by_category_details": by_category,
+        **{name: break_down(rows, label) for name, label in breakdowns.items()},
+    }
+
+
+def best_constant(
+    items: Sequence[Item],
+    judge: Callable[[Item, str], Row],
+    label: Callable[[Item], str] = lambda item: item.category,
+) -> float:
+    """Return the mean score of giving each label's most frequent answer, whatever is asked.
+
+    For lettered questions guessing at random counts too, where it is better.
+    """
+    parts: dict[str, list[Item]] = {}
+    for item in items:
+        parts.setdefault(label(item), []).append(item)
+    total = 0.0
+    for part in parts.values():
+        guess = most_common([most_common(item.answers) for item in part])
+        credit = sum(judge(item, guess).score for item in part)
+        chance = sum(1 / len(item.options) for item in part if item.options)
+        total += max(credit, chance)
+    return total / len(items)
+
+
+def write_json(path: Path, value: Any) -> list[Path]:
+    """Write a submission as one JSON value. Returns the path in a list."""
+    write_text_atomic(path, json.dumps(value, ensure_ascii=False) + "\n")
+    return [path]
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """Write a submission as JSON lines. Returns the path in a list."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text_atomic(path, text)
+    return [path]
