@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from milora_vl.data.encode import Encoded, encode
-from milora_vl.data.images import BadImageError, load_image, resolve_image
+from milora_vl.data.images import BadImageError, load_image, read_image_size, resolve_image
+from milora_vl.data.pictures import ProcessorPictures
 from milora_vl.data.prompts import PromptStyle
 from milora_vl.data.records import Conversation
 
@@ -29,7 +30,8 @@ class ConversationDataset(Dataset):
     """Conversations as encoded samples.
 
     An item is ``{"input_ids": list[int], "labels": list[int]}``, with images also
-    ``"pixel_values"``: float32 [n_images, 3, H, W].
+    ``"pixel_values"``: float32 [n_images, 3, H, W]; with ``pictures`` instead of it what
+    ``pad_batch`` calls ``image_inputs`` and ``token_inputs``.
 
     Attributes:
         conversations: Validated records.
@@ -37,12 +39,13 @@ class ConversationDataset(Dataset):
         transform: RGB picture -> float32 [3, H, W]; see ``build_image_transform``.
         style: Prompt style or its name.
         tokenizer: Holds the image token.
-        tokens_per_image: Image tokens each picture takes in ``input_ids``.
+        tokens_per_image: Image tokens each picture takes in ``input_ids``; without ``pictures``.
         max_length: Longest sample in tokens, image tokens included; None for no limit.
         on_bad_image: Raise on an unreadable picture; or log and count it in ``skipped`` (of this
             process) and give the next readable sample in its place.
         on_bad_length: Raise, when it is encoded, on a record that ``max_length`` leaves without
             image or answer; or leave such records out at construction, counted in ``skipped``.
+        pictures: Reads pictures in place of ``transform`` and ``tokens_per_image``.
         cache_pixels: Keep pixel values in memory after the first reading (in each worker process).
         skipped: How many records or pictures were left out, by reason.
     """
@@ -56,9 +59,10 @@ class ConversationDataset(Dataset):
     max_length: int | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     on_bad_length: Literal["error", "skip"] = "error"
+    pictures: ProcessorPictures | None = None
     cache_pixels: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
-    _pixels: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _pixels: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options and, if asked, leave out records that do not fit."""
@@ -98,14 +102,19 @@ class ConversationDataset(Dataset):
                 continue
             encoded = self.encode_at(at)
             sample = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+            if self.pictures:
+                images = pixel_values or {}
+                tokens = self.pictures.token_inputs(encoded.input_ids, encoded.labels, images)
+                return {**sample, "image_inputs": images, "token_inputs": tokens}
             return sample if pixel_values is None else {**sample, "pixel_values": pixel_values}
         raise ValueError(f"no readable picture from {self.conversations[index].where} on")
 
     def encode_at(self, index: int) -> Encoded:
-        """Return ids and labels of one conversation, without reading pictures.
+        """Return ids and labels of one conversation; of pictures at most their size is read.
 
         Raises:
             ValueError: If it cannot be encoded; the message names the record.
+            BadImageError: If a picture's size is needed and cannot be read.
         """
         return self._encode(self.conversations[index])
 
@@ -120,8 +129,11 @@ class ConversationDataset(Dataset):
         return [bool(conversation.images) for conversation in self.conversations]
 
     def _encode(self, conversation: Conversation) -> Encoded:
-        counts = [self.tokens_per_image] * len(conversation.images)
         try:
+            counts: list[Any] = [self.tokens_per_image] * len(conversation.images)
+            if self.pictures:
+                sizes = [read_image_size(path) for path in self._paths(conversation)]
+                counts = self.pictures.expand(sizes)
             return encode(conversation.turns, self.style, self.tokenizer, counts, self.max_length)
         except ValueError as error:
             raise ValueError(f"{conversation.where or conversation.id}: {error}") from error
@@ -135,22 +147,25 @@ class ConversationDataset(Dataset):
             return False
         return True
 
-    def _read_pixels(self, index: int) -> Tensor | None:
+    def _paths(self, conversation: Conversation) -> list[Path]:
+        if conversation.images and self.image_folder is None:
+            raise ValueError(f"{conversation.where}: has images, but no image folder is given")
+        return [resolve_image(self.image_folder, name) for name in conversation.images]
+
+    def _read_pixels(self, index: int) -> Tensor | dict[str, Tensor] | None:
         conversation = self.conversations[index]
         if not conversation.images:
             return None
         if index in self._pixels:
             return self._pixels[index]
-        if self.image_folder is None:
-            raise ValueError(f"{conversation.where}: has images, but no image folder is given")
         try:
-            pictures = [
-                self.transform(load_image(resolve_image(self.image_folder, name)))
-                for name in conversation.images
-            ]
+            pictures = [load_image(path) for path in self._paths(conversation)]
         except BadImageError as error:
             raise BadImageError(f"{conversation.where or conversation.id}: {error}") from error
-        pixel_values = torch.stack(pictures)  # [n_images, 3, H, W]
+        if self.pictures:
+            pixel_values = self.pictures.read(pictures)
+        else:
+            pixel_values = torch.stack([self.transform(one) for one in pictures])  # [n, 3, H, W]
         if self.cache_pixels:
             self._pixels[index] = pixel_values
         return pixel_values

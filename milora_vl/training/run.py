@@ -70,14 +70,18 @@ def build_dataset(
     vlm: VLM, section: DataSection, conversations: list[Conversation]
 ) -> ConversationDataset:
     """Bind conversations to a model's processor and prompt style."""
+    plain = vlm.sees and not vlm.pictures
     return ConversationDataset(
         conversations,
-        section.image_folder,
-        build_image_transform(vlm.processor.image_processor, section.pad_to_square),
+        section.image_folder if vlm.sees else None,
+        build_image_transform(vlm.processor.image_processor, section.pad_to_square)
+        if plain
+        else None,
         vlm.prompt_style,
-        vlm.processor.tokenizer,
+        vlm.tokenizer,
         vlm.tokens_per_image,
         section.max_length,
+        pictures=vlm.pictures,
         on_bad_image=section.on_bad_image,
         on_bad_length=section.on_bad_record,
     )
@@ -85,9 +89,10 @@ def build_dataset(
 
 def build_collate(vlm: VLM) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Return the collator of training batches."""
-    tokenizer = vlm.processor.tokenizer
+    tokenizer = vlm.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return partial(pad_batch, pad_token_id=pad)
+    fill_rows = vlm.pictures is not None and vlm.pictures.cross_attention
+    return partial(pad_batch, pad_token_id=pad, fill_rows=fill_rows)
 
 
 def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
