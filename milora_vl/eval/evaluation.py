@@ -18,6 +18,7 @@ from milora_vl.eval.items import (
     Row,
     read_json_object,
 )
+from milora_vl.eval.plain_answerer import build_answerer
 from milora_vl.eval.runner import Answerer
 from milora_vl.files import write_json_atomic, write_text_atomic
 
@@ -72,7 +73,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     out_dir = Path(out_dir)
     limits = limit if isinstance(limit, Mapping) else dict.fromkeys(names, limit)
     items = {name: BENCHES[name].load(Path(data_dir), limit=limits.get(name)) for name in names}
-    answerer = Answerer(vlm, batch_size=batch_size)
+    answerer = build_answerer(vlm, batch_size=batch_size)
     results: dict[str, Any] = {
         "model": str(model_name or getattr(vlm, "path", "") or ""),
         "adapter": None if adapter_name is None else str(adapter_name),

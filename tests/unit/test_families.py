@@ -21,7 +21,10 @@ from milora_vl.config import DataSection, MiloraConfig
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.pictures import PictureError
 from milora_vl.data.records import read_records
+from milora_vl.eval.items import EvaluationError, ImageSource, Request
+from milora_vl.eval.plain_answerer import PlainAnswerer, build_answerer
 from milora_vl.eval.plain_generation import build_prompt, generate
+from milora_vl.eval.runner import Answerer
 from milora_vl.model.families import FAMILIES, FamilyError, find_family
 from milora_vl.model.load import VLM, LoadError, load_vlm
 from milora_vl.training.run import build_collate, build_dataset
@@ -141,13 +144,13 @@ def test_every_family_goes_the_whole_way(checkpoint: Path, pictures: Path, tmp_p
     }
     assert moved <= adapted | {f"{family.projector}.weight"}
 
-    # answers do not depend on the batch
+    # answers do not depend on the batch, left-padded
     vlm = vlm.with_model(merged.eval())
     prompts = [build_prompt(vlm, "Why?", [])]
     for name in SIZES:
         prompts.append(build_prompt(vlm, "What is in the picture?", [Image.open(pictures / name)]))
-    answers = generate(vlm, prompts, 6)
-    assert answers == [generate(vlm, [prompt], 6)[0] for prompt in prompts]
+    assert len({len(prompt["input_ids"]) for prompt in prompts}) > 1
+    assert generate(vlm, prompts, 6) == [generate(vlm, [prompt], 6)[0] for prompt in prompts]
 
 
 def test_the_models_own_template_and_processor_give_the_same_prompt(
@@ -206,6 +209,30 @@ def test_experts_in_one_tensor_are_refused_and_attention_alone_is_adapted() -> N
         find_targets(model, "all-linear")
     modules = find_targets(model, ["q_proj", "k_proj", "v_proj", "o_proj"]).modules
     assert len(modules) == 8
+
+
+def test_benches_ask_other_families_by_plain_generation(pictures: Path, tmp_path: Path) -> None:
+    vlm = load_vlm(build_checkpoint("qwen2_vl", tmp_path / "model"))
+    answerer = build_answerer(vlm, batch_size=3)
+    assert isinstance(answerer, PlainAnswerer)
+    requests = [
+        Request(f"{name} {question}", question, ImageSource(name, pictures / name))
+        for name in SIZES
+        for question in ("What is it?", "Is there a very large red fox in the picture?")
+    ]
+    requests.append(Request("none", "Why?", None))
+    batched = answerer.answer(requests, max_new_tokens=5, progress=False)
+    assert batched == answerer.answer_one_by_one(requests, max_new_tokens=5)
+    assert set(batched) == {request.id for request in requests}
+    missing = Request("missing", "Why?", ImageSource("row 3", pictures / "absent.png"))
+    with pytest.raises(EvaluationError, match=r"1 failed, 0 allowed.*row 3"):
+        answerer.answer([*requests, missing], max_new_tokens=2, progress=False)
+    answers = answerer.answer(
+        [missing, *requests], max_new_tokens=2, allow_errors=1, progress=False
+    )
+    assert answers["missing"].text is None
+    plain = load_vlm(build_checkpoint("llava", tmp_path / "llava"))
+    assert isinstance(build_answerer(plain), Answerer)
 
 
 def test_an_encoder_decoder_is_refused_with_the_reason() -> None:
