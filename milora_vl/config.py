@@ -39,9 +39,8 @@ class MiloraConfig(Section):
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
         target_modules: "all-linear" (attention and MLP of the language model), a regular
             expression for full names, or a list of names or name endings.
-        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
-            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
-            train mode. This holds for both residual modes.
+        lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: the layer
+            equals the pretrained one at step 0 in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.
     """
 
@@ -69,8 +68,9 @@ class ModelSection(Section):
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
         device: "auto" takes CUDA when there is one.
         attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
-        prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``.
+        prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``, or "chat_template".
         trust_remote_code: Run code that comes with the checkpoint. Off unless you ask for it.
+        allow_pickle: Also read weights that are not safetensors; pickles can run code.
         image_size_px: "demo" only: side of the picture the tower sees, a multiple of 14.
         vision_feature_layer: "demo" only: hidden state(s) of the tower that feed the projector.
     """
@@ -82,6 +82,7 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     prompt_style: str
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     image_size_px: int = Field(default=112, ge=14)
     vision_feature_layer: int | list[int] = 9
 
@@ -91,10 +92,9 @@ class DataSection(Section):
 
     Attributes:
         train: Files of LLaVA records (JSON list or JSONL); ``${MILORA_CACHE}`` is the cache folder.
-        image_folder: Folder that the records' image paths start from.
+        image_folder: Folder that the records' image paths start from; empty for text-only records.
         validation: File of records for the validation loss; None for none.
-        max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
-            image tokens never.
+        max_length: Longest sequence in tokens; answers are cut to fit, image tokens never.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
         on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
@@ -103,7 +103,7 @@ class DataSection(Section):
     """
 
     train: list[str]
-    image_folder: str
+    image_folder: str = ""
     validation: str | None = None
     max_length: int = Field(default=2048, ge=8)
     pad_to_square: bool = True

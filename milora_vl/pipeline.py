@@ -158,7 +158,8 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     claim_run_folder(config, run_folder)
     seed_everything(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
-    manifest = Path(config.data.image_folder) / "manifest.json"
+    folder = config.data.image_folder
+    manifest = Path(folder) / "manifest.json" if folder else None
     write_json_atomic(run_folder / "environment.json", describe_environment(config.seed, manifest))
     started = time.perf_counter()
     base = prepare_base(config, run_folder)

@@ -135,6 +135,20 @@ _STYLES = (
         assistant_suffix=" </s>",
         special_tokens=("</s>",),
     ),
+    PromptStyle(  # Stanford Alpaca's prompt, one exchange; the MiLoRA authors' text runs
+        name="alpaca",
+        system=(
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request."
+        ),
+        system_suffix="\n\n",
+        user_prefix="### Instruction:\n",
+        user_suffix="\n\n",
+        assistant_prefix="### Response:",
+        answer_lead="\n",
+        assistant_suffix="</s>",
+        special_tokens=("</s>",),
+    ),
     PromptStyle(  # LLaVA stage 1: image, then its caption
         name="plain",
         assistant_suffix="\n",
