@@ -123,14 +123,15 @@ class AlignmentSection(Section):
 
     Attributes:
         train: Files of records of this stage, one caption a picture; empty: those of ``data``.
-        patch_steps: Steps of patch alignment, which comes first: patches inside an object's box are
-            drawn to the token embeddings of its name. Needs records with "objects".
+        prompt_style: Style of this stage, for example "plain"; None: the model's.
+        patch_steps: Steps of patch alignment, which comes first; needs "objects" in the records.
         patch_learning_rate: Its learning rate.
         patch_pictures: How many pictures it looks at.
         training: Keys of ``transformers.TrainingArguments`` for the stage.
     """
 
     train: list[str] = []
+    prompt_style: str | None = None
     patch_steps: int = Field(default=0, ge=0)
     patch_learning_rate: float = Field(default=1e-3, gt=0)
     patch_pictures: int = Field(default=2000, ge=1)
@@ -207,9 +208,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: If the file is missing or malformed, or a key or value is wrong; the message
             names the file, the key and the nearest known name.
     """
-    path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; shipped ones are in configs/") from None
     except yaml.YAMLError as error:

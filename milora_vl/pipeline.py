@@ -83,7 +83,8 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
         logger.info("stage 1 is done: aligned base %s", folder)
         return folder
     logger.info("stage 1: aligning the projector of %s", base)
-    vlm = load_model(config.model, base)
+    style = section.prompt_style or config.model.prompt_style
+    vlm = load_model(config.model.model_copy(update={"prompt_style": style}), base)
     files = section.train or config.data.train
     conversations = [
         item for file in files for item in load_conversations(config.data, file, config.data.limit)

@@ -147,6 +147,7 @@ _STYLES = (
         assistant_prefix="### Response:",
         answer_lead="\n",
         assistant_suffix="</s>",
+        between="\n\n",
         special_tokens=("</s>",),
     ),
     PromptStyle(  # LLaVA stage 1: image, then its caption

@@ -39,10 +39,14 @@ def count_image_tokens(processor: ProcessorMixin) -> int:
 def guess_prompt_style(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     """Name the prompt style that a LLaVA checkpoint without one in its config most likely uses.
 
-    ChatML when the chat template says so, else LLaVA-1.5's ``vicuna_v1``.
+    ChatML when the chat template says so; its own template when its tokenizer cannot write the end
+    token of LLaVA-1.5's ``vicuna_v1``; else that.
     """
-    template = getattr(processor, "chat_template", None) or ""
-    return "chatml" if "<|im_start|>" in str(template) else "vicuna_v1"
+    template = str(getattr(processor, "chat_template", None) or "")
+    if "<|im_start|>" in template:
+        return "chatml"
+    end = PROMPT_STYLES["vicuna_v1"].assistant_suffix
+    return STYLE_NAME if template and end not in processor.tokenizer.get_vocab() else "vicuna_v1"
 
 
 def choose_prompt_style(
