@@ -153,6 +153,15 @@ def test_every_family_goes_the_whole_way(checkpoint: Path, pictures: Path, tmp_p
     assert generate(vlm, prompts, 6) == [generate(vlm, [prompt], 6)[0] for prompt in prompts]
 
 
+def test_bfloat16_weights_take_the_float32_pictures_of_the_processor(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    vlm = load_vlm(checkpoint, dtype=torch.bfloat16)
+    dataset = build_data(vlm, pictures, tmp_path)
+    batch = build_collate(vlm)([dataset[0], dataset[len(dataset) - 1]])
+    assert torch.isfinite(logits(vlm.model, batch)).all()
+
+
 def test_the_models_own_template_and_processor_give_the_same_prompt(
     checkpoint: Path, pictures: Path
 ) -> None:
