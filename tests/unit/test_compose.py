@@ -1,5 +1,6 @@
 """Laws of composing: any ViT and any causal language model become one plain LLaVA checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 
 from milora_vl.adapter.milora import attach_milora
 from milora_vl.cli import main
-from milora_vl.config import MiloraConfig
+from milora_vl.config import MiloraConfig, parse_config
 from milora_vl.data.chat_template import derive_style
 from milora_vl.data.prompts import PROMPT_STYLES
 from milora_vl.eval.plain_generation import build_prompt, generate
@@ -36,6 +37,7 @@ from milora_vl.model.compose import (
     resize_tower,
 )
 from milora_vl.model.load import LoadError, load_vlm
+from milora_vl.pipeline import prepare_base
 
 SHAPE = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -128,6 +130,35 @@ def test_a_tokenizer_without_chatml_gets_vicunas_prompt_with_its_own_end_token()
     assert style.user_suffix + style.assistant_prefix == " ASSISTANT:"
     assert style.assistant_suffix == "<end>"
     assert style.bos
+
+
+def test_stage_1_trains_the_projector_of_a_composed_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
+    build_tower("siglip").save_pretrained(tmp_path / "tower")
+    SiglipImageProcessor().save_pretrained(tmp_path / "tower")
+    language = write_language_model(tmp_path / "language", "byte_level", tied=True)
+    base = compose_from_names(f"hf:{tmp_path / 'tower'}", str(language), tmp_path / "base")
+    Image.new("RGB", (40, 20), "blue").save(tmp_path / "a.png")
+    caption = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": "Blue."}]
+    (tmp_path / "captions.json").write_text(
+        json.dumps([{"image": "a.png", "conversations": caption}] * 4)
+    )
+    config = parse_config(
+        {
+            "model": {"path": str(base), "device": "cpu", "prompt_style": "chatml"},
+            "data": {"train": str(tmp_path / "captions.json"), "image_folder": str(tmp_path)},
+            "alignment": {
+                "prompt_style": "plain",
+                "training": {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"},
+            },
+        }
+    )
+    before = load_vlm(base).model.state_dict()
+    aligned = load_vlm(prepare_base(config, tmp_path / "run")).model.state_dict()
+    changed = {name for name, value in aligned.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "multi_modal_projector" in name}
 
 
 def test_what_cannot_be_composed_says_so(tmp_path: Path) -> None:
