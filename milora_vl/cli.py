@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from milora_vl.config import Config, ConfigError, load_config
 
@@ -110,6 +111,40 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert_llava(arguments: argparse.Namespace) -> int:
+    """Turn an original LLaVA-1.5 checkpoint into a plain transformers one."""
+    import torch
+
+    from milora_vl.model.convert_llava import convert_llava as convert
+
+    out = convert(
+        arguments.source,
+        arguments.out,
+        base=arguments.base,
+        vision=arguments.vision,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    print(f"checkpoint: {out}")
+    return 0
+
+
+def compose(arguments: argparse.Namespace) -> int:
+    """Join a vision tower and a language model into a LLaVA checkpoint with a new projector."""
+    from milora_vl.model.compose import compose_from_names
+
+    out = compose_from_names(
+        arguments.vision,
+        arguments.language,
+        arguments.out,
+        projector=arguments.projector,
+        image_size_px=arguments.image_size,
+        vision_feature_layer=arguments.feature_layer,
+        seed=arguments.seed,
+    )
+    print(f"checkpoint: {out}; next: configs/compose_pretrain.yaml with model.path={out}")
+    return 0
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Check a config and print it with everything filled in."""
     import yaml
@@ -198,7 +233,30 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--device", default="auto")
     verb.add_argument("--max-new-tokens", type=int, default=128)
     verb.set_defaults(run_verb=ask)
+    add_model_verbs(verbs)
     return parser
+
+
+def add_model_verbs(verbs: Any) -> None:
+    """Add the verbs that make checkpoints."""
+    text = "original LLaVA-1.5 checkpoint to transformers"
+    verb = verbs.add_parser("convert-llava", help=text, description=convert_llava.__doc__)
+    verb.add_argument("source", type=Path, help="folder in the original layout")
+    verb.add_argument("--out", type=Path, required=True, help="folder to write")
+    verb.add_argument("--base", help="language model of a projector or LoRA: id or folder")
+    verb.add_argument("--vision", help="CLIP tower: id or folder (default: as the config says)")
+    verb.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    verb.set_defaults(run_verb=convert_llava)
+    text = "vision tower + language model to a LLaVA checkpoint"
+    verb = verbs.add_parser("compose", help=text, description=compose.__doc__)
+    verb.add_argument("--vision", required=True, help="open_clip:NAME/TAG or hf:ID_OR_FOLDER")
+    verb.add_argument("--language", required=True, help="causal language model: id or folder")
+    verb.add_argument("--projector", default="mlp2x_gelu", help="mlp2x_gelu is the one there is")
+    verb.add_argument("--out", type=Path, required=True, help="folder to write")
+    verb.add_argument("--image-size", type=int, help="side in px (default: the tower's own)")
+    verb.add_argument("--feature-layer", type=int, default=-2, help="hidden state of the tower")
+    verb.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
+    verb.set_defaults(run_verb=compose)
 
 
 def parse_words(words: list[str]) -> argparse.Namespace:

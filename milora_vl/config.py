@@ -54,9 +54,8 @@ class MiloraConfig(Section):
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
         target_modules: "all-linear" (attention and MLP of the language model), a regular
             expression for full names, or a list of names or name endings.
-        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
-            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
-            train mode. This holds for both residual modes.
+        lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: the layer
+            equals the pretrained one at step 0 in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.
         calibration_batches: With init "null_space", how many training batches are looked at.
         allow_outside_language_model: Let ``target_modules`` reach the vision tower and an output
@@ -107,8 +106,9 @@ class ModelSection(Section):
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
         device: "auto" takes CUDA when there is one.
         attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
-        prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``.
+        prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``, or "chat_template".
         trust_remote_code: Run code that comes with the checkpoint. Off unless you ask for it.
+        allow_pickle: Also read weights that are not safetensors; pickles can run code.
         image_size_px: "demo" only: side of the picture the tower sees, a multiple of 14.
         vision_feature_layer: "demo" only: hidden state(s) of the tower that feed the projector.
     """
@@ -120,6 +120,7 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     prompt_style: str
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     image_size_px: int = Field(default=112, ge=14)
     vision_feature_layer: int | list[int] = 9
 
@@ -129,10 +130,9 @@ class DataSection(Section):
 
     Attributes:
         train: Files of LLaVA records (JSON list or JSONL); ``${MILORA_CACHE}`` is the cache folder.
-        image_folder: Folder that the records' image paths start from.
+        image_folder: Folder that the records' image paths start from; empty for text-only records.
         validation: File of records for the validation loss; None for none.
-        max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
-            image tokens never.
+        max_length: Longest sequence in tokens; answers are cut to fit, image tokens never.
         turns: "running": a record is one conversation, as in LLaVA. "side_by_side": every exchange
             is learnt as if it were the only one, so that no answer tells another.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
@@ -142,7 +142,7 @@ class DataSection(Section):
     """
 
     train: list[str]
-    image_folder: str
+    image_folder: str = ""
     validation: str | None = None
     max_length: int = Field(default=2048, ge=8)
     turns: Literal["running", "side_by_side"] = "running"
@@ -163,14 +163,15 @@ class AlignmentSection(Section):
 
     Attributes:
         train: Files of records of this stage, one caption a picture; empty: those of ``data``.
-        patch_steps: Steps of patch alignment, which comes first: patches inside an object's box are
-            drawn to the token embeddings of its name. Needs records with "objects".
+        prompt_style: Style of this stage, for example "plain"; None: the model's.
+        patch_steps: Steps of patch alignment, which comes first; needs "objects" in the records.
         patch_learning_rate: Its learning rate.
         patch_pictures: How many pictures it looks at.
         training: Keys of ``transformers.TrainingArguments`` for the stage.
     """
 
     train: list[str] = []
+    prompt_style: str | None = None
     patch_steps: int = Field(default=0, ge=0)
     patch_learning_rate: float = Field(default=1e-3, gt=0)
     patch_pictures: int = Field(default=2000, ge=1)
@@ -226,9 +227,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: If the file is missing or malformed, or a key or value is wrong; the message
             names the file, the key and the nearest known name.
     """
-    path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; shipped ones are in configs/") from None
     except yaml.YAMLError as error:

@@ -6,10 +6,8 @@ import torch
 from PIL import Image
 
 from milora_vl.adapter.checkpoint import load_adapter
-from milora_vl.constants import IMAGE_TOKEN
-from milora_vl.data.encode import encode
-from milora_vl.data.images import build_image_transform, load_image
-from milora_vl.data.records import Turn
+from milora_vl.data.images import load_image
+from milora_vl.eval.plain_generation import build_prompt, generate
 from milora_vl.model.load import VLM, load_vlm
 
 
@@ -44,17 +42,8 @@ def ask(
     Raises:
         milora_vl.data.images.BadImageError: If the file is no readable picture.
     """
-    tokenizer, device = vlm.processor.tokenizer, vlm.model.device
-    text = question if image is None else f"{IMAGE_TOKEN}\n{question}"
-    counts = [] if image is None else [vlm.tokens_per_image]
-    encoded = encode(
-        [Turn("user", text)], vlm.prompt_style, tokenizer, counts, add_generation_prompt=True
-    )
-    input_ids = torch.tensor([encoded.input_ids], device=device)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    pictures = []
     if image is not None:
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
-        transform = build_image_transform(vlm.processor.image_processor)
-        inputs["pixel_values"] = transform(picture)[None].to(device)
-    output = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+        pictures = [image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)]
+    (tokens,) = generate(vlm, [build_prompt(vlm, question, pictures)], max_new_tokens)
+    return vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -83,7 +83,8 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
         logger.info("stage 1 is done: aligned base %s", folder)
         return folder
     logger.info("stage 1: aligning the projector of %s", base)
-    vlm = load_model(config.model, base)
+    style = section.prompt_style or config.model.prompt_style
+    vlm = load_model(config.model.model_copy(update={"prompt_style": style}), base)
     files = section.train or config.data.train
     conversations = [
         item for file in files for item in load_conversations(config.data, file, config.data.limit)
@@ -158,7 +159,8 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     claim_run_folder(config, run_folder)
     seed_everything(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
-    manifest = Path(config.data.image_folder) / "manifest.json"
+    folder = config.data.image_folder
+    manifest = Path(folder) / "manifest.json" if folder else None
     write_json_atomic(run_folder / "environment.json", describe_environment(config.seed, manifest))
     started = time.perf_counter()
     base = prepare_base(config, run_folder)

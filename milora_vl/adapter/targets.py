@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from milora_vl.adapter.minor_svd import check_weight
 from milora_vl.adapter.quantize import dense_weight, is_quantised
+from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES, find_family
 
 ALL_LINEAR = "all-linear"
-PROJECTOR_NAMES: tuple[str, ...] = ("multi_modal_projector",)
-TOWER_NAMES: tuple[str, ...] = ("vision_tower", "vision_model", "visual")
 FUSED_NAMES: tuple[str, ...] = (
     "qkv_proj",
     "qkv",
@@ -57,8 +56,8 @@ def find_targets(
         ValueError: If nothing matches, or a pattern reaches the vision tower, the projector, the
             output head or a layer that cannot be decomposed. The message says how to narrow it.
     """
-    language_model = name_of(model, model.get_decoder())
-    projector = find_projector(model)
+    family = find_family(model)
+    language_model, projector = family.language_model, family.projector
     if target_modules == ALL_LINEAR:
         modules, skipped = _all_linear(model, language_model)
     else:
@@ -73,24 +72,9 @@ def find_targets(
     return Targets(tuple(modules), skipped, projector)
 
 
-def find_projector(model: nn.Module) -> str | None:
+def find_projector(model: PreTrainedModel) -> str | None:
     """Return the full name of the vision-language projector, or None if the model has none."""
-    for name, _ in model.named_modules():
-        if name.rpartition(".")[2] in PROJECTOR_NAMES:
-            return name
-    return None
-
-
-def name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """Return the full name of a submodule ("" for the model itself).
-
-    Raises:
-        ValueError: If ``wanted`` is not part of ``model``.
-    """
-    for name, module in model.named_modules():
-        if module is wanted:
-            return name
-    raise ValueError(f"{type(wanted).__name__} is not part of {type(model).__name__}")
+    return find_family(model).projector
 
 
 def resolve_residual(
@@ -163,6 +147,13 @@ def _all_linear(model: nn.Module, language_model: str) -> tuple[list[str], dict[
     skipped: dict[str, str] = {}
     for name, module in _inside(model, language_model):
         short = name.rpartition(".")[2]
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{name}: {type(module).__name__} keeps the weights of all experts in one tensor, "
+                "not in linear layers, so 'all-linear' cannot adapt them; list the attention "
+                "projections in target_modules, for example ['q_proj', 'k_proj', 'v_proj', "
+                "'o_proj']"
+            )
         if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
             continue
         if short in ROUTER_NAMES:

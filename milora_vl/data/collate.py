@@ -37,24 +37,30 @@ def pad_batch(
     side: Literal["right", "left"] = "right",
     pad_to_multiple_of: int | None = None,
     dummy_image: DummyImage | None = None,
+    fill_rows: bool = False,
 ) -> dict[str, Tensor]:
     """Pad samples to one length.
 
     Args:
         samples: Each has ``input_ids``, may have ``labels`` (both of one length, lists or tensors)
-            and ``pixel_values`` [n_images, 3, H, W], and ``branches`` (see ``side_by_side``).
+            and ``pixel_values`` [n_images, 3, H, W], and ``branches`` (see ``side_by_side``); or,
+            by the model's argument names, ``image_inputs`` (joined along the first axis) and
+            ``token_inputs`` (first axis T).
         pad_token_id: Fills ``input_ids``; it may equal the end token, because mask and labels come
             from lengths, not from ids.
         side: Where padding goes: "right" to train, "left" to generate.
         pad_to_multiple_of: Round the length up to a multiple of it.
         dummy_image: Added to a batch without images; see ``DummyImage``. None: such a batch has no
             ``pixel_values``.
+        fill_rows: The first axis of ``image_inputs`` is the sample, so one without images gets a
+            row of zeros beside one with images.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``: int64 [B, T] (``labels`` only if the samples
-        have them), and ``pixel_values`` [N, 3, H, W], all images of the batch in order. With
-        branches ``attention_mask`` is float32 [B, 1, T, T], 0 where a token may look and the lowest
-        float elsewhere, and ``position_ids`` int64 [B, T] count on from the shared beginning.
+        have them), and ``pixel_values`` [N, 3, H, W], all images of the batch in order; or the
+        ``image_inputs`` and ``token_inputs`` of all samples, padded with zeros. With branches
+        ``attention_mask`` is float32 [B, 1, T, T], 0 where a token may look and the lowest float
+        elsewhere, and ``position_ids`` int64 [B, T] count on from the shared beginning.
 
     Raises:
         ValueError: If there is no sample, or labels are missing in some or differ in length.
@@ -95,6 +101,8 @@ def pad_batch(
         images = [dummy_image.pixel_values]
     if images:
         batch["pixel_values"] = torch.cat(images)  # [N, 3, H, W]
+    batch |= _join_images([sample.get("image_inputs") or {} for sample in samples], fill_rows)
+    batch |= _pad_tokens([sample.get("token_inputs") or {} for sample in samples], width, side)
     return batch | _branch_inputs(samples, width, side)
 
 
@@ -107,6 +115,44 @@ def _branch_inputs(
         raise ValueError("branches are for training; they are padded on the right")
     rows = [torch.as_tensor(x.get("branches") or [0] * len(x["input_ids"])) for x in samples]
     return compute_branch_inputs(rows, width)
+
+
+def _join_images(rows: list[Mapping[str, Tensor]], fill_rows: bool) -> dict[str, Tensor]:
+    """Join by name along the first axis; the other axes are padded with zeros to the largest."""
+    joined = {}
+    for name in {name: None for row in rows for name in row}:  # in order, once
+        present = [row[name] for row in rows if name in row]
+        largest = [max(sizes) for sizes in zip(*(one.shape[1:] for one in present), strict=True)]
+        empty = present[0].new_zeros((1, *largest))
+        parts = [_grown(row[name], largest) if name in row else empty for row in rows]
+        joined[name] = torch.cat(
+            [part for part, row in zip(parts, rows, strict=True) if fill_rows or name in row]
+        )
+    return joined
+
+
+def _grown(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """Pad all axes but the first with zeros at their end."""
+    grown = tensor.new_zeros((len(tensor), *sizes))
+    grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
+    return grown
+
+
+def _pad_tokens(
+    rows: list[Mapping[str, Tensor]], width: int, side: Literal["right", "left"]
+) -> dict[str, Tensor]:
+    """Stack by name to [B, T, ...] with zeros in padding and for samples without the name."""
+    padded = {}
+    for name in {name: None for row in rows for name in row}:
+        present = [row[name] for row in rows if name in row]
+        largest = [max(sizes) for sizes in zip(*(one.shape[1:] for one in present), strict=True)]
+        padded[name] = present[0].new_zeros((len(rows), width, *largest))
+        for row, place in zip(rows, padded[name], strict=True):
+            if name in row:
+                one = _grown(row[name], largest)
+                start = 0 if side == "right" else width - len(one)
+                place[start : start + len(one)] = one
+    return padded
 
 
 def _checked_labels(sample: Mapping[str, Any], length: int, row: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from milora_vl.data.encode import Encoded, encode
-from milora_vl.data.images import BadImageError, load_image, resolve_image
+from milora_vl.data.images import BadImageError, load_image, read_image_size, resolve_image
+from milora_vl.data.pictures import ProcessorPictures
 from milora_vl.data.prompts import PromptStyle
 from milora_vl.data.records import Conversation
 from milora_vl.data.side_by_side import encode_side_by_side
@@ -30,7 +31,9 @@ class ConversationDataset(Dataset):
     """Conversations as encoded samples.
 
     An item is ``{"input_ids": list[int], "labels": list[int]}``, with images also
-    ``"pixel_values"``: float32 [n_images, 3, H, W], side by side also ``"branches"``: list[int].
+    ``"pixel_values"``: float32 [n_images, 3, H, W], side by side also ``"branches"``: list[int];
+    with ``pictures`` instead of pixels what ``pad_batch`` calls ``image_inputs`` and
+    ``token_inputs``.
 
     Attributes:
         conversations: Validated records.
@@ -38,7 +41,7 @@ class ConversationDataset(Dataset):
         transform: RGB picture -> float32 [3, H, W]; see ``build_image_transform``.
         style: Prompt style or its name.
         tokenizer: Holds the image token.
-        tokens_per_image: Image tokens each picture takes in ``input_ids``.
+        tokens_per_image: Image tokens each picture takes in ``input_ids``; without ``pictures``.
         max_length: Longest sample in tokens, image tokens included; None for no limit.
         on_bad_image: Raise on an unreadable picture; or log and count it in ``skipped`` (of this
             process) and give the next readable sample in its place.
@@ -46,6 +49,7 @@ class ConversationDataset(Dataset):
             image or answer; or leave such records out at construction, counted in ``skipped``.
         side_by_side: Learn every exchange as if it were the only one of its conversation; see
             ``encode_side_by_side``.
+        pictures: Reads pictures in place of ``transform`` and ``tokens_per_image``.
         cache_pixels: Keep pixel values in memory after the first reading (in each worker process).
         skipped: How many records or pictures were left out, by reason.
     """
@@ -60,9 +64,10 @@ class ConversationDataset(Dataset):
     on_bad_image: Literal["error", "skip"] = "error"
     on_bad_length: Literal["error", "skip"] = "error"
     side_by_side: bool = False
+    pictures: ProcessorPictures | None = None
     cache_pixels: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
-    _pixels: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _pixels: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options and, if asked, leave out records that do not fit."""
@@ -104,14 +109,19 @@ class ConversationDataset(Dataset):
             sample = {"input_ids": encoded.input_ids, "labels": encoded.labels}
             if encoded.branches is not None:
                 sample["branches"] = encoded.branches
+            if self.pictures:
+                images = pixel_values or {}
+                tokens = self.pictures.token_inputs(encoded.input_ids, encoded.labels, images)
+                return {**sample, "image_inputs": images, "token_inputs": tokens}
             return sample if pixel_values is None else {**sample, "pixel_values": pixel_values}
         raise ValueError(f"no readable picture from {self.conversations[index].where} on")
 
     def encode_at(self, index: int) -> Encoded:
-        """Return ids and labels of one conversation, without reading pictures.
+        """Return ids and labels of one conversation; of pictures at most their size is read.
 
         Raises:
             ValueError: If it cannot be encoded; the message names the record.
+            BadImageError: If a picture's size is needed and cannot be read.
         """
         return self._encode(self.conversations[index])
 
@@ -126,8 +136,11 @@ class ConversationDataset(Dataset):
         return [bool(conversation.images) for conversation in self.conversations]
 
     def _encode(self, conversation: Conversation) -> Encoded:
-        counts = [self.tokens_per_image] * len(conversation.images)
         try:
+            counts: list[Any] = [self.tokens_per_image] * len(conversation.images)
+            if self.pictures:
+                sizes = [read_image_size(path) for path in self._paths(conversation)]
+                counts = self.pictures.expand(sizes)
             make = encode_side_by_side if self.side_by_side else encode
             return make(conversation.turns, self.style, self.tokenizer, counts, self.max_length)
         except ValueError as error:
@@ -142,22 +155,25 @@ class ConversationDataset(Dataset):
             return False
         return True
 
-    def _read_pixels(self, index: int) -> Tensor | None:
+    def _paths(self, conversation: Conversation) -> list[Path]:
+        if conversation.images and self.image_folder is None:
+            raise ValueError(f"{conversation.where}: has images, but no image folder is given")
+        return [resolve_image(self.image_folder, name) for name in conversation.images]
+
+    def _read_pixels(self, index: int) -> Tensor | dict[str, Tensor] | None:
         conversation = self.conversations[index]
         if not conversation.images:
             return None
         if index in self._pixels:
             return self._pixels[index]
-        if self.image_folder is None:
-            raise ValueError(f"{conversation.where}: has images, but no image folder is given")
         try:
-            pictures = [
-                self.transform(load_image(resolve_image(self.image_folder, name)))
-                for name in conversation.images
-            ]
+            pictures = [load_image(path) for path in self._paths(conversation)]
         except BadImageError as error:
             raise BadImageError(f"{conversation.where or conversation.id}: {error}") from error
-        pixel_values = torch.stack(pictures)  # [n_images, 3, H, W]
+        if self.pictures:
+            pixel_values = self.pictures.read(pictures)
+        else:
+            pixel_values = torch.stack([self.transform(one) for one in pictures])  # [n, 3, H, W]
         if self.cache_pixels:
             self._pixels[index] = pixel_values
         return pixel_values

@@ -9,6 +9,7 @@ run in the middle of a text must not get it, so such a run is tokenised behind a
 whose ids are then removed; the result is what tokenising the joined text gives.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +54,7 @@ def encode(
     turns: Sequence[Turn],
     style: PromptStyle | str,
     tokenizer: PreTrainedTokenizerBase,
-    image_token_counts: Sequence[int],
+    image_token_counts: Sequence[int | str],
     max_length: int | None = None,
     add_generation_prompt: bool = False,
 ) -> Encoded:
@@ -63,7 +64,8 @@ def encode(
         turns: Alternating user and assistant turns, an optional system turn first.
         style: A prompt style or its name.
         tokenizer: Holds the image token and the style's special tokens.
-        image_token_counts: For each image mark, in order, the number of its image tokens.
+        image_token_counts: For each image mark, in order, the number of its image tokens; or the
+            text it becomes, as the model's processor writes it, special tokens and all.
         max_length: Longest allowed result in tokens, image tokens included; None for no limit.
             Whole exchanges at the end are dropped first; when that would leave no answer or lose an
             image, the last answer is cut instead. What is kept is always a prefix of the full ids.
@@ -83,7 +85,8 @@ def encode(
     runs = _build_runs(segments, style, tokenizer, image_token_counts)
     input_ids: list[int] = []
     labels: list[int] = []
-    if style.bos and tokenizer.bos_token_id is not None:
+    bos_comes_later = style.bos_after_image and any(run.is_image for run in runs)
+    if style.bos and tokenizer.bos_token_id is not None and not bos_comes_later:
         input_ids.append(tokenizer.bos_token_id)
         labels.append(IGNORE_INDEX)
     ends: list[int] = []  # where each answer ends
@@ -129,13 +132,12 @@ def _build_runs(
     segments: list[Segment],
     style: PromptStyle,
     tokenizer: PreTrainedTokenizerBase,
-    image_token_counts: Sequence[int],
+    image_token_counts: Sequence[int | str],
 ) -> list[_Run]:
     """Split segments at special tokens and image marks, and join neighbouring text."""
     marks = sum(part.text.count(IMAGE_TOKEN) for part in segments if part.has_images)
     if marks != len(image_token_counts):
         raise ValueError(f"{marks} {IMAGE_TOKEN} marks but {len(image_token_counts)} images")
-    image_id = image_token_id(tokenizer) if marks else None
     counts = iter(image_token_counts)
     runs: list[_Run] = []
     for segment in segments:
@@ -144,18 +146,47 @@ def _build_runs(
             splitters = (IMAGE_TOKEN,) if segment.has_images else ()
         for piece in _split_keeping(segment.text, splitters):
             if piece not in splitters:
-                if runs and runs[-1].ids is None and runs[-1].supervised == segment.supervised:
-                    runs[-1].text += piece
-                else:
-                    runs.append(_Run(segment.supervised, text=piece))
+                _add_text(runs, piece, segment.supervised)
             elif segment.literal:
-                ids = [image_id] * next(counts)
-                runs.append(_Run(False, ids=ids, is_image=True))
+                _add_image(runs, next(counts), tokenizer)
             else:
                 advice = f"prompt style {style.name!r} needs it, choose the model's own style"
                 ids = [_token_id(tokenizer, piece, advice)]
                 runs.append(_Run(segment.supervised, ids=ids))
     return runs
+
+
+def _add_text(runs: list[_Run], text: str, supervised: bool) -> None:
+    if runs and runs[-1].ids is None and runs[-1].supervised == supervised:
+        runs[-1].text += text
+    else:
+        runs.append(_Run(supervised, text=text))
+
+
+def _add_image(
+    runs: list[_Run], count_or_text: int | str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Add the runs of one image: its tokens, or the text that a processor wrote for it."""
+    if isinstance(count_or_text, int):
+        runs.append(_Run(False, ids=[image_token_id(tokenizer)] * count_or_text, is_image=True))
+        return
+    for index, piece in enumerate(_added_token_pattern(tokenizer).split(count_or_text)):
+        if not piece:
+            continue
+        if index % 2 == 0:
+            _add_text(runs, piece, supervised=False)
+        elif runs and runs[-1].is_image:
+            runs[-1].ids.append(tokenizer.convert_tokens_to_ids(piece))
+        else:
+            ids = [tokenizer.convert_tokens_to_ids(piece)]
+            runs.append(_Run(False, ids=ids, is_image=True))
+
+
+@lru_cache(maxsize=8)
+def _added_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern whose one group is a token added to the vocabulary, the longest first."""
+    names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, names))})" if names else "((?!))")
 
 
 def _split_keeping(text: str, splitters: tuple[str, ...]) -> list[str]:

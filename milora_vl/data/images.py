@@ -91,6 +91,19 @@ def load_image(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
 
 
+def read_image_size(path: Path | str) -> tuple[int, int]:
+    """Return (width, height) in px from the file's header; pixels are not decoded.
+
+    Raises:
+        BadImageError: If the file is missing or no image; it is named.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (*_DECODE_ERRORS, struct.error, Image.DecompressionBombError) as error:
+        raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
+
+
 def pad_to_square(
     image: Image.Image, background_rgb: Sequence[int], *, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:

@@ -8,6 +8,8 @@ text may name special tokens, and only those it lists in ``special_tokens``.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.records import Turn
 
@@ -36,6 +38,10 @@ class PromptStyle:
         bos: Whether the tokenizer's BOS token (if it has one) opens the sequence, once.
         images_only: Of a question only its image marks are kept, and there is one exchange.
         special_tokens: Names in the style's own text that are single tokens.
+        image_frame: Text before and after an image mark; it takes the place of one line break after
+            the mark. None: the mark stands in the question as the record has it.
+        bos_after_image: BOS stands in ``image_frame`` and does not open a sequence with images.
+        takes_system: Whether a system turn can be written.
     """
 
     name: str
@@ -53,6 +59,9 @@ class PromptStyle:
     bos: bool = True
     images_only: bool = False
     special_tokens: tuple[str, ...] = ()
+    image_frame: tuple[str, str] | None = None
+    bos_after_image: bool = False
+    takes_system: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,21 @@ _STYLES = (
         assistant_suffix=" </s>",
         special_tokens=("</s>",),
     ),
+    PromptStyle(  # Stanford Alpaca's prompt, one exchange; the MiLoRA authors' text runs
+        name="alpaca",
+        system=(
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request."
+        ),
+        system_suffix="\n\n",
+        user_prefix="### Instruction:\n",
+        user_suffix="\n\n",
+        assistant_prefix="### Response:",
+        answer_lead="\n",
+        assistant_suffix="</s>",
+        between="\n\n",
+        special_tokens=("</s>",),
+    ),
     PromptStyle(  # LLaVA stage 1: image, then its caption
         name="plain",
         assistant_suffix="\n",
@@ -148,6 +172,19 @@ def get_style(style: PromptStyle | str) -> PromptStyle:
     if style not in PROMPT_STYLES:
         raise ValueError(f"no prompt style {style!r}; choose from {', '.join(PROMPT_STYLES)}")
     return PROMPT_STYLES[style]
+
+
+def prefix_style(tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
+    """Return PaliGemma's form: pictures, BOS, question, line break, answer, end token."""
+    return PromptStyle(
+        name="prefix",
+        user_suffix="\n",
+        assistant_suffix=tokenizer.eos_token,
+        special_tokens=(tokenizer.bos_token, tokenizer.eos_token),
+        image_frame=("", tokenizer.bos_token),
+        bos_after_image=True,
+        takes_system=False,
+    )
 
 
 def render_segments(
@@ -188,7 +225,7 @@ def render_segments(
         segments.append(Segment(style.user_prefix))
         if index == 0 and style.system_in_first_user:
             segments += system_block
-        segments.append(Segment(question, literal=True, has_images=True))
+        segments += _question_segments(question, style)
         segments.append(Segment(style.user_suffix))
         if answer is not None or add_generation_prompt:
             segments.append(Segment(style.assistant_prefix))
@@ -202,6 +239,22 @@ def render_segments(
     return [segment for segment in segments if segment.text]
 
 
+def _question_segments(question: str, style: PromptStyle) -> list[Segment]:
+    if style.image_frame is None:
+        return [Segment(question, literal=True, has_images=True)]
+    before, after = style.image_frame
+    start, *rest = question.split(IMAGE_TOKEN)
+    segments = [Segment(start, literal=True)]
+    for text in rest:
+        segments += [
+            Segment(before),
+            Segment(IMAGE_TOKEN, literal=True, has_images=True),
+            Segment(after),
+            Segment(text.removeprefix("\n"), literal=True),
+        ]
+    return segments
+
+
 def _split_turns(
     turns: Sequence[Turn], style: PromptStyle
 ) -> tuple[str, list[tuple[str, str | None]]]:
@@ -209,6 +262,8 @@ def _split_turns(
     system = style.system
     start = 0
     if turns and turns[0].role == "system":
+        if not style.takes_system:
+            raise ValueError(f"prompt style {style.name!r} holds no system turn; remove it")
         system, start = turns[0].text, 1
     exchanges: list[tuple[str, str | None]] = []
     for position, turn in enumerate(turns[start:]):

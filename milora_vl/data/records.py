@@ -1,9 +1,11 @@
-"""LLaVA JSON or "messages" records -> validated ``Conversation`` objects.
+"""LLaVA JSON, "messages" or instruction records -> validated ``Conversation`` objects.
 
 Accepted: a JSON list, or JSON Lines. A record holds its turns under ``conversations``
 (``{"from": "human"|"gpt"|"system", "value": …}``) or ``messages`` (``{"role": …, "content": …}``,
 content a text or a list of text and image parts), and its pictures under ``image`` or ``images``
-(a name or a list of names, relative to the image folder).
+(a name or a list of names, relative to the image folder). A record with ``instruction`` and
+``output`` (Alpaca) is one exchange without pictures; its ``input``, if any, follows the instruction
+under the heading that Alpaca's prompt has for it.
 
 Three of LLaVA's own rules are kept: turns before the first question are left out, a question with
 exactly one image mark gets it moved to its start, and nothing is fetched from the network.
@@ -125,6 +127,8 @@ def parse_record(record: Any, where: str, default_id: str = "") -> Conversation:
     """
     if not isinstance(record, dict):
         raise RecordError(where, "not an object", f"got {type(record).__name__}")
+    if "instruction" in record and "output" in record:
+        record = _as_conversation(record, where)
     key = "conversations" if "conversations" in record else "messages"
     entries = record.get(key)
     if not isinstance(entries, list) or not entries:
@@ -145,6 +149,24 @@ def parse_record(record: Any, where: str, default_id: str = "") -> Conversation:
     images = outer_names or inner_names
     _check_turns(turns, len(images), where)
     return Conversation(str(record.get("id", default_id)), tuple(turns), tuple(images), where)
+
+
+def _as_conversation(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """Turn an instruction record into a LLaVA record."""
+    parts = {name: record.get(name) or "" for name in ("instruction", "input", "output")}
+    wrong = [name for name, value in parts.items() if not isinstance(value, str)]
+    if wrong or not parts["instruction"].strip():
+        raise RecordError(where, "bad instruction", f"needs text in {wrong or ['instruction']}")
+    question = parts["instruction"]
+    if parts["input"].strip():
+        question = f"{question}\n\n### Input:\n{parts['input']}"
+    # an image mark in a text-only record is text that happens to look like one
+    question, answer = (
+        text.replace(IMAGE_TOKEN, IMAGE_TOKEN[1:-1]) for text in (question, parts["output"])
+    )
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    named = {"id": record["id"]} if "id" in record else {}
+    return {**named, "conversations": turns}
 
 
 def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:

@@ -12,6 +12,7 @@ from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.items import Item, read_json_object
 from milora_vl.eval.journal import AnswerJournal, fingerprint_weights
 from milora_vl.eval.judge import Judge
+from milora_vl.eval.plain_answerer import build_answerer
 from milora_vl.eval.published import published_scores
 from milora_vl.eval.runner import Answerer
 from milora_vl.eval.text_tasks import run_text_tasks
@@ -77,7 +78,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     out_dir = Path(out_dir)
     data_dir = None if data_dir is None else Path(data_dir)
     items = _load(names, data_dir, limit, is_all=benches in ("all", ["all"]))
-    answerer = Answerer(vlm, batch_size=batch_size)
+    answerer = build_answerer(vlm, batch_size=batch_size)
     model_name = str(model_name or getattr(vlm, "path", "") or "")
     data_set = None if data_dir is None else _data_set_name(data_dir)
     text_tasks = [name.removeprefix(TEXT_PREFIX) for name in names if name.startswith(TEXT_PREFIX)]

@@ -1,18 +1,31 @@
 """Vision tower + causal language model -> one plain transformers LLaVA checkpoint."""
 
+import tempfile
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SiglipVisionModel,
 )
 
 from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.files import replace_folder
+from milora_vl.model.convert_llava import VICUNA_TEMPLATE
+from milora_vl.model.load_errors import explain
+from milora_vl.model.open_clip_towers import Tower, load_open_clip_tower
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -41,11 +54,12 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
 ) -> Path:
     """Write a ``LlavaForConditionalGeneration`` checkpoint and its processor.
 
-    The tower must have one class token before its patches (CLIP, DINOv2); the projector is
-    LLaVA's two-layer MLP with GELU, newly initialised from ``seed``.
+    The tower has one class token before its patches (CLIP, DINOv2), which is dropped, or none
+    (SigLIP); the projector is LLaVA's two-layer MLP with GELU, newly initialised from ``seed``.
 
     Args:
-        vision_tower: A transformers vision model returning hidden states [B, 1 + P, D_vision].
+        vision_tower: A transformers vision model returning hidden states [B, 1 + P, D_vision] or
+            [B, P, D_vision] for the given image size.
         language_model: A causal language model with hidden size D.
         tokenizer: Its tokenizer; the image token is added when it is missing.
         folder: Where the checkpoint goes.
@@ -59,11 +73,17 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
         ``folder``.
 
     Raises:
-        ValueError: If ``image_size_px`` is no multiple of the patch size.
+        ValueError: If ``image_size_px`` is no multiple of the patch size, the tower puts more than
+            a class token beside its patches, or the output head has a bias.
     """
     patch_size = vision_tower.config.patch_size
     if image_size_px % patch_size:
         raise ValueError(f"image size {image_size_px} px is no multiple of the patch, {patch_size}")
+    n_extra = count_extra_tokens(vision_tower, image_size_px)
+    strategy = "default" if n_extra else "full"
+    head = language_model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError("the language model's output head has a bias, LLaVA's has none")
     torch.manual_seed(seed)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -76,15 +96,15 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
         text_config=language_model.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         vision_feature_layer=vision_feature_layer,
         image_seq_length=(image_size_px // patch_size) ** 2,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    model.model.language_model.load_state_dict(language_model.model.state_dict())
-    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+    model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -99,10 +119,144 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
         ),
         tokenizer=tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHATML_TEMPLATE,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=n_extra,
+        chat_template=choose_template(tokenizer),
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def compose_from_names(
+    vision: str,
+    language: str,
+    out: Path,
+    *,
+    projector: str = "mlp2x_gelu",
+    image_size_px: int | None = None,
+    vision_feature_layer: int = -2,
+    seed: int = 0,
+) -> Path:
+    """Compose a checkpoint from named parts; ``out`` appears, or is replaced, whole.
+
+    Args:
+        vision: ``open_clip:NAME/TAG``, or ``hf:`` and the id or folder of a transformers model.
+        language: Id or folder of a causal language model.
+        out: Where the checkpoint goes.
+        projector: "mlp2x_gelu", the one that transformers' LLaVA has.
+        image_size_px: Side of the pictures; position embeddings are interpolated to it. None: the
+            tower's own.
+        vision_feature_layer: Index into the tower's hidden states.
+        seed: Seed of the projector's initial weights.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If a part is unknown or does not fit.
+        milora_vl.model.load_errors.LoadError: If a part cannot be loaded.
+    """
+    if projector != "mlp2x_gelu":
+        raise ValueError(f"projector {projector!r}: transformers' LLaVA has mlp2x_gelu alone")
+    tower = load_tower(vision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(language)
+    except (OSError, ValueError) as error:
+        raise explain(language, error) from error
+    side = image_size_px or tower.image_size_px
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        made = compose_llava(
+            resize_tower(tower.model, side),
+            model,
+            tokenizer,
+            Path(temporary) / out.name,
+            image_size_px=side,
+            image_mean=tower.image_mean,
+            image_std=tower.image_std,
+            vision_feature_layer=vision_feature_layer,
+            seed=seed,
+        )
+        replace_folder(made, out)
+    return out
+
+
+def load_tower(name: str) -> Tower:
+    """Load a tower by ``open_clip:NAME/TAG`` or ``hf:ID_OR_FOLDER``.
+
+    Raises:
+        ValueError: If the name has neither form, or the tower cannot be used.
+        milora_vl.model.load_errors.LoadError: If it cannot be found.
+    """
+    source, _, rest = name.partition(":")
+    if source == "open_clip":
+        return load_open_clip_tower(rest)
+    if source != "hf" or not rest:
+        raise ValueError(f"vision {name!r}: write open_clip:NAME/TAG or hf:ID_OR_FOLDER")
+    try:
+        config = AutoConfig.from_pretrained(rest)
+        halves = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+        kind = config.model_type.removesuffix("_vision_model")
+        model = halves.get(kind, AutoModel).from_pretrained(rest, dtype=torch.float32)
+        pictures = AutoImageProcessor.from_pretrained(rest)
+    except (OSError, ValueError) as error:
+        raise explain(rest, error) from error
+    side = getattr(model.config, "image_size", None)
+    if not isinstance(side, int) or not isinstance(getattr(model.config, "patch_size", None), int):
+        raise ValueError(f"{rest}: {config.model_type!r} is no ViT with one image and patch size")
+    return Tower(model.eval(), side, list(pictures.image_mean), list(pictures.image_std))
+
+
+@torch.no_grad()
+def count_extra_tokens(tower: PreTrainedModel, image_size_px: int) -> int:
+    """Count the tokens that a tower puts beside its patches, by looking: 0 or 1.
+
+    Raises:
+        ValueError: If there are more (register tokens), which LLaVA cannot drop.
+    """
+    pixel_values = torch.zeros(1, 3, image_size_px, image_size_px, dtype=tower.dtype)
+    n_tokens = tower(pixel_values.to(tower.device)).last_hidden_state.shape[1]
+    n_extra = n_tokens - (image_size_px // tower.config.patch_size) ** 2
+    if n_extra not in (0, 1):
+        raise ValueError(
+            f"the tower gives {n_extra} tokens beside its patches; LLaVA can drop one at most"
+        )
+    return n_extra
+
+
+@torch.no_grad()
+def resize_tower(tower: PreTrainedModel, image_size_px: int) -> PreTrainedModel:
+    """Return a tower for pictures of another size, its position embeddings interpolated.
+
+    Bicubic, as transformers' ``interpolate_pos_encoding``. Towers that interpolate by themselves
+    (DINOv2) come back as they are.
+    """
+    config = tower.config
+    if image_size_px == config.image_size or config.model_type.startswith("dinov2"):
+        return tower
+    config = type(config).from_dict({**config.to_dict(), "image_size": image_size_px})
+    resized = type(tower)(config)
+    weights = tower.state_dict()
+    target = resized.state_dict()
+    for name, value in weights.items():
+        if "position_embedding" not in name:
+            continue
+        table = value.reshape(-1, value.shape[-1])
+        old = round(len(table) ** 0.5)
+        first = table[: len(table) - old**2]  # the class token's
+        grid = table[len(first) :].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+        side = image_size_px // config.patch_size
+        grid = functional.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+        patches = grid.permute(0, 2, 3, 1).reshape(side**2, -1)
+        weights[name] = torch.cat([first, patches]).reshape(target[name].shape)
+    resized.load_state_dict({k: v for k, v in weights.items() if k in target})
+    return resized.eval()
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return ChatML's template if the tokenizer knows its marks, else Vicuna's."""
+    if "<|im_start|>" in tokenizer.get_vocab():
+        return CHATML_TEMPLATE
+    return VICUNA_TEMPLATE.replace("</s>", tokenizer.eos_token)

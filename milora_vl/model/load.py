@@ -8,77 +8,68 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
-from milora_vl.data.prompts import PROMPT_STYLES, PromptStyle
+from milora_vl.data.pictures import ProcessorPictures
+from milora_vl.data.prompts import PromptStyle
+from milora_vl.model.families import FAMILIES, Family, find_family, has_vision
+from milora_vl.model.load_errors import LoadError, explain, explained_memory
+from milora_vl.model.prompting import (
+    check_image_tokens,
+    choose_prompt_style,
+    count_image_tokens,
+    read_pictures_by,
+)
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED = ("llava",)
-
-
-class LoadError(RuntimeError):
-    """A model that cannot be loaded; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class VLM:
-    """A vision-language model ready for use.
+    """A vision-language or causal language model ready for use.
 
     Attributes:
         model: The transformers model, or a PEFT model around it.
-        processor: Its processor: ``.tokenizer`` and ``.image_processor``.
+        processor: Its processor: ``.tokenizer`` and ``.image_processor``; of a causal language
+            model the tokenizer alone.
         family: The architecture (``config.model_type``).
         path: Where it came from.
         prompt_style: How conversations are written for it.
+        pictures: How pictures are read; None where each is one square of a fixed number of tokens
+            (LLaVA-1.5), and for a causal language model.
     """
 
     model: Any
-    processor: ProcessorMixin
+    processor: ProcessorMixin | PreTrainedTokenizerBase
     family: str
     path: str
     prompt_style: PromptStyle
+    pictures: ProcessorPictures | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes pictures at all."""
+        return self.tokenizer is not self.processor
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens that one picture takes in the prompt."""
-        return count_image_tokens(self.processor)
+        """Image tokens that one picture takes in the prompt; 0 where that is not one number."""
+        return count_image_tokens(self.processor) if self.sees and not self.pictures else 0
 
     def with_model(self, model: Any) -> "VLM":
         """Return the same with another model, for instance the one that carries an adapter."""
         return replace(self, model=model)
-
-
-def count_image_tokens(processor: ProcessorMixin) -> int:
-    """Compute how many image tokens a LLaVA processor puts in for one picture.
-
-    Raises:
-        LoadError: If the processor lacks the patch size.
-    """
-    if not getattr(processor, "patch_size", None):
-        raise LoadError(
-            "the processor has no patch_size, so the number of image tokens is unknown; set "
-            "patch_size, num_additional_image_tokens and vision_feature_select_strategy in its "
-            "processor_config.json"
-        )
-    size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
-    height, width = size["height"], size["width"]
-    tokens = (height // processor.patch_size) * (width // processor.patch_size)
-    tokens += processor.num_additional_image_tokens
-    return tokens - (processor.vision_feature_select_strategy == "default")
-
-
-def guess_prompt_style(model: PreTrainedModel, processor: ProcessorMixin) -> str:
-    """Name the prompt style that a checkpoint without one in its config most likely uses.
-
-    ChatML when the chat template says so, else LLaVA-1.5's ``vicuna_v1``.
-    """
-    template = getattr(processor, "chat_template", None) or ""
-    return "chatml" if "<|im_start|>" in str(template) else "vicuna_v1"
 
 
 def resolve_device(device: str) -> torch.device:
@@ -88,7 +79,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_vlm(
+def load_vlm(  # noqa: PLR0913  all but the path by keyword
     path: Path | str,
     *,
     dtype: torch.dtype | str = "auto",
@@ -98,8 +89,9 @@ def load_vlm(
     attn_implementation: str | None = None,
     prompt_style: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> VLM:
-    """Load a vision-language model from a hub id or a folder.
+    """Load a vision-language or causal language model from a hub id or a folder.
 
     Args:
         path: Hub id (``llava-hf/llava-1.5-7b-hf``) or checkpoint folder.
@@ -108,86 +100,64 @@ def load_vlm(
         quantization: "nf4" loads the language model's linears in 4 bits (bitsandbytes).
         revision: Hub revision.
         attn_implementation: Passed to transformers.
-        prompt_style: A name in ``PROMPT_STYLES``; None: guessed from the chat template.
+        prompt_style: A name in ``PROMPT_STYLES`` or "chat_template"; None: see
+            ``choose_prompt_style``.
         trust_remote_code: Run code that comes with the checkpoint.
+        allow_pickle: Also read weights that are not safetensors. Pickles can run code.
 
     Raises:
-        LoadError: If it cannot be found or read, is no LLaVA-style model, or model and processor
-            disagree on the number of image tokens.
+        LoadError: If it cannot be found or read, needs a login, does not fit into memory, is an
+            architecture that cannot be adapted, or model and processor disagree on the number of
+            image tokens.
     """
     path = str(path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **common)
     except (OSError, ValueError) as error:
-        raise LoadError(_explain_missing(path, error)) from error
-    if config.model_type not in SUPPORTED:
-        raise LoadError(f"{path}: model type {config.model_type!r} is not one of {SUPPORTED}")
-    options: dict[str, Any] = {**common, "dtype": dtype, "use_safetensors": True}
+        raise explain(path, error, revision) from error
+    if getattr(config, "is_decoder", True) is False and not has_vision(config):
+        raise LoadError(f"{path}: {config.model_type!r} is no causal language model")
+    options: dict[str, Any] = {
+        **common,
+        "dtype": dtype,
+        "use_safetensors": None if allow_pickle else True,
+    }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if quantization:
-        options["quantization_config"] = build_nf4_config()
+        options["quantization_config"] = build_nf4_config(FAMILIES.get(config.model_type))
         options["device_map"] = {"": str(resolve_device(device))}
+    sees = has_vision(config)
+    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, **options)
-        processor = AutoProcessor.from_pretrained(path, **common)
+        with explained_memory(path):
+            model = model_class.from_pretrained(path, **options)
+            if not quantization:
+                model = model.to(resolve_device(device))
+        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
+        family = find_family(model)
+        pictures = read_pictures_by(processor, family)
     except (OSError, ValueError) as error:
-        raise LoadError(_explain_missing(path, error)) from error
-    if not quantization:
-        model = model.to(resolve_device(device))
-    check_image_tokens(model, processor, path)
-    style = prompt_style or guess_prompt_style(model, processor)
-    if style not in PROMPT_STYLES:
-        raise LoadError(f"unknown prompt style {style!r}; known: {sorted(PROMPT_STYLES)}")
-    return VLM(model.eval(), processor, config.model_type, path, PROMPT_STYLES[style])
+        raise explain(path, error, revision) from error
+    if sees:
+        check_image_tokens(model, processor, path)
+    style = choose_prompt_style(prompt_style, family, model, processor)
+    return VLM(model.eval(), processor, config.model_type, path, style, pictures)
 
 
-def build_nf4_config() -> Any:
-    """Return the 4-bit settings of QLoRA: NF4, double quantisation, bfloat16 arithmetic."""
+def build_nf4_config(family: Family | None = None) -> Any:
+    """Return the 4-bit settings of QLoRA: NF4, double quantisation, bfloat16 arithmetic.
+
+    Tower, projector and output head are not quantised.
+    """
     from transformers import BitsAndBytesConfig
 
+    family = family or Family()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-    )
-
-
-def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin, path: str) -> None:
-    """Check that the processor puts in as many image tokens as the tower gives features.
-
-    Raises:
-        LoadError: If the numbers differ; both are named.
-    """
-    vision = model.config.vision_config
-    size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
-    side_px = size["height"]
-    features = (side_px // vision.patch_size) * (size["width"] // vision.patch_size)
-    if model.config.vision_feature_select_strategy == "full":
-        features += 1  # the class token stays
-    tokens = count_image_tokens(processor)
-    if tokens != features:
-        raise LoadError(
-            f"{path}: the processor puts {tokens} image tokens into the prompt, but the vision "
-            f"tower gives {features} features for {side_px} px and patch {vision.patch_size}; fix "
-            "patch_size, num_additional_image_tokens or vision_feature_select_strategy in "
-            "processor_config.json"
-        )
-
-
-def _explain_missing(path: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0]
-    if Path(path).exists():
-        return f"{path}: {first}"
-    text = str(error).lower()
-    if "gated" in text or "401" in text or "403" in text:
-        return (
-            f"{path}: this model needs a login: run `hf auth login` and accept its terms. {first}"
-        )
-    return (
-        f"{path}: neither a folder here nor found on the hub. Without a network connection, "
-        f"download the checkpoint elsewhere and pass its folder. {first}"
+        llm_int8_skip_modules=[*filter(None, (family.tower, family.projector)), "lm_head"],
     )

@@ -53,6 +53,7 @@ def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
         attn_implementation=section.attn_implementation,
         prompt_style=section.prompt_style,
         trust_remote_code=section.trust_remote_code,
+        allow_pickle=section.allow_pickle,
     )
 
 
@@ -60,7 +61,7 @@ def load_conversations(
     section: DataSection, file: str, limit: int | None = None
 ) -> list[Conversation]:
     """Read one record file by the section's rules; what is left out is counted and logged."""
-    conversations, skipped = read_records(file, section.image_folder, section.on_bad_record)
+    conversations, skipped = read_records(file, section.image_folder or None, section.on_bad_record)
     for reason, count in skipped.items():
         logger.warning("%s: %d records left out: %s", file, count, reason)
     return conversations[:limit]
@@ -69,15 +70,26 @@ def load_conversations(
 def build_dataset(
     vlm: VLM, section: DataSection, conversations: list[Conversation]
 ) -> ConversationDataset:
-    """Bind conversations to a model's processor and prompt style."""
+    """Bind conversations to a model's processor and prompt style.
+
+    Raises:
+        ValueError: If records have pictures and the model is a text model.
+    """
+    with_image = next((one for one in conversations if one.images), None)
+    if with_image and not vlm.sees:
+        raise ValueError(f"{with_image.where}: has images, but {vlm.path} is a text model")
+    plain = vlm.sees and not vlm.pictures
     return ConversationDataset(
         conversations,
-        section.image_folder,
-        build_image_transform(vlm.processor.image_processor, section.pad_to_square),
+        section.image_folder or None,
+        build_image_transform(vlm.processor.image_processor, section.pad_to_square)
+        if plain
+        else None,
         vlm.prompt_style,
-        vlm.processor.tokenizer,
+        vlm.tokenizer,
         vlm.tokens_per_image,
         section.max_length,
+        pictures=vlm.pictures,
         on_bad_image=section.on_bad_image,
         on_bad_length=section.on_bad_record,
         side_by_side=section.turns == "side_by_side",
@@ -86,9 +98,10 @@ def build_dataset(
 
 def build_collate(vlm: VLM) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Return the collator of training batches."""
-    tokenizer = vlm.processor.tokenizer
+    tokenizer = vlm.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return partial(pad_batch, pad_token_id=pad)
+    fill_rows = vlm.pictures is not None and vlm.pictures.cross_attention
+    return partial(pad_batch, pad_token_id=pad, fill_rows=fill_rows)
 
 
 def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:

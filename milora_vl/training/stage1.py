@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from milora_vl.adapter.targets import find_projector
 from milora_vl.config import AlignmentSection, DataSection, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform, load_image, resolve_image
@@ -48,7 +49,7 @@ def aligned_base_folder(
     base: Path, alignment: AlignmentSection, data: DataSection, seed: int
 ) -> Path:
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
-    facts: list[Any] = [base.name, alignment.model_dump(), data.model_dump(), seed]
+    facts: list[Any] = [base.name, alignment.model_dump(exclude_none=True), data.model_dump(), seed]
     for file in [*data.train, *alignment.train]:
         facts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -64,10 +65,17 @@ def align_projector(
     *,
     metrics_file: Path,
 ) -> None:
-    """Train the projector in place: patch alignment, then captions through the frozen model."""
+    """Train the projector in place: patch alignment, then captions through the frozen model.
+
+    Raises:
+        ValueError: If the model has no projector.
+    """
     model = vlm.model
     model.requires_grad_(False)
-    projector = model.model.multi_modal_projector
+    name = find_projector(model)
+    if name is None:
+        raise ValueError(f"{vlm.path} has no projector, so there is nothing to align")
+    projector = model.get_submodule(name)
     projector.requires_grad_(True)
     checkpoint = last_checkpoint(Path(arguments.output_dir))
     if checkpoint:

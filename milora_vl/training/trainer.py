@@ -56,7 +56,7 @@ def token_loss_sum(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tens
     Only their positions go through the output layer, which saves most of its work and memory.
 
     Args:
-        model: Takes ``logits_to_keep`` as a boolean mask [B, T].
+        model: Takes ``logits_to_keep`` as a boolean mask [B, T], or ignores it.
         inputs: A batch of ``pad_batch`` with unshifted ``labels`` [B, T].
 
     Returns:
@@ -66,6 +66,8 @@ def token_loss_sum(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tens
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     keep = supervised_positions(labels)
     logits = model(**rest, logits_to_keep=keep, use_cache=False).logits  # [n, V]
+    if logits.dim() == 3:  # an architecture without logits_to_keep
+        logits = logits[keep]
     targets = labels[:, 1:][keep[:, :-1]]
     return functional.cross_entropy(logits.float(), targets, reduction="sum"), keep.sum()
 

@@ -56,6 +56,32 @@ def build_byte_level(trained: bool = True) -> PreTrainedTokenizerBase:
     )
 
 
+FAMILY_TOKENS = (
+    "<pad>", "<video>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "<fake_token_around_image>", "<end_of_utterance>", "<global-img>",
+    *[f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)],
+    "<image_soft_token>", "<start_of_image>", "<end_of_image>", "<start_of_turn>", "<end_of_turn>",
+    "<img>", "</img>", "<IMG_CONTEXT>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>",
+    "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *[f"TILE_{tile}" for tile in range(1, 7)],
+    "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|python_tag|>", "<|image|>",
+)  # fmt: skip
+
+
+def build_extended(**named: str) -> PreTrainedTokenizerBase:
+    """The byte-level tokenizer with every family's special tokens; ``named`` sets attributes."""
+    inner = Tokenizer.from_str(build_byte_level().backend_tokenizer.to_str())
+    inner.add_special_tokens([AddedToken(token, special=True) for token in FAMILY_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens=named or None,
+    )
+
+
 @lru_cache
 def build_llama_like(kind: str) -> PreTrainedTokenizerBase:
     """Llama's pipeline with byte fallback; the three kinds differ in where the space mark goes.

@@ -1,0 +1,297 @@
+"""Original LLaVA-1.5 checkpoints -> one plain transformers LLaVA checkpoint.
+
+Three layouts are read: a whole model; ``mm_projector.bin`` of stage 1 beside a base language model;
+LoRA weights with ``non_lora_trainables.bin`` beside a base language model. Pickles are read with
+``torch.load(weights_only=True)`` alone, which refuses anything but tensors.
+"""
+
+import json
+import logging
+import math
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
+
+from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.files import replace_folder
+from milora_vl.model.load_errors import LoadError, explain
+
+logger = logging.getLogger(__name__)
+
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}A chat between a curious user and an "
+    "artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
+    "to the user's questions. {% endif %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: "
+    "{% endif %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "\n"
+    "{% endif %}{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""LLaVA-1.5's prompt with its system sentence and no space at the end."""
+
+_PROJECTOR = {"0": "linear_1", "2": "linear_2"}
+_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PROJECTOR_FILES = ("non_lora_trainables.bin", "mm_projector.bin")
+_TEXT_TYPES = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
+
+
+def convert_llava(
+    source: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    vision: str | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Convert a checkpoint in the original layout.
+
+    Args:
+        source: Folder with ``config.json`` and the weights.
+        out: Where the transformers checkpoint goes; replaced whole.
+        base: Id or folder of the language model that a projector or LoRA belongs to.
+        vision: Id or folder of the CLIP tower; None: ``mm_vision_tower`` of the config.
+        dtype: Dtype of the written weights. A LoRA is merged in float32.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        LoadError: If a part is missing, a file is no plain tensor file, or the model has something
+            that ``LlavaForConditionalGeneration`` cannot express.
+    """
+    settings = _read_settings(source)
+    language = Path(base) if base and Path(base).exists() else base or source
+    trained = _read_first(source, _PROJECTOR_FILES)
+    lora = _read_first(source, _LORA_FILES)
+    if base is None and (lora or (trained and not _weight_files(source))):
+        raise LoadError(
+            f"{source} holds a projector or LoRA only; name the language model it was trained on, "
+            "for example --base lmsys/vicuna-7b-v1.5"
+        )
+    weights = {_plain_name(name): value for name, value in _read_language_model(language).items()}
+    weights |= {_plain_name(name): value for name, value in trained.items()}
+    if lora:
+        _merge_lora_(weights, lora, json.loads((source / "adapter_config.json").read_text()))
+    tower_name = vision or settings.get("mm_vision_tower")
+    if not tower_name:
+        raise LoadError(f"{source}: config.json names no mm_vision_tower; give one with --vision")
+    try:
+        tower = CLIPVisionModel.from_pretrained(tower_name, use_safetensors=None)
+        pictures = AutoImageProcessor.from_pretrained(tower_name)
+        holder = source if (source / "tokenizer_config.json").exists() else language
+        tokenizer = AutoTokenizer.from_pretrained(holder)
+        text_config = _text_config(settings) if base is None else AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise explain(str(tower_name), error) from error
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    text_config.vocab_size = max(-(-len(tokenizer) // 64) * 64, text_config.vocab_size)
+    keeps_class = settings.get("mm_vision_select_feature", "patch") == "cls_patch"
+    side, patch = tower.config.image_size, tower.config.patch_size
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text_config,
+        image_token_id=image_token_id,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="full" if keeps_class else "default",
+        vision_feature_layer=settings.get("mm_vision_select_layer", -2),
+        image_seq_length=(side // patch) ** 2 + keeps_class,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    _load_weights_(model, weights, tower)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    processor = LlavaProcessor(
+        image_processor=LlavaImageProcessor(
+            do_pad=settings.get("image_aspect_ratio", "pad") == "pad",
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=pictures.image_mean,
+            image_std=pictures.image_std,
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=VICUNA_TEMPLATE,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        made = Path(temporary) / out.name
+        model.save_pretrained(made)
+        processor.save_pretrained(made)
+        replace_folder(made, out)
+    return out
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """Read a ``.bin`` file of tensors; nothing in it is run.
+
+    Raises:
+        LoadError: If it holds anything but named tensors.
+    """
+    try:
+        values = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise LoadError(
+            f"{file}: not a plain file of tensors, so it is not read. {first}"
+        ) from error
+    if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise LoadError(f"{file}: expected named tensors")
+    return dict(values)
+
+
+def _read_settings(source: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoadError(f"{source}: no config.json; give the folder of the checkpoint") from error
+    projector = settings.get("mm_projector_type", "linear")
+    problems = {
+        f"its projector is {projector!r}, transformers' LLaVA has mlp2x_gelu only": projector
+        != "mlp2x_gelu",
+        "pictures stand between <im_start> and <im_end>": settings.get("mm_use_im_start_end"),
+        "pictures are cut into tiles (LLaVA-1.6)": "anyres"
+        in str(settings.get("image_aspect_ratio", "")),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise LoadError(f"{source} cannot be converted: {problem}")
+    return settings
+
+
+def _text_config(settings: dict[str, Any]) -> PreTrainedConfig:
+    kind = _TEXT_TYPES.get(settings.get("model_type", ""))
+    if kind is None:
+        raise LoadError(
+            f"model type {settings.get('model_type')!r} is none of {', '.join(_TEXT_TYPES)}"
+        )
+    foreign = (
+        "mm_",
+        "image_",
+        "tune_",
+        "freeze_",
+        "use_mm",
+        "model_type",
+        "architectures",
+        "dtype",
+    )
+    kept = {k: v for k, v in settings.items() if not k.startswith((*foreign, "torch_dtype"))}
+    return AutoConfig.for_model(kind, **kept)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def _read_language_model(name: Path | str) -> dict[str, Tensor]:
+    folder = Path(name)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.bin"]))
+        except (OSError, ValueError) as error:
+            raise explain(str(name), error) from error
+    files = _weight_files(folder)
+    if not files:
+        raise LoadError(f"{folder}: no model*.safetensors or pytorch_model*.bin")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
+    return weights
+
+
+def _read_first(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    for name in names:
+        if (folder / name).exists():
+            file = folder / name
+            return load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
+    return {}
+
+
+def _plain_name(name: str) -> str:
+    """Name a weight as the whole original model does: without PEFT's prefix."""
+    name = name.removeprefix("base_model.model.")
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+def _merge_lora_(
+    weights: dict[str, Tensor], lora: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    """Add s B A to every adapted weight, in float32, rounded once."""
+    if settings.get("use_dora"):
+        raise LoadError("the LoRA is a DoRA; merge it with PEFT before converting")
+    r, alpha = settings["r"], settings["lora_alpha"]
+    scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+    for name, down in lora.items():  # lora_A [r, d_in]
+        if ".lora_A." not in name:
+            continue
+        up = lora[name.replace(".lora_A.", ".lora_B.")]  # [d_out, r]
+        target = _plain_name(name.partition(".lora_A.")[0]) + ".weight"
+        if target not in weights:
+            raise LoadError(f"the LoRA has weights for {target}, which the base lacks")
+        merged = torch.addmm(weights[target].float(), up.float(), down.float(), alpha=scaling)
+        weights[target] = merged.to(weights[target].dtype)
+
+
+def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionModel) -> None:
+    """Put the weights where transformers' LLaVA keeps them; every one must find its place."""
+    projector, language, seen = {}, {}, {}
+    for name, value in weights.items():
+        short = name.removeprefix("model.")
+        if short.startswith("mm_projector."):
+            index, _, kind = short.removeprefix("mm_projector.").partition(".")
+            projector[f"{_PROJECTOR[index]}.{kind}"] = value
+        elif short.startswith("vision_tower."):
+            seen[name.rpartition("vision_model.")[2]] = value
+        elif name.startswith("model.") and "rotary_emb" not in name:
+            language[short] = value
+    own = tower.state_dict()
+    trained = {
+        key: seen.get(key.removeprefix("vision_model."), value) for key, value in own.items()
+    }
+    head = {"weight": weights.get("lm_head.weight", language["embed_tokens.weight"])}
+    rows = model.config.text_config.vocab_size
+    language["embed_tokens.weight"] = _grow(language["embed_tokens.weight"], rows)
+    head["weight"] = _grow(head["weight"], rows)
+    if set(projector) != set(model.model.multi_modal_projector.state_dict()):
+        raise LoadError(f"the projector's weights are {sorted(projector) or 'missing'}")
+    try:
+        model.model.multi_modal_projector.load_state_dict(projector)
+        model.model.language_model.load_state_dict(language)
+        model.model.vision_tower.load_state_dict(trained)
+        model.lm_head.load_state_dict(head)
+    except RuntimeError as error:
+        raise LoadError(f"the weights do not fit the model of config.json: {error}") from error
+
+
+def _grow(table: Tensor, rows: int) -> Tensor:
+    """Add mean rows: the new tokens' logits are then never the largest."""
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(max(rows - len(table), 0), -1)])

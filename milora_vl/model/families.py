@@ -1,0 +1,161 @@
+"""Architecture -> tower, projector, language model, linears, and how pictures enter the prompt."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTOR_NAMES: tuple[str, ...] = ("multi_modal_projector", "connector", "aligner", "mm_projector")
+TOWER_NAMES: tuple[str, ...] = ("vision_tower", "vision_model", "visual", "vision_encoder")
+
+TokenTypes = Literal["none", "mm_token_type_ids", "token_type_ids", "prefix"]
+
+
+class FamilyError(ValueError):
+    """An architecture that cannot be adapted; the text says which part is missing."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of an architecture live, and how its pictures enter the prompt.
+
+    Attributes:
+        tower: Full name of the vision tower.
+        projector: Full name of the vision-language projector; None if no single module is one.
+        language_model: Full name of the language model below the output head.
+        linears: Last names of its attention and MLP projections.
+        image_wrap: Special tokens that the prompt holds around one picture, beside those that the
+            processor puts in itself.
+        token_types: What the model wants to know of each token: "mm_token_type_ids" and
+            "token_type_ids": 1 at picture tokens; "prefix": ``token_type_ids`` 0 for the prompt,
+            1 from the first answer token on; "none": nothing.
+        cross_attention: Pictures are no tokens: one mark each, read through a mask
+            [T, images, tiles], and every sample of a batch has its row of pictures.
+        max_images: Most pictures of one sample; None for any number.
+        prefix_prompt: The prompt is pictures, BOS, question, line break (PaliGemma).
+        mean_padding: Pictures are padded to a square with the processor's mean colour, as LLaVA-1.5
+            does; otherwise the processor alone decides.
+    """
+
+    tower: str | None = "model.vision_tower"
+    projector: str | None = "model.multi_modal_projector"
+    language_model: str = "model.language_model"
+    linears: tuple[str, ...] = LLAMA_LINEARS
+    image_wrap: tuple[str, str] = ("", "")
+    token_types: TokenTypes = "none"
+    cross_attention: bool = False
+    max_images: int | None = None
+    prefix_prompt: bool = False
+    mean_padding: bool = False
+
+
+_QWEN_VL = Family(
+    tower="model.visual",
+    projector="model.visual.merger",
+    image_wrap=("<|vision_start|>", "<|vision_end|>"),
+    token_types="mm_token_type_ids",
+)
+_IDEFICS = Family(
+    tower="model.vision_model", projector="model.connector", language_model="model.text_model"
+)
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(mean_padding=True),  # LLaVA-1.5, BakLLaVA; Pixtral's processor does not pad
+    "vipllava": Family(mean_padding=True),
+    "llava_next": Family(),  # LLaVA-1.6: tiles of any resolution
+    "llava_onevision": Family(),
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL,  # its three deepstack mergers stay frozen
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "paligemma": Family(token_types="prefix", max_images=1, prefix_prompt=True),
+    "gemma3": Family(token_types="token_type_ids"),
+    "internvl": Family(),
+    "mllama": Family(tower="model.vision_model", cross_attention=True),
+    "aya_vision": Family(),
+    "mistral3": Family(),
+}
+"""Every tested architecture by ``config.model_type``. A new one is one more row."""
+
+
+def has_vision(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration describes a model that reads pictures."""
+    return getattr(config, "vision_config", None) is not None or config.model_type in FAMILIES
+
+
+def find_family(model: PreTrainedModel) -> Family:
+    """Return the table's row for a model; for others, what inspection finds, with a notice.
+
+    Args:
+        model: A vision-language or causal language model. A causal language model has neither
+            tower nor projector.
+
+    Raises:
+        FamilyError: If the language model cannot be told from the rest.
+    """
+    config = model.config
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    if getattr(config, "is_encoder_decoder", False):
+        raise FamilyError(
+            f"{config.model_type!r} is an encoder-decoder; only decoder language models are adapted"
+        )
+    language_model = name_of(model, model.get_decoder())
+    if not has_vision(config):
+        return Family(tower=None, projector=None, language_model=language_model)
+    names = [name for name, _ in model.named_modules()]
+    tower = _first_named(names, TOWER_NAMES)
+    projector = _first_named(names, PROJECTOR_NAMES)
+    if not language_model or (tower or "").startswith(f"{language_model}."):
+        raise FamilyError(
+            f"{config.model_type!r}: no part of {type(model).__name__} holds the language model "
+            "alone, so adapters could reach the vision tower; add a row to "
+            "milora_vl/model/families.py that says where the parts are"
+        )
+    logger.warning(
+        "model type %r is not in the table of milora_vl/model/families.py; found by inspection: "
+        "language model %s, tower %s, projector %s",
+        config.model_type,
+        language_model,
+        tower or "none",
+        projector or "none (nothing but the adapter trains)",
+    )
+    return Family(
+        tower=tower,
+        projector=projector,
+        language_model=language_model,
+        linears=(),
+        token_types=_inspect_token_types(model),
+    )
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return the full name of a submodule ("" for the model itself).
+
+    Raises:
+        ValueError: If ``wanted`` is not part of ``model``.
+    """
+    for name, module in model.named_modules():
+        if module is wanted:
+            return name
+    raise ValueError(f"{type(wanted).__name__} is not part of {type(model).__name__}")
+
+
+def _first_named(names: list[str], wanted: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name.rpartition(".")[2] in wanted), None)
+
+
+def _inspect_token_types(model: Any) -> TokenTypes:
+    from inspect import signature
+
+    parameters = signature(model.forward).parameters
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in parameters:
+            return name
+    return "none"

@@ -1,0 +1,71 @@
+"""What can go wrong while a model is loaded, each with what to do about it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+
+class LoadError(RuntimeError):
+    """A model that cannot be loaded; the text says why and what to do."""
+
+
+def explain(path: str, error: Exception, revision: str | None = None) -> LoadError:
+    """Return the error to raise for one that transformers or the hub client raised."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    chain = list(_causes(error))
+    text = " ".join(str(one) for one in chain).lower()
+    if any(isinstance(one, GatedRepoError) for one in chain) or "gated" in text:
+        return LoadError(
+            f"{path}: this model is gated: accept its terms on its hub page, then log in once with "
+            f"`hf auth login` (or set HF_TOKEN). {first}"
+        )
+    if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+        return LoadError(
+            f"{path}: no safetensors weights. Pickle files can run code of whoever made them; if "
+            "you trust the source, pass allow_pickle=True (config: model.allow_pickle=true), or "
+            f"convert the checkpoint once. {first}"
+        )
+    if any(isinstance(one, RevisionNotFoundError) for one in chain):
+        return LoadError(f"{path}: the hub has no revision {revision!r} of it. {first}")
+    if Path(path).exists():
+        return LoadError(f"{path}: {first}")
+    if constants.HF_HUB_OFFLINE:
+        return LoadError(
+            f"{path}: neither a folder here nor found in the hub's cache, and HF_HUB_OFFLINE is "
+            f"set. Unset it, or download the checkpoint elsewhere and pass its folder. {first}"
+        )
+    login = any(isinstance(one, RepositoryNotFoundError) for one in chain)
+    return LoadError(
+        f"{path}: neither a folder here nor found on the hub"
+        + (" (a private one needs `hf auth login`)" if login else "")
+        + f". Without a network connection, download the checkpoint elsewhere and pass its folder. "
+        f"{first}"
+    )
+
+
+@contextmanager
+def explained_memory(path: str) -> Iterator[None]:
+    """Turn running out of memory inside the block into a ``LoadError`` that says what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and not any(word in str(error).lower() for word in words):
+            raise
+        raise LoadError(
+            f"{path}: not enough memory to load it. Load it in 4 bits (quantization='nf4'), in "
+            "dtype bfloat16, or on another device; for training also lower "
+            "per_device_train_batch_size and turn gradient_checkpointing on. "
+            f"{next(iter(str(error).splitlines()), '')}"
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

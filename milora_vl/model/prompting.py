@@ -1,0 +1,170 @@
+"""How conversations and pictures are written for a model: prompt style and image tokens."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from milora_vl.data.chat_template import STYLE_NAME, ChatTemplateError, derive_style
+from milora_vl.data.pictures import ProcessorPictures
+from milora_vl.data.prompts import PROMPT_STYLES, PromptStyle, prefix_style
+from milora_vl.model.families import Family
+from milora_vl.model.load_errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "pixtral")
+
+
+def count_image_tokens(processor: ProcessorMixin) -> int:
+    """Compute how many image tokens a LLaVA processor puts in for one picture.
+
+    Raises:
+        LoadError: If the processor lacks the patch size.
+    """
+    if not getattr(processor, "patch_size", None):
+        raise LoadError(
+            "the processor has no patch_size, so the number of image tokens is unknown; set "
+            "patch_size, num_additional_image_tokens and vision_feature_select_strategy in its "
+            "processor_config.json"
+        )
+    size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
+    height, width = size["height"], size["width"]
+    tokens = (height // processor.patch_size) * (width // processor.patch_size)
+    tokens += processor.num_additional_image_tokens
+    return tokens - (processor.vision_feature_select_strategy == "default")
+
+
+def guess_prompt_style(model: PreTrainedModel, processor: ProcessorMixin) -> str:
+    """Name the prompt style that a LLaVA checkpoint without one in its config most likely uses.
+
+    ChatML when the chat template says so; its own template when its tokenizer cannot write the end
+    token of LLaVA-1.5's ``vicuna_v1``; else that.
+    """
+    template = str(getattr(processor, "chat_template", None) or "")
+    if "<|im_start|>" in template:
+        return "chatml"
+    end = PROMPT_STYLES["vicuna_v1"].assistant_suffix
+    return STYLE_NAME if template and end not in processor.tokenizer.get_vocab() else "vicuna_v1"
+
+
+def choose_prompt_style(
+    name: str | None, family: Family, model: PreTrainedModel, processor: Any
+) -> PromptStyle:
+    """Return the prompt style of that name, or the one that the checkpoint was trained with.
+
+    Args:
+        name: A name in ``PROMPT_STYLES``; ``chat_template`` for the model's own; None: LLaVA's
+            guess for its own processor, PaliGemma's form for PaliGemma, else the chat template.
+        family: The model's row in the table of families.
+        model: The model.
+        processor: Its processor or tokenizer.
+
+    Raises:
+        LoadError: If the name is unknown, or the template cannot be used and is needed.
+    """
+    mark = getattr(processor, "image_token", None)
+    if name is None and family.prefix_prompt:
+        return prefix_style(processor.tokenizer)
+    if name is None and isinstance(processor, LlavaProcessor):
+        name = guess_prompt_style(model, processor)
+    if name in PROMPT_STYLES:
+        style = PROMPT_STYLES[name]
+        if family.image_wrap == ("", ""):
+            return style
+        before, after = family.image_wrap
+        return replace(
+            style,
+            image_frame=(before, f"{after}\n"),
+            special_tokens=(*style.special_tokens, *family.image_wrap),
+        )
+    if name not in (None, STYLE_NAME):
+        known = sorted([*PROMPT_STYLES, STYLE_NAME])
+        raise LoadError(f"unknown prompt style {name!r}; known: {known}")
+    try:
+        return derive_style(processor, mark)
+    except ChatTemplateError as error:
+        if name is None and not getattr(processor, "chat_template", None):
+            logger.warning("no chat template: prompts are written as vicuna_v1")
+            return PROMPT_STYLES["vicuna_v1"]
+        raise LoadError(
+            f"the model's chat template cannot be used: {error}. Choose a prompt_style from "
+            f"{', '.join(PROMPT_STYLES)}"
+        ) from error
+
+
+def read_pictures_by(processor: Any, family: Family) -> ProcessorPictures | None:
+    """Return how pictures are read; None for LLaVA-1.5's own fast way and for text models.
+
+    Raises:
+        LoadError: If the processor does not mark pictures with a token.
+    """
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    if family.mean_padding and isinstance(processor, LlavaProcessor):
+        return None
+    if getattr(processor, "image_token", None) is None:
+        raise LoadError(
+            f"{type(processor).__name__} has no image token: this architecture does not read "
+            "pictures as part of its prompt, so it cannot be trained on conversations here"
+        )
+    return ProcessorPictures(
+        processor, family.token_types, family.cross_attention, family.max_images
+    )
+
+
+def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin, path: str) -> None:
+    """Check that the processor puts in as many image tokens as the tower gives features.
+
+    For LLaVA's processor the number follows from tower and processor; for others the processor's
+    own number is compared with the model's, where both state one. (What neither states, the
+    model's first forward pass checks.)
+
+    Raises:
+        LoadError: If the numbers differ; both are named.
+    """
+    config = model.config
+    if not isinstance(processor, LlavaProcessor):
+        _check_stated_tokens(config, processor, path)
+        return
+    vision = config.vision_config
+    size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
+    side_px = size["height"]
+    features = (side_px // vision.patch_size) * (size["width"] // vision.patch_size)
+    if getattr(config, "vision_feature_select_strategy", "default") == "full":
+        features += vision.model_type not in TOWERS_WITHOUT_CLASS_TOKEN  # the class token stays
+    tokens = count_image_tokens(processor)
+    if tokens != features:
+        raise LoadError(
+            f"{path}: the processor puts {tokens} image tokens into the prompt, but the vision "
+            f"tower gives {features} features for {side_px} px and patch {vision.patch_size}; fix "
+            "patch_size, num_additional_image_tokens or vision_feature_select_strategy in "
+            "processor_config.json"
+        )
+
+
+def _check_stated_tokens(config: Any, processor: Any, path: str) -> None:
+    stated = {
+        "mm_tokens_per_image": "image_seq_length",  # Gemma 3
+        "image_seq_length": "image_seq_length",  # InternVL
+    }
+    pairs = [
+        (key, getattr(config, key), attribute, getattr(processor, attribute))
+        for key, attribute in stated.items()
+        if getattr(config, key, None) and getattr(processor, attribute, None)
+    ]
+    scale, vision = getattr(config, "scale_factor", None), getattr(config, "vision_config", None)
+    if scale and getattr(processor, "image_seq_len", None):  # Idefics3, SmolVLM
+        features = (vision.image_size // vision.patch_size) ** 2 // scale**2
+        pairs.append(("features of a tile", features, "image_seq_len", processor.image_seq_len))
+    if config.model_type == "paligemma":
+        features = (vision.image_size // vision.patch_size) ** 2
+        attribute = "image_seq_length"
+        pairs.append(("features of a picture", features, attribute, processor.image_seq_length))
+    for key, ours, attribute, theirs in pairs:
+        if ours != theirs:
+            raise LoadError(
+                f"{path}: the processor puts {theirs} image tokens into the prompt ({attribute}), "
+                f"but the model expects {ours} ({key}); fix {attribute} in processor_config.json"
+            )
