@@ -91,7 +91,7 @@ class Builder:
         self.sizes = sizes
         self.seed = seed
         self.show_progress = show_progress
-        self.aspects = _aspects(catalogue)
+        self.aspects = aspects_of(catalogue)
         self.train_hashes: list[int] = []
         self.picture_digests: dict[str, str] = {}
         self.counts: dict[str, Any] = {}
@@ -245,7 +245,8 @@ class Builder:
         }  # fmt: skip
 
 
-def _aspects(catalogue: Catalogue) -> dict[tuple[str, str, int], float]:
+def aspects_of(catalogue: Catalogue) -> dict[tuple[str, str, int], float]:
+    """Return width / height of every cut-out, by style, concept and variant."""
     aspects = {}
     for style, by_name in catalogue.sprites.items():
         for name, files in by_name.items():

@@ -109,7 +109,7 @@ def plan_records(
         plan, items = _MAKERS[kind](rng, split)
         record: dict[str, Any] = {"id": f"{folder}_{index:06d}", "source": kind}
         if plan is not None:
-            plan = _vary(rng, plan, split.varied_ratio)
+            plan = vary_plan(rng, plan, split.varied_ratio)
             record["source"] = plan.kind
             record["image"] = f"images/{folder}/{index:06d}.png"
             plans.append((record["image"], plan))
@@ -121,7 +121,8 @@ def plan_records(
     return records, plans
 
 
-def _vary(rng: Random, plan: Plan, ratio: float) -> Plan:
+def vary_plan(rng: Random, plan: Plan, ratio: float) -> Plan:
+    """Return the plan with a share of its cut-outs to be painted with a variation."""
     objects = tuple(
         replace(item, variation=rng.randrange(1 << 30)) if rng.random() < ratio else item
         for item in plan.objects
