@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -41,7 +41,6 @@ from milora_vl.adapter.source import (
 )
 from milora_vl.adapter.state import recall
 from milora_vl.files import replace_folder, write_json_atomic, write_text_atomic
-from milora_vl.model.load import VLM
 
 Form = Literal["lora", "lora-small", "merged"]
 MergeOnto = Literal["original", "dequantised"]
@@ -111,13 +110,14 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     example = None if picture else example_of_run(source.folder)
     shown, asked = example or (picture or drawn_picture(), "What is in the picture?")
     batches = check_batches(vlm.processor, live.device, live.dtype, shown, question or asked)
-    wanted = logits_of(live, batches)
+    wanted, processor = logits_of(live, batches), vlm.processor
+    del vlm  # the checks load a second model: let the first one go as early as possible
     out.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         draft = workspace / "export"
         if form == "merged":
-            exported = _merge(source, live, vlm, draft, merge_onto, batches, wanted)
+            exported = _merge(source, live, processor, draft, merge_onto, batches, wanted)
         else:
             exported = _write_lora(source, live, draft, form, r)
             del live
@@ -125,7 +125,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
             exported = Exported(out, tuple(checks), exported.notes)
         _refuse_failed(exported.checks, out)
         write_text_atomic(
-            draft / "README.md", _card(source, vlm, draft, form, exported, merge_onto)
+            draft / "README.md", _card(source, processor, draft, form, exported, merge_onto)
         )
         draft.chmod(0o755)
         replace_folder(draft, out)
@@ -196,7 +196,7 @@ def _check_lora(
 def _merge(
     source: Source,
     live: PeftModel,
-    vlm: VLM,
+    processor: Any,
     draft: Path,
     merge_onto: MergeOnto | None,
     batches: Mapping[str, Mapping[str, Tensor]],
@@ -210,7 +210,7 @@ def _merge(
         reference, tolerance = logits_of(live, batches), _tolerance(live.get_base_model())
     model = dequantised_model(live) if merge_onto == "dequantised" else merge_adapter(live)
     model.save_pretrained(draft)
-    vlm.processor.save_pretrained(draft)
+    processor.save_pretrained(draft)
     dtype, kind = model.dtype, type(model)
     del live, model
     found = logits_of(_load_plain(kind, draft, dtype, source.device), batches)
@@ -244,7 +244,7 @@ def _refuse_failed(checks: tuple[LogitsCheck, ...], out: Path) -> None:
 
 def _card(
     source: Source,
-    vlm: VLM,
+    processor: Any,
     draft: Path,
     form: Form,
     exported: Exported,
@@ -256,7 +256,7 @@ def _card(
         config = json.loads((draft / "adapter_config.json").read_text(encoding="utf-8"))
         r, alpha = config["r"], config["lora_alpha"]
         truncation = "\n".join(exported.notes) or None
-    has_pictures = getattr(vlm.processor, "image_processor", None) is not None
+    has_pictures = getattr(processor, "image_processor", None) is not None
     checks = [str(check) for check in exported.checks]
     return model_card(
         facts.model_copy(update={"base": {**facts.base, "name_or_path": source.base}}),
