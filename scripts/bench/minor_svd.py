@@ -1,6 +1,6 @@
 """Time the Krylov minor SVD against torch.linalg.svd, alternating, and compare their subspaces.
 
-    python scripts/bench/minor_svd.py                      576x576 and 1536x576, noise plus directions
+    python scripts/bench/minor_svd.py                      576x576 and 1536x576, made up
     python scripts/bench/minor_svd.py --large              also 4096x4096 and 11008x4096 (LLaMA-7B)
     python scripts/bench/minor_svd.py --smollm2            the embedded language model's own weights
     python scripts/bench/minor_svd.py --weights model.safetensors --match q_proj,gate_proj
@@ -61,7 +61,7 @@ def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, int]]
 
 
 def product_rate(clock: Callable[[], float], device: str) -> float:
-    """Return the rate of the product that the method uses, in floating-point operations a second."""
+    """Return the rate of the fastest product, in floating-point operations a second."""
     side = 2048
     packed = pack(torch.randn(side, side, device=device))
     seconds = []
