@@ -39,9 +39,8 @@ class MiloraConfig(Section):
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
         target_modules: "all-linear" (attention and MLP of the language model), a regular
             expression for full names, or a list of names or name endings.
-        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
-            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
-            train mode. This holds for both residual modes.
+        lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: at step 0
+            the layer equals the pretrained one in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
     """
@@ -95,8 +94,7 @@ class DataSection(Section):
         train: Files of LLaVA records (JSON list or JSONL); ``${MILORA_CACHE}`` is the cache folder.
         image_folder: Folder that the records' image paths start from.
         validation: File of records for the validation loss; None for none.
-        max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
-            image tokens never.
+        max_length: Longest sequence in tokens with image tokens, which are never cut.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
         on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
