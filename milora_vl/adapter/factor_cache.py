@@ -76,15 +76,16 @@ class FactorCache:
     def __init__(self, folder: Path) -> None:
         """Point at the folder."""
         self.folder = folder
+        self._writable = True
 
     def get(self, key: FactorKey, r: int) -> FactorEntry | None:
         """Return the entry for a weight at rank r, or None."""
         file = self._file(key, r)
         try:
             tensors = _read(file)
-        except FileNotFoundError:
+        except OSError:  # absent, or not ours to read
             return None
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
             logger.warning("factor cache: dropped the damaged entry %s (%s)", file.name, error)
             file.unlink(missing_ok=True)
             return None
@@ -102,6 +103,8 @@ class FactorCache:
 
         Ask ``get`` first. A full or read-only disk costs a line in the log, nothing else.
         """
+        if not self._writable:
+            return
         r = triplets[1].numel()
         tensors = dict(zip(("U", "S", "Vh"), (x.cpu().contiguous() for x in triplets), strict=True))
         tensors["facts"] = _bytes_tensor(json.dumps(dict(facts)).encode())
@@ -110,6 +113,7 @@ class FactorCache:
         try:
             write_bytes_atomic(self._file(key, r), save(tensors, metadata), durable=False)
         except OSError as error:
+            self._writable = False
             logger.warning("factor cache: %s cannot be written (%s)", self.folder, error)
 
     def entries(self) -> Iterator[tuple[Path, dict[str, Any]]]:
