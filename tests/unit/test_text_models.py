@@ -118,7 +118,6 @@ def test_instruction_records_are_one_exchange() -> None:
 
 
 @pytest.mark.network
-@pytest.mark.slow
 def test_the_embedded_language_model_learns_arithmetic(tmp_path: Path) -> None:
     try:
         model, tokenizer = load_smollm2()
@@ -129,8 +128,8 @@ def test_the_embedded_language_model_learns_arithmetic(tmp_path: Path) -> None:
     del model
     vlm = load_vlm(tmp_path / "model", prompt_style="chatml")
     train = load_data(vlm, write_problems(tmp_path / "train.json", 200, seed=1))
-    held_out = load_data(vlm, write_problems(tmp_path / "held_out.json", 12, seed=2))
-    batch = build_collate(vlm)([held_out[index] for index in range(12)])
+    held_out = load_data(vlm, write_problems(tmp_path / "held_out.json", 24, seed=2))
+    batch = build_collate(vlm)([held_out[index] for index in range(24)])
 
     def loss() -> float:
         with torch.no_grad():
@@ -140,7 +139,7 @@ def test_the_embedded_language_model_learns_arithmetic(tmp_path: Path) -> None:
     before = loss()
     settings = {
         "max_steps": 12,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -154,4 +153,4 @@ def test_the_embedded_language_model_learns_arithmetic(tmp_path: Path) -> None:
         run_folder=tmp_path,
         projector=ProjectorSection(),
     )
-    assert loss() < 0.9 * before
+    assert loss() < 0.5 * before
