@@ -135,7 +135,7 @@ _STYLES = (
         assistant_suffix=" </s>",
         special_tokens=("</s>",),
     ),
-    PromptStyle(  # Stanford Alpaca's prompt, one exchange; the MiLoRA authors' text runs
+    PromptStyle(  # Alpaca's prompt for instruction records; meant for one exchange
         name="alpaca",
         system=(
             "Below is an instruction that describes a task. "

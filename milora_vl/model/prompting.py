@@ -55,8 +55,8 @@ def choose_prompt_style(
     """Return the prompt style of that name, or the one that the checkpoint was trained with.
 
     Args:
-        name: A name in ``PROMPT_STYLES``; ``chat_template`` for the model's own; None: LLaVA's
-            guess for its own processor, PaliGemma's form for PaliGemma, else the chat template.
+        name: A name in ``PROMPT_STYLES``; ``chat_template`` for the model's own (PaliGemma's form
+            for PaliGemma); None: the same, but for LLaVA's own processor a guess.
         family: The model's row in the table of families.
         model: The model.
         processor: Its processor or tokenizer.
@@ -65,7 +65,7 @@ def choose_prompt_style(
         LoadError: If the name is unknown, or the template cannot be used and is needed.
     """
     mark = getattr(processor, "image_token", None)
-    if name is None and family.prefix_prompt:
+    if family.prefix_prompt and name in (None, STYLE_NAME):
         return prefix_style(processor.tokenizer)
     if name is None and isinstance(processor, LlavaProcessor):
         name = guess_prompt_style(model, processor)

@@ -254,7 +254,8 @@ def test_an_encoder_decoder_is_refused_with_the_reason() -> None:
 
 
 def test_more_pictures_than_a_family_takes_are_refused(tmp_path: Path) -> None:
-    vlm = load_vlm(build_checkpoint("paligemma", tmp_path / "model"))
+    vlm = load_vlm(build_checkpoint("paligemma", tmp_path / "model"), prompt_style="chat_template")
+    assert vlm.prompt_style.name == "prefix"
     with pytest.raises(PictureError, match="2 pictures in one sample, but PaliGemmaProcessor"):
         build_prompt(vlm, "Why?", [Image.new("RGB", (20, 20))] * 2)
 
