@@ -29,7 +29,7 @@ from milora_vl.eval.open_answers import is_open_answer_right, parse_choice
 
 pytestmark = pytest.mark.network
 
-N_STRINGS = 100_000
+N_STRINGS = (5_000, pytest.param(100_000, marks=pytest.mark.slow))
 WHEELS = (
     ("lmms-eval", "0.7.3", "5709f9f9f56a8f5f22bf379571bd1c5e7702af5ae2bbb9637001c5dd91168895"),
     (
@@ -143,9 +143,10 @@ def repeats_commas(text):
     return ",," in text
 
 
-def test_official_normaliser_on_100000_strings(lavis, lmms):
+@pytest.mark.parametrize("n", N_STRINGS)
+def test_official_normaliser_on_any_string(lavis, lmms, n):
     processor = lmms("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
-    for text in strings(N_STRINGS):
+    for text in strings(n):
         line = one_line(text)
         ours = vqa_official(text)
         assert ours == lavis.processDigitArticle(lavis.processPunctuation(line)), repr(text)
@@ -154,9 +155,10 @@ def test_official_normaliser_on_100000_strings(lavis, lmms):
             assert ours == theirs, repr(text)
 
 
-def test_m4c_normaliser_on_100000_strings(lmms):
+@pytest.mark.parametrize("n", N_STRINGS)
+def test_m4c_normaliser_on_any_string(lmms, n):
     processor = lmms("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
-    for text in strings(N_STRINGS, 1):
+    for text in strings(n, 1):
         assert m4c(text) == processor(text), repr(text)
 
 
@@ -182,12 +184,10 @@ def test_accuracies_agree(lmms):
         assert m4c_accuracy(said, answers) == pytest.approx(
             textvqa.textvqa_process_results(doc, [said])["exact_match"]
         )
-        doc = {"answers": [{"answer": one} for one in answers], "question_id": 1}
+        people = [{"answer": one, "answer_id": place} for place, one in enumerate(answers)]
         # we score predictions as they are uploaded, m4c-processed; it takes them as they are
-        theirs = vqa.vqav2_process_results(doc, [m4c(said)])["exact_match"]
-        is_identical = len(set(map(one_line, answers))) == 1
-        if not is_identical:  # it leaves answers as they are then; see the next test
-            assert vqa_accuracy(said, answers) == pytest.approx(theirs), (said, answers)
+        theirs = vqa.vqav2_process_results({"answers": people, "question_id": 1}, [m4c(said)])
+        assert vqa_accuracy(said, answers) == pytest.approx(theirs["exact_match"])
 
 
 def test_pope_agrees_where_the_answer_is_a_bare_word_and_differs_as_known(lmms):
