@@ -53,8 +53,8 @@ SHARES = {
 }  # fmt: skip
 """Share of each kind of record in train; what a missing source leaves goes to the scenes."""
 
-N_EXISTENCE, N_CHOICES = {"scene": 4, "drawing": 2}, {"scene": 3, "drawing": 2}
-"""Existence and lettered questions about a picture, by its kind."""
+N_EXISTENCE, N_CHOICES = {"scene": 7, "drawing": 3}, {"scene": 2, "drawing": 1}
+"""Existence and lettered questions about a picture, by its kind: the former are learnt slower."""
 
 VARIED_RATIO = 0.5
 """Share of the cut-outs in train that are painted with a variation."""
