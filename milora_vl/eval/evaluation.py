@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from milora_vl.data.prompts import get_style
 from milora_vl.eval.bench_run import Conditions, run_bench
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.items import Item, read_json_object
@@ -14,7 +15,6 @@ from milora_vl.eval.journal import AnswerJournal, fingerprint_weights
 from milora_vl.eval.judge import Judge
 from milora_vl.eval.plain_answerer import build_answerer
 from milora_vl.eval.published import published_scores
-from milora_vl.eval.runner import Answerer
 from milora_vl.eval.text_tasks import run_text_tasks
 from milora_vl.files import write_json_atomic, write_text_atomic
 
@@ -78,20 +78,21 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     out_dir = Path(out_dir)
     data_dir = None if data_dir is None else Path(data_dir)
     items = _load(names, data_dir, limit, is_all=benches in ("all", ["all"]))
-    answerer = build_answerer(vlm, batch_size=batch_size)
+    answerer = build_answerer(vlm, batch_size=batch_size) if items else None
+    style_name = get_style(vlm.prompt_style).name
     model_name = str(model_name or getattr(vlm, "path", "") or "")
     data_set = None if data_dir is None else _data_set_name(data_dir)
     text_tasks = [name.removeprefix(TEXT_PREFIX) for name in names if name.startswith(TEXT_PREFIX)]
     results: dict[str, Any] = {
         "model": model_name,
         "adapter": None if adapter_name is None else str(adapter_name),
-        "prompt_style": answerer.style.name,
+        "prompt_style": style_name,
         "data": None if data_dir is None else str(data_dir),
         "data_set": data_set,
         "limit": {name: _limit_of(limit, name) for name in items},
         "benches": {},
     }
-    journal = AnswerJournal(out_dir / JOURNAL, _identity(answerer, model_name))
+    journal = AnswerJournal(out_dir / JOURNAL, _identity(vlm.model, style_name, model_name))
     conditions = Conditions(
         out_dir=out_dir,
         data_dir=data_dir,
@@ -150,16 +151,15 @@ def _load(
     return items
 
 
-def _identity(answerer: Answerer, model_name: str) -> dict[str, Any]:
+def _identity(model: Any, style_name: str, model_name: str) -> dict[str, Any]:
     """Return what an answer depends on besides the question."""
-    device = answerer.model.device.type
-    is_autocast = torch.is_autocast_enabled(device)
+    is_autocast = torch.is_autocast_enabled(model.device.type)
     return {
         "model": model_name,
-        "weights": fingerprint_weights(answerer.vlm.model),
-        "prompt_style": answerer.style.name,
-        "dtype": str(answerer.model.dtype),
-        "autocast": str(torch.get_autocast_dtype(device)) if is_autocast else None,
+        "weights": fingerprint_weights(model),
+        "prompt_style": style_name,
+        "dtype": str(model.dtype),
+        "autocast": str(torch.get_autocast_dtype(model.device.type)) if is_autocast else None,
     }
 
 

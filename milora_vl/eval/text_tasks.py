@@ -23,7 +23,7 @@ def run_text_tasks(
     """Run tasks of lm-eval-harness on the model as it is in memory; nothing is merged or saved.
 
     Args:
-        vlm: Has ``model`` and ``processor``.
+        vlm: Has ``model`` and ``tokenizer``.
         tasks: Names as the harness knows them, such as "arc_easy" or "gsm8k".
         batch_size: Sequences in one forward pass.
         limit: Most questions of a task.
@@ -55,7 +55,7 @@ def run_text_tasks(
         with torch.no_grad():
             live = HFLM(
                 pretrained=vlm.model,
-                tokenizer=vlm.processor.tokenizer,
+                tokenizer=vlm.tokenizer,
                 backend="causal",
                 batch_size=batch_size,
             )

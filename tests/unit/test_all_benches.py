@@ -164,3 +164,19 @@ def test_published_scores_are_shown_for_that_model_only():
     assert set(LLAVA_15_7B) <= set(BENCHES)
     full = [LLAVA_15_7B[name]["full"] for name in ("vqav2", "gqa", "vizwiz", "sqa", "pope")]
     assert full == [78.5, 62.0, 50.0, 66.8, 85.9]
+
+
+def test_a_family_of_its_own_prompts_answers_a_whole_bench(tmp_path: Path) -> None:
+    from family_models import build_checkpoint
+
+    from milora_vl.eval.evaluation import evaluate
+    from milora_vl.model.load import load_vlm
+
+    write_all(tmp_path / "data")
+    checkpoint = build_checkpoint("qwen2_vl", tmp_path / "checkpoint")
+    results = evaluate(
+        load_vlm(checkpoint), ["custom"], tmp_path / "data", tmp_path / "out", progress=False
+    )
+    assert results["benches"]["custom"]["n"] > 0
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= results["benches"]["custom"]["n"]
