@@ -15,6 +15,7 @@ from milora_vl.files import cache_folder, write_text_atomic
 Slice = Literal["minor", "principal", "middle", "random"]
 SvdMethod = Literal["auto", "exact", "krylov"]
 Residual = Literal["auto", "subtract", "anchor"]
+Correction = Literal["none", "low_rank"]
 
 
 class ConfigError(ValueError):
@@ -35,14 +36,15 @@ class MiloraConfig(Section):
         lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
         slice: Where in the spectrum to start: minor (MiLoRA), principal (PiSSA), middle, random.
         residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
-            with a frozen second adapter; "auto" subtracts in float32 only, else anchors.
+            with a frozen second adapter; "auto" subtracts in float32 and NF4, else anchors.
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
         target_modules: "all-linear" (attention and MLP of the language model), a regular
             expression for full names, or a list of names or name endings.
-        lora_dropout: Dropout before lora_A of the trainable adapter. The anchor has none, so with
-            dropout the layer equals the pretrained one at step 0 in eval mode, and on average in
-            train mode. This holds for both residual modes.
+        lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: at step 0
+            the layer equals the pretrained one in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.
+        quantization_correction: What is done about the error of NF4, see
+            ``milora_vl.adapter.residual_nf4``.
     """
 
     r: int = Field(default=128, ge=1)
@@ -53,6 +55,7 @@ class MiloraConfig(Section):
     target_modules: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     train_projector: bool = True
+    quantization_correction: Correction = "none"
 
     @property
     def scaling(self) -> float:
@@ -67,6 +70,7 @@ class ModelSection(Section):
         path: Hub id, folder, or "demo" for the embedded small model.
         revision: Hub revision (branch, tag or commit).
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
+        quantization: "nf4" quantises the language model's linears while they are read.
         device: "auto" takes CUDA when there is one.
         attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
         prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``.
@@ -78,6 +82,7 @@ class ModelSection(Section):
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4"] | None = None
     device: str = "auto"
     attn_implementation: str | None = None
     prompt_style: str
@@ -93,13 +98,11 @@ class DataSection(Section):
         train: Files of LLaVA records (JSON list or JSONL); ``${MILORA_CACHE}`` is the cache folder.
         image_folder: Folder that the records' image paths start from.
         validation: File of records for the validation loss; None for none.
-        max_length: Longest sequence in tokens, image tokens included. Answers are cut to fit,
-            image tokens never.
+        max_length: Longest sequence in tokens with image tokens, which are never cut.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
-        on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
-        limit: Use only the first records of each train file.
-        validation_limit: Use only the first records of the validation file.
+        on_bad_image: The same for a picture that cannot be read.
+        limit: Use only the first records of each train file (validation_limit: of that file).
     """
 
     train: list[str]
@@ -123,8 +126,7 @@ class AlignmentSection(Section):
 
     Attributes:
         train: Files of records of this stage, one caption a picture; empty: those of ``data``.
-        patch_steps: Steps of patch alignment, which comes first: patches inside an object's box are
-            drawn to the token embeddings of its name. Needs records with "objects".
+        patch_steps: Steps of patch alignment, which comes first. Needs records with "objects".
         patch_learning_rate: Its learning rate.
         patch_pictures: How many pictures it looks at.
         training: Keys of ``transformers.TrainingArguments`` for the stage.
@@ -183,9 +185,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise ConfigError(
-                f"line {node.start_mark.line + 1}: key written twice: {sorted(twice)}"
-            )
+            raise ConfigError(f"line {node.start_mark.line + 1}: keys written twice: {twice}")
         return super().construct_mapping(node, deep)
 
 

@@ -32,6 +32,7 @@ from milora_vl.adapter.portable import (
     read_tensors_,
 )
 from milora_vl.adapter.quantize import is_quantised
+from milora_vl.adapter.residual_nf4 import quantise_residual_
 from milora_vl.adapter.state import (
     MiloraState,
     Residual,
@@ -43,6 +44,7 @@ from milora_vl.adapter.state import (
 )
 from milora_vl.adapter.targets import find_projector, resolve_residual
 from milora_vl.files import replace_folder, sha256_of, write_json_atomic
+from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,7 @@ def load_adapter(
     *,
     residual: Residual | None = None,
     strict_base: bool = True,
+    weights: ShardedWeights | None = None,
 ) -> PeftModel:
     """Put a saved adapter on its original base model, ready to go on training or to be used.
 
@@ -130,8 +133,10 @@ def load_adapter(
         folder: Written by ``save_adapter``.
         trainable: Whether A, B and the projector train.
         residual: "subtract" or "anchor"; default: as recorded, or "anchor" where the weights of
-            ``model`` are not float32.
+            ``model`` are neither float32 nor quantised from ``weights``.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
+        weights: Float weights on disk of a ``model`` that ``load_vlm`` quantised
+            (``vlm.float_weights``): W_p is formed from them and quantised again.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -143,12 +148,12 @@ def load_adapter(
     facts = read_milora_file(folder)
     check_files(folder, facts)
     _check_layers_exist(model, facts, folder)
-    _check_base(model, facts, folder, strict_base)
+    _check_base(model, facts, folder, strict_base, weights)
     if residual is None:
         # a low-precision base would lose part of the slice to rounding, see the certificate
-        possible = resolve_residual(model, facts.modules, "auto")
+        possible = resolve_residual(model, facts.modules, "auto", weights is not None)
         residual = facts.residual if possible == "subtract" else "anchor"
-    residual = resolve_residual(model, facts.modules, residual)
+    residual = resolve_residual(model, facts.modules, residual, weights is not None)
     names = MiloraState.__dataclass_fields__
     values = {key: value for key, value in facts.model_dump().items() if key in names}
     state = MiloraState(**{**values, "modules": tuple(facts.modules), "residual": residual})
@@ -156,7 +161,10 @@ def load_adapter(
     peft_model = add_adapters(model, state)
     read_tensors_(peft_model, state, folder)
     if residual == "subtract":
-        subtract_anchor_(peft_model, state.modules)
+        if weights is not None:
+            quantise_residual_(peft_model, state, weights)
+        else:
+            subtract_anchor_(peft_model, state.modules)
     remember(peft_model, state)
     activate(peft_model, residual, trainable=trainable)
     if not trainable:
@@ -183,8 +191,14 @@ def _check_layers_exist(model: PreTrainedModel, facts: MiloraFile, folder: Path)
         raise ValueError(f"{folder}: the model has no projector {facts.projector}")
 
 
-def _check_base(model: PreTrainedModel, facts: MiloraFile, folder: Path, strict_base: bool) -> None:
-    found = fingerprint(model, facts.modules)["exact"]
+def _check_base(
+    model: PreTrainedModel,
+    facts: MiloraFile,
+    folder: Path,
+    strict_base: bool,
+    weights: ShardedWeights | None,
+) -> None:
+    found = fingerprint(model, facts.modules, weights)["exact"]
     match = [precision for precision in PRECISIONS if facts.fingerprint[precision] == found]
     if match and match[0] != "exact":
         logger.info("%s: same base, its weights rounded to %s", folder, match[0])
@@ -196,6 +210,7 @@ def _check_base(model: PreTrainedModel, facts: MiloraFile, folder: Path, strict_
         f"{facts.base['revision']}) has fingerprint {facts.fingerprint['exact'][:16]}, this model "
         f"({getattr(model, 'name_or_path', '') or type(model).__name__}"
         f"{', quantised' if quantised else ''}) has {found[:16]}. Load the original base"
+        f"{', or pass weights=vlm.float_weights of load_vlm' if quantised and not weights else ''}"
     )
     if strict_base:
         raise ValueError(

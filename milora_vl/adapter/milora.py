@@ -21,6 +21,7 @@ from milora_vl.adapter.quantize import (
     is_quantised,
     stored_values,
 )
+from milora_vl.adapter.residual_nf4 import noise_warnings, quantise_residual_, with_errors
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -35,6 +36,7 @@ from milora_vl.adapter.state import (
 )
 from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
 from milora_vl.config import MiloraConfig
+from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def attach_milora(
     config: MiloraConfig,
     batch: Mapping[str, Any] | None = None,
     progress: bool = True,
+    weights: ShardedWeights | None = None,
 ) -> tuple[PeftModel, Certificate]:
     """Put a MiLoRA adapter on a model, so that it still computes the same function.
 
@@ -58,6 +61,9 @@ def attach_milora(
         config: Rank, slice, residual mode and layers.
         batch: Model inputs on the right device; if given, the logits before and after are compared.
         progress: Show a progress bar with rate and remaining time.
+        weights: Float weights on disk of a model that ``load_vlm`` quantised
+            (``vlm.float_weights``). They are decomposed instead of the quantised ones, one at a
+            time, and with residual "subtract" the base becomes NF4(W_p).
 
     Returns:
         The PEFT model and the init certificate.
@@ -71,7 +77,7 @@ def attach_milora(
         raise ValueError("the model already carries a PEFT adapter; merge or unload it first")
     targets = find_targets(model, config.target_modules)
     check_layers(model, targets.modules, config.r)
-    residual = resolve_residual(model, targets.modules, config.residual)
+    residual = resolve_residual(model, targets.modules, config.residual, weights is not None)
     log_targets(targets, residual)
     total = sum(parameter.numel() for parameter in model.parameters())
     before = compute_logits(model, batch) if batch is not None else None
@@ -87,15 +93,18 @@ def attach_milora(
         modules=targets.modules,
         projector=projector,
         fingerprint={},
+        quantization_correction=_correction(config, residual, weights),
     )
     peft_model = add_adapters(model, state)
     try:
         with full_precision():
-            layers, digests, peak_bytes = _init_factors(peft_model, state, progress)
+            layers, digests, peak_bytes = _init_factors(peft_model, state, progress, weights)
     except BaseException:
         peft_model.unload()
         raise
-    if residual == "subtract":
+    if residual == "subtract" and weights is not None:
+        layers = with_errors(layers, quantise_residual_(peft_model, state, weights, progress))
+    elif residual == "subtract":
         subtract_anchor_(peft_model, targets.modules)
     state = MiloraState(**{**vars(state), "fingerprint": combine_digests(digests)})
     remember(peft_model, state)
@@ -149,7 +158,10 @@ def log_targets(targets: Targets, residual: Residual) -> None:
 
 
 def _init_factors(
-    peft_model: PeftModel, state: MiloraState, progress: bool
+    peft_model: PeftModel,
+    state: MiloraState,
+    progress: bool,
+    weights: ShardedWeights | None,
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Decompose every layer into both adapters; base weights stay as they are."""
     layers, digests, peak_bytes = [], {}, 0
@@ -157,7 +169,11 @@ def _init_factors(
     bar = tqdm(state.modules, desc=f"SVD ({state.slice}, r={state.r})", disable=not progress)
     for name in bar:
         base_layer = lora_layer(peft_model, name).get_base_layer()
-        weight = dense_weight(base_layer)  # [d_out, d_in] float32
+        if weights is None:
+            weight = dense_weight(base_layer)  # [d_out, d_in] float32
+            identity = stored_values(base_layer)
+        else:
+            weight = identity = weights.weight_of(name).to(base_layer.weight.device)
         try:
             triplets = minor_svd(weight, state.r, method=state.svd, slice=state.slice)
         except (ValueError, RuntimeError) as error:
@@ -165,7 +181,7 @@ def _init_factors(
         lora_A, lora_B = lora_factors(*triplets, scaling=state.scaling)
         _write(factors(peft_model, name, MILORA), lora_A, lora_B)
         _write(factors(peft_model, name, ANCHOR), lora_A, -lora_B)
-        digests[name] = weight_digests(stored_values(base_layer))
+        digests[name] = weight_digests(identity)
         layers.append(
             certify_layer(
                 name,
@@ -189,6 +205,16 @@ def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[T
 def _write(target: tuple[Tensor, Tensor], lora_A: Tensor, lora_B: Tensor) -> None:
     target[0].data.copy_(lora_A)
     target[1].data.copy_(lora_B)
+
+
+def _correction(config: MiloraConfig, residual: Residual, weights: ShardedWeights | None) -> str:
+    if config.quantization_correction == "none" or (residual == "subtract" and weights is not None):
+        return config.quantization_correction
+    raise ValueError(
+        f"quantization_correction={config.quantization_correction} corrects a residual in NF4, and "
+        "here there is none: load the float checkpoint with quantization 'nf4' and leave residual "
+        "at 'auto', or set quantization_correction to 'none'"
+    )
 
 
 def _compare_logits(before: Tensor | None, after: Tensor | None) -> dict[str, float]:
@@ -221,4 +247,4 @@ def _warnings(layers: Sequence[LayerCertificate], residual: Residual) -> list[st
             f"{len(lossy)} layers lose more than a tenth of their slice to the rounding of W_p "
             f"(first: {lossy[0].name}); residual='anchor' loses nothing"
         )
-    return texts
+    return texts + noise_warnings(layers)

@@ -58,6 +58,7 @@ class MiloraFile(BaseModel):
     projector: str | None
     base: dict[str, str | None]
     fingerprint: dict[str, str]
+    quantization_correction: str = "none"
     weights_sha256: str
     packages: dict[str, str]
     extra: dict[str, Any] = {}

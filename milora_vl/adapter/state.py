@@ -16,6 +16,7 @@ from milora_vl.adapter.minor_svd import full_precision
 
 MILORA = "milora"
 ANCHOR = "anchor"
+CORRECTION = "correction"
 
 Residual = Literal["subtract", "anchor"]
 
@@ -34,6 +35,7 @@ class MiloraState:
         modules: Full names of the adapted layers.
         projector: Full name of the projector that trains in full, or None.
         fingerprint: Of the original weights of ``modules``, see ``fingerprint.py``.
+        quantization_correction: "low_rank" if a 4-bit residual has a frozen correction.
     """
 
     r: int
@@ -45,6 +47,7 @@ class MiloraState:
     modules: tuple[str, ...]
     projector: str | None
     fingerprint: dict[str, str]
+    quantization_correction: str = "none"
 
     @property
     def scaling(self) -> float:
@@ -130,8 +133,10 @@ def activate(peft_model: PeftModel, residual: Residual, *, trainable: bool) -> N
     example on leaving ``peft_model.disable_adapter()``; call this afterwards.
     """
     active = [MILORA, ANCHOR] if residual == "anchor" else [MILORA]
+    frozen = [name for name in (ANCHOR, CORRECTION) if name in peft_model.peft_config]
+    active += [name for name in frozen if name == CORRECTION]
     peft_model.base_model.set_adapter(active, inference_mode=not trainable)
-    peft_model.set_requires_grad(ANCHOR, requires_grad=False)
+    peft_model.set_requires_grad(frozen, requires_grad=False)
 
 
 @contextmanager
@@ -149,7 +154,8 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     try:
         if state.residual == "subtract":
             # the anchor holds (A0, -B0); with its scale negated the layer is W_p + s B0 A0 = W
-            peft_model.base_model.set_adapter(ANCHOR, inference_mode=True)
+            corrections = [name for name in (CORRECTION,) if name in peft_model.peft_config]
+            peft_model.base_model.set_adapter([ANCHOR, *corrections], inference_mode=True)
             for layer in layers:
                 layer.set_scale(ANCHOR, -1.0)
             yield peft_model

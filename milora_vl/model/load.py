@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from milora_vl.data.prompts import PROMPT_STYLES, PromptStyle
+from milora_vl.model.nf4 import load_nf4
+from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class VLM:
         family: The architecture (``config.model_type``).
         path: Where it came from.
         prompt_style: How conversations are written for it.
+        float_weights: The float weights on disk of a model that was quantised while loading.
     """
 
     model: Any
@@ -42,6 +45,7 @@ class VLM:
     family: str
     path: str
     prompt_style: PromptStyle
+    float_weights: ShardedWeights | None = None
 
     @property
     def tokens_per_image(self) -> int:
@@ -105,7 +109,8 @@ def load_vlm(
         path: Hub id (``llava-hf/llava-1.5-7b-hf``) or checkpoint folder.
         dtype: Dtype of the weights in memory; "auto" keeps the checkpoint's.
         device: "cpu", "cuda", "cuda:1", ... or "auto".
-        quantization: "nf4" loads the language model's linears in 4 bits (bitsandbytes).
+        quantization: "nf4" brings the language model's linears to 4 bits (bitsandbytes) while it
+            reads them; a checkpoint that is quantised already needs None.
         revision: Hub revision.
         attn_implementation: Passed to transformers.
         prompt_style: A name in ``PROMPT_STYLES``; None: guessed from the chat template.
@@ -126,34 +131,38 @@ def load_vlm(
     options: dict[str, Any] = {**common, "dtype": dtype, "use_safetensors": True}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if quantization:
-        options["quantization_config"] = build_nf4_config()
-        options["device_map"] = {"": str(resolve_device(device))}
+    quantised = getattr(config, "quantization_config", None) is not None
+    if quantised and quantization:
+        raise LoadError(
+            f"{path} is stored quantised, its float weights are not there; leave quantization=None "
+            "(the adapter then uses residual='anchor'), or give the float checkpoint"
+        )
+    weights = None
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, **options)
+        if quantization:
+            attention = {key: options[key] for key in ("attn_implementation",) if key in options}
+            model, weights = load_nf4(
+                path,
+                config,
+                dtype=dtype,
+                device=resolve_device(device),
+                revision=revision,
+                **attention,
+            )
+        else:
+            if quantised:
+                options["device_map"] = {"": str(resolve_device(device))}
+            model = AutoModelForImageTextToText.from_pretrained(path, **options)
         processor = AutoProcessor.from_pretrained(path, **common)
     except (OSError, ValueError) as error:
         raise LoadError(_explain_missing(path, error)) from error
-    if not quantization:
+    if not (quantization or quantised):
         model = model.to(resolve_device(device))
     check_image_tokens(model, processor, path)
     style = prompt_style or guess_prompt_style(model, processor)
     if style not in PROMPT_STYLES:
         raise LoadError(f"unknown prompt style {style!r}; known: {sorted(PROMPT_STYLES)}")
-    return VLM(model.eval(), processor, config.model_type, path, PROMPT_STYLES[style])
-
-
-def build_nf4_config() -> Any:
-    """Return the 4-bit settings of QLoRA: NF4, double quantisation, bfloat16 arithmetic."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
-    )
+    return VLM(model.eval(), processor, config.model_type, path, PROMPT_STYLES[style], weights)
 
 
 def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin, path: str) -> None:

@@ -53,6 +53,7 @@ def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
         attn_implementation=section.attn_implementation,
         prompt_style=section.prompt_style,
         trust_remote_code=section.trust_remote_code,
+        quantization=section.quantization,
     )
 
 
@@ -167,14 +168,19 @@ def finetune(
     checkpoint = last_checkpoint(checkpoints)
     if (final / "milora.json").exists():
         logger.info("the adapter is trained: %s", final)
-        return vlm.with_model(load_adapter(vlm.model, final).eval())
+        trained = load_adapter(vlm.model, final, weights=vlm.float_weights)
+        return vlm.with_model(trained.eval())
     if checkpoint:
-        peft_model = load_adapter(vlm.model, checkpoint / "adapter", trainable=True)
+        peft_model = load_adapter(
+            vlm.model, checkpoint / "adapter", trainable=True, weights=vlm.float_weights
+        )
     else:
         batch = build_collate(vlm)([dataset[index] for index in range(min(2, len(dataset)))])
         batch = {name: value.to(vlm.model.device) for name, value in batch.items()}
         batch["logits_to_keep"] = supervised_positions(batch.pop("labels"))
-        peft_model, certificate = attach_milora(vlm.model, adapter, batch=batch)
+        peft_model, certificate = attach_milora(
+            vlm.model, adapter, batch=batch, weights=vlm.float_weights
+        )
         write_json_atomic(run_folder / "certificate.json", json.loads(certificate.to_json()))
         logger.info("init certificate\n%s", certificate.summary())
     train(
