@@ -63,7 +63,7 @@ def quantise_residual_(
         Full name -> what was lost.
     """
     noise = {}
-    corrected = state.quantization_correction == "low_rank"
+    corrected = state.quantization_correction == "low_rank"  # on a float base nothing is lost
     if corrected:
         settings = {"r": state.r, "lora_alpha": state.r, "init_lora_weights": False}
         config = LoraConfig(target_modules=list(state.modules), bias="none", **settings)

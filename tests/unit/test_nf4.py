@@ -13,7 +13,15 @@ from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.convert import merge_adapter
 from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.quantize import dense_weight, is_quantised
-from milora_vl.adapter.state import ANCHOR, MILORA, factors, lora_layer, recall
+from milora_vl.adapter.state import (
+    ANCHOR,
+    CORRECTION,
+    MILORA,
+    factors,
+    lora_layer,
+    pretrained_function,
+    recall,
+)
 from milora_vl.config import MiloraConfig
 from milora_vl.model.nf4 import build_nf4_config, load_nf4, quantise_nf4
 from milora_vl.model.shards import ShardedWeights
@@ -131,7 +139,7 @@ def test_streamed_residual_equals_subtracting_in_float_and_quantising(saved_base
         assert torch.equal(base_layer.weight.data, quantise_nf4(residual).data)
         original = load_float(saved_base).get_submodule(layer.name).weight
         noise = (dense_weight(base_layer) - residual).norm() / original.norm()
-        assert layer.quantisation_error_ratio == pytest.approx(float(noise), rel=1e-3)
+        assert layer.quantisation_error_ratio == pytest.approx(noise.item(), rel=1e-3)
     assert recall(peft_model).fingerprint == recall(plain).fingerprint
 
 
@@ -174,6 +182,49 @@ def test_resume_rebuilds_the_residual_from_the_saved_start(load, batch, tmp_path
     for each in (train(peft_model, batch), train(loaded, batch)):
         each.eval()
     assert torch.equal(compute_logits(loaded, batch), compute_logits(peft_model, batch))
+
+
+def test_low_rank_correction_brings_the_start_nearer_and_stays_out_of_the_file(
+    saved_base, load, batch, tmp_path
+):
+    wanted = compute_logits(load_float(saved_base), batch)
+    plain, before = attach(load)
+    peft_model, after = attach(load, quantization_correction="low_rank")
+    for old, new in zip(before.layers, after.layers, strict=True):
+        assert new.reconstruction_error_ratio < 0.9 * old.reconstruction_error_ratio
+        assert new.quantisation_error_ratio == old.quantisation_error_ratio
+        layer = lora_layer(peft_model, new.name)
+        a, b = factors(peft_model, new.name, CORRECTION)
+        a0, minus_b0 = factors(peft_model, new.name, ANCHOR)
+        start = dense_weight(layer.get_base_layer()) + b @ a - minus_b0 @ a0
+        original = load_float(saved_base).get_submodule(new.name).weight
+        found = float(((start - original).norm() / original.norm()).detach())
+        assert new.reconstruction_error_ratio == pytest.approx(found, rel=1e-3)
+    distances = [(compute_logits(m, batch) - wanted).norm() for m in (peft_model, plain)]
+    assert distances[0] < distances[1]
+    with pretrained_function(peft_model):
+        restored = compute_logits(peft_model, batch)
+    assert (restored - wanted).norm() < 1.01 * distances[0]
+    train(peft_model, batch)
+    trainable = {name for name, p in peft_model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert not any(CORRECTION in name or ANCHOR in name for name in trainable)
+    folder = save_adapter(peft_model, tmp_path / "a")
+    shapes = {tuple(v.shape) for v in load_file(folder / "adapter_model.safetensors").values()}
+    assert {min(shape) for shape in shapes} == {16}  # 2 r, without the correction
+    model, weights = load()
+    loaded = load_adapter(model, folder, trainable=True, weights=weights)
+    assert recall(loaded) == recall(peft_model)
+    assert torch.equal(compute_logits(loaded, batch), compute_logits(peft_model, batch))
+    load_adapter(load_float(saved_base), folder)  # the float base needs no correction
+
+
+def test_a_correction_without_a_4_bit_residual_is_refused(saved_base, load):
+    settings = MiloraConfig(r=8, quantization_correction="low_rank")
+    with pytest.raises(ValueError, match="there is none"):
+        attach_milora(load_float(saved_base), settings, progress=False)
+    with pytest.raises(ValueError, match="there is none"):
+        attach_milora(load()[0], settings, progress=False)
 
 
 def test_without_float_weights_a_4_bit_base_is_another_base(load, tmp_path):
