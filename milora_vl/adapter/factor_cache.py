@@ -82,7 +82,7 @@ class FactorCache:
         file = self._file(key, r)
         try:
             tensors = _read(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             logger.warning("factor cache: dropped the damaged entry %s (%s)", file.name, error)
