@@ -30,6 +30,7 @@ INIT_SLICES: dict[str, Slice] = {
     "slice:middle": "middle",
     "slice:random": "random",
 }
+Correction = Literal["none", "low_rank"]
 
 
 class Section(BaseModel):
@@ -50,17 +51,19 @@ class MiloraConfig(Section):
         slice: With init "milora", where in the spectrum to start: minor (MiLoRA), principal
             (PiSSA), middle, random.
         residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
-            with a frozen second adapter; "auto" subtracts in float32 only, else anchors.
+            with a frozen second adapter; "auto" subtracts in float32 and NF4, else anchors.
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
         target_modules: "all-linear" (attention and MLP of the language model), a regular
             expression for full names, or a list of names or name endings.
-        lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: the layer
-            equals the pretrained one at step 0 in eval mode, and on average in train mode.
+        lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: at step 0
+            the layer equals the pretrained one in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.
         calibration_batches: With init "null_space", how many training batches are looked at.
         allow_outside_language_model: Let ``target_modules`` reach the vision tower and an output
             head of its own weights; otherwise such a pattern is refused.
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
+        quantization_correction: What is done about the error of NF4, see
+            ``milora_vl.adapter.residual_nf4``.
     """
 
     r: int = Field(default=128, ge=1)
@@ -74,6 +77,8 @@ class MiloraConfig(Section):
     train_projector: bool = True
     calibration_batches: int = Field(default=8, ge=1)
     allow_outside_language_model: bool = False
+    factor_cache: bool = True
+    quantization_correction: Correction = "none"
 
     @model_validator(mode="after")
     def _slice_fits_init(self) -> "MiloraConfig":
@@ -87,8 +92,6 @@ class MiloraConfig(Section):
     def spectrum(self) -> Slice | None:
         """The slice the adapter starts from, or None where the method takes none."""
         return self.slice if self.init == "milora" else INIT_SLICES.get(self.init)
-
-    factor_cache: bool = True
 
     @property
     def scaling(self) -> float:
@@ -104,6 +107,7 @@ class ModelSection(Section):
         path: Hub id, folder, or "demo" for the embedded small model.
         revision: Hub revision (branch, tag or commit).
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
+        quantization: "nf4" quantises the language model's linears while they are read.
         device: "auto" takes CUDA when there is one.
         attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
         prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``, or "chat_template".
@@ -116,6 +120,7 @@ class ModelSection(Section):
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4"] | None = None
     device: str = "auto"
     attn_implementation: str | None = None
     prompt_style: str

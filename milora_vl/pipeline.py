@@ -84,7 +84,9 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
         return folder
     logger.info("stage 1: aligning the projector of %s", base)
     style = section.prompt_style or config.model.prompt_style
-    vlm = load_model(config.model.model_copy(update={"prompt_style": style}), base)
+    # what is saved here is the base of stage 2, whose float weights QMiLoRA needs
+    update = {"prompt_style": style, "quantization": None}
+    vlm = load_model(config.model.model_copy(update=update), base)
     files = section.train or config.data.train
     conversations = [
         item for file in files for item in load_conversations(config.data, file, config.data.limit)

@@ -5,7 +5,7 @@ only the factors are taken from it, so that the base stays as it is and the anch
 rest, as for MiLoRA.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ def init_baseline(
     state: MiloraState,
     calibration: Iterable[Mapping[str, Any]] | None,
     progress: bool,
+    read: Callable[[str], Tensor] | None = None,
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Give every layer its first factors; base weights stay as they are.
 
@@ -48,6 +49,7 @@ def init_baseline(
         state: What is attached.
         calibration: Model inputs, for "null_space".
         progress: Show a progress bar.
+        read: Full name -> float32 weight [d_out, d_in], in place of what the layers hold.
 
     Returns:
         Certificates in the order of the layers, digests of the weights per layer, and the highest
@@ -62,7 +64,8 @@ def init_baseline(
     bar = tqdm(moments, total=len(state.modules), desc=state.init, disable=not progress)
     for name, moment in bar:
         base_layer = lora_layer(peft_model, name).get_base_layer()
-        weight = dense_weight(base_layer)  # [d_out, d_in] float32
+        # [d_out, d_in] float32
+        weight = read(name) if read is not None else dense_weight(base_layer)
         energy = None
         if moment is not None:
             (U, S, Vh), energy = null_space_triplets(weight, moment, state.r)
@@ -70,7 +73,7 @@ def init_baseline(
             _write(peft_model, name, state, root[:, None] * Vh, U * root)
         elif state.init in PEFT_FACTORS:
             _write(peft_model, name, state, *peft_factors(weight, state))
-        digests[name] = weight_digests(stored_values(base_layer))
+        digests[name] = weight_digests(weight if read is not None else stored_values(base_layer))
         layer = _certify(peft_model, name, state, weight)
         layers.append(replace(layer, input_energy_ratio=energy))
         peak_bytes = max(peak_bytes, process.memory_info().rss)

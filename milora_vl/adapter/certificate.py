@@ -35,6 +35,8 @@ class LayerCertificate:
         zero_directions: Triplets whose factors are both zero; no gradient ever reaches them.
         input_energy_ratio: With init "null_space": share of the calibration inputs' energy inside
             the adapter's subspace; of random inputs it would be r / d_in. None otherwise.
+        quantisation_error_ratio: ||NF4(W_p) - W_p|| / ||W|| where W_p is kept in 4 bits, else None.
+            Beside ``minor_norm_ratio`` it tells whether the slice is louder than the noise.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerCertificate:
     sigma_min: float
     zero_directions: int
     input_energy_ratio: float | None = None
+    quantisation_error_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Certificate:
             f"init={self.init} slice={self.slice} r={self.r} scaling={self.scaling:g} "
             f"residual={self.residual} svd={self.svd}",
             f"{'layer kind':<14}{'n':>4}  {'shape':>13}  {'minor/W':>9}  {'error/W':>9}  "
-            f"{'rounding/W':>10}  {'sigma range':>19}",
+            f"{'rounding/W':>10}  {'NF4/W':>9}  {'sigma range':>19}",
         ]
         kinds: dict[tuple[str, tuple[int, int]], list[LayerCertificate]] = {}
         for layer in self.layers:
@@ -134,6 +137,7 @@ class Certificate:
                 f"{_mean([x.minor_norm_ratio for x in group]):>9.2e}  "
                 f"{_mean([x.reconstruction_error_ratio for x in group]):>9.2e}  "
                 f"{_mean([x.rounding_loss_ratio for x in group]):>10.2e}  "
+                f"{_mean([x.quantisation_error_ratio or 0.0 for x in group]):>9.2e}  "
                 f"{low:>8.2e} - {high:<8.2e}"
             )
         energies = [x.input_energy_ratio for x in self.layers if x.input_energy_ratio is not None]

@@ -14,26 +14,24 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint
+from milora_vl.adapter.base_check import check_adapter
 from milora_vl.adapter.portable import (
     FORMAT_VERSION,
     MILORA_FILE,
     PEFT_CONFIG_FILE,
     WEIGHTS_FILE,
     MiloraFile,
-    check_files,
-    check_shapes,
     installed_versions,
     portable_config,
     portable_tensors,
     processor_reference,
-    read_milora_file,
     read_tensors_,
 )
 from milora_vl.adapter.quantize import is_quantised
+from milora_vl.adapter.residual_nf4 import quantise_residual_
 from milora_vl.adapter.state import (
     MILORA,
     MiloraState,
@@ -45,8 +43,8 @@ from milora_vl.adapter.state import (
     remember,
     subtract_anchor_,
 )
-from milora_vl.adapter.targets import find_projector, resolve_residual
 from milora_vl.files import replace_folder, sha256_of, write_json_atomic, write_text_atomic
+from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +179,7 @@ def load_adapter(
     residual: Residual | None = None,
     strict_base: bool = True,
     adapter_name: str = MILORA,
+    weights: ShardedWeights | None = None,
 ) -> PeftModel:
     """Put a saved adapter on its original base model, ready to go on training or to be used.
 
@@ -192,9 +191,11 @@ def load_adapter(
         folder: Written by ``save_adapter``.
         trainable: Whether A, B and the projector train.
         residual: "subtract" or "anchor"; default: as recorded, or "anchor" where the weights of
-            ``model`` are not float32.
+            ``model`` are neither float32 nor quantised from ``weights``.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
         adapter_name: Its name on the model, see ``milora_vl.adapter.several``.
+        weights: Float weights on disk of a ``model`` that ``load_vlm`` quantised
+            (``vlm.float_weights``): W_p is formed from them and quantised again.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -206,10 +207,12 @@ def load_adapter(
             "the model already carries a PEFT adapter; pass the base model, or put this adapter "
             "beside the other with add_adapter_from"
         )
-    state = check_adapter(model, folder, residual, strict_base=strict_base)
+    state = check_adapter(model, folder, residual, strict_base=strict_base, weights=weights)
     peft_model = add_adapters(model, state, adapter_name)
     read_tensors_(peft_model, state, folder, adapter_name)
-    if state.residual == "subtract":
+    if state.residual == "subtract" and weights is not None:
+        quantise_residual_(peft_model, state, weights, adapter_name=adapter_name)
+    elif state.residual == "subtract":
         subtract_anchor_(peft_model, state.modules, adapter_name)
     remember(peft_model, state, adapter_name)
     activate(peft_model, state.residual, trainable=trainable, adapter_name=adapter_name)
@@ -218,75 +221,8 @@ def load_adapter(
     return peft_model
 
 
-def check_adapter(
-    model: nn.Module, folder: Path, residual: Residual | None, *, strict_base: bool
-) -> MiloraState:
-    """Check a saved adapter against a base model, which stays as it is.
-
-    Args:
-        model: The original base; its layers may already be wrapped by PEFT.
-        folder: Written by ``save_adapter``.
-        residual: As for ``load_adapter``.
-        strict_base: As for ``load_adapter``.
-
-    Returns:
-        What the model will have to remember of the adapter.
-
-    Raises:
-        FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is damaged, the base is another one, or shapes do not fit.
-    """
-    facts = read_milora_file(folder)
-    check_files(folder, facts)
-    _check_layers_exist(model, facts, folder)
-    _check_base(model, facts, folder, strict_base)
-    if not facts.state().has_anchor:
-        residual = "anchor"  # nothing to subtract: the base weights stay
-    elif residual is None:
-        # a low-precision base would lose part of the slice to rounding, see the certificate
-        possible = resolve_residual(model, facts.modules, "auto")
-        residual = facts.residual if possible == "subtract" else "anchor"
-    state = facts.state(resolve_residual(model, facts.modules, residual))
-    check_shapes(model, state, folder)
-    return state
-
-
 def _base_name(peft_model: PeftModel, base: str | None) -> str | None:
     name = base or getattr(peft_model.get_base_model(), "name_or_path", None)
     if name and Path(name).exists():
         return str(Path(name).resolve())  # a relative path means nothing elsewhere
     return name or None
-
-
-def _check_layers_exist(model: nn.Module, facts: MiloraFile, folder: Path) -> None:
-    present = {name for name, _ in model.named_modules()}
-    missing = [name for name in facts.modules if name not in present]
-    if missing:
-        raise ValueError(
-            f"{folder}: the model has no layer {missing[0]} ({len(missing)} of "
-            f"{len(facts.modules)} are missing); the adapter was made on {facts.base}"
-        )
-    if facts.projector and find_projector(model) != facts.projector:
-        raise ValueError(f"{folder}: the model has no projector {facts.projector}")
-
-
-def _check_base(model: nn.Module, facts: MiloraFile, folder: Path, strict_base: bool) -> None:
-    found = fingerprint(model, facts.modules)["exact"]
-    match = [precision for precision in PRECISIONS if facts.fingerprint[precision] == found]
-    if match and match[0] != "exact":
-        logger.info("%s: same base, its weights rounded to %s", folder, match[0])
-    if match:
-        return
-    quantised = any(is_quantised(model.get_submodule(name).weight) for name in facts.modules)
-    message = (
-        f"{folder} was made on other weights: base {facts.base['name_or_path']} (revision "
-        f"{facts.base['revision']}) has fingerprint {facts.fingerprint['exact'][:16]}, this model "
-        f"({getattr(model, 'name_or_path', '') or type(model).__name__}"
-        f"{', quantised' if quantised else ''}) has {found[:16]}. Load the original base"
-    )
-    if strict_base:
-        raise ValueError(
-            f"{message}; strict_base=False loads it all the same, and then the model computes "
-            "something else than it was trained to"
-        )
-    logger.warning(message)

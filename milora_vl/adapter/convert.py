@@ -11,6 +11,7 @@ from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import dense_weight, is_quantised
 from milora_vl.adapter.state import (
     anchor_of,
+    corrections,
     current_adapter,
     factors,
     lora_layer,
@@ -68,10 +69,11 @@ def merged_weight(peft_model: PeftModel, name: str, weight: Tensor) -> Tensor:
     adapters = [adapter_name]
     if state.has_anchor and state.residual == "anchor":
         adapters.append(anchor_of(adapter_name))
+    adapters += corrections(peft_model)
     with full_precision():
         for adapter in adapters:
             lora_A, lora_B = (factor.detach() for factor in factors(peft_model, name, adapter))
-            weight.addmm_(lora_B, lora_A, alpha=state.scaling)
+            weight.addmm_(lora_B, lora_A, alpha=lora_layer(peft_model, name).scaling[adapter])
     if state.init == "dora":
         length = magnitude(peft_model, name, adapter_name).detach().to(torch.float32)  # [d_out]
         weight.mul_((length / weight.norm(dim=1))[:, None])

@@ -106,7 +106,9 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     _check_arguments(source.facts, form, r, merge_onto)
     vlm = source.load(quantised=True)
     warn_of_another_processor(source.facts, vlm.processor)
-    live = source.attach(vlm)
+    # the 4-bit residual that was trained can be merged, but not reached by a LoRA on NF4(W)
+    trained = form == "merged" and vlm.float_weights is not None
+    live = source.attach(vlm, residual=None if trained else "anchor")
     example = None if picture else example_of_run(source.folder)
     shown, asked = example or (picture or drawn_picture(), "What is in the picture?")
     batches = check_batches(vlm.processor, live.device, live.dtype, shown, question or asked)

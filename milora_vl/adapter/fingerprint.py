@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from milora_vl.adapter.quantize import stored_values
+from milora_vl.model.shards import ShardedWeights
 
 PRECISIONS: dict[str, torch.dtype] = {
     "exact": torch.float32,
@@ -54,12 +55,15 @@ def combine_digests(digests: dict[str, dict[str, str]]) -> dict[str, str]:
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in lines.items()}
 
 
-def fingerprint(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module, modules: Iterable[str], weights: ShardedWeights | None = None
+) -> dict[str, str]:
     """Return the fingerprint of the named linear layers of a base model, per precision.
 
     Args:
         model: The base model; of layers that PEFT wrapped the weights below are read.
         modules: Full names of linear layers of ``model``.
+        weights: Float weights on disk, digested instead of those in memory.
 
     Returns:
         "exact": of the values as loaded; "bfloat16" and "float16": of the same values rounded.
@@ -75,5 +79,5 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"the model has no layer {name}: another architecture") from error
         if isinstance(layer, BaseTunerLayer):
             layer = layer.get_base_layer()
-        digests[name] = weight_digests(stored_values(layer))
+        digests[name] = weight_digests(weights.weight_of(name) if weights else stored_values(layer))
     return combine_digests(digests)

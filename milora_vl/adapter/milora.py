@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -18,6 +18,7 @@ from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 from milora_vl.adapter.fingerprint import combine_digests
 from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import evaluating
+from milora_vl.adapter.residual_nf4 import noise_warnings, quantise_residual_, with_errors
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -33,6 +34,7 @@ from milora_vl.adapter.state import (
 )
 from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
 from milora_vl.config import MiloraConfig
+from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def attach_milora(
     batch: Mapping[str, Any] | None = None,
     progress: bool = True,
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    weights: ShardedWeights | None = None,
 ) -> tuple[PeftModel, Certificate]:
     """Put a MiLoRA adapter on a model, so that it still computes the same function.
 
@@ -59,6 +62,9 @@ def attach_milora(
         batch: Model inputs on the right device; if given, the logits before and after are compared.
         progress: Show a progress bar with rate and remaining time.
         calibration: Model inputs to measure, for init "null_space".
+        weights: Float weights on disk of a model that ``load_vlm`` quantised
+            (``vlm.float_weights``). They are decomposed instead of the quantised ones, one at a
+            time, and with residual "subtract" the base becomes NF4(W_p).
 
     Returns:
         The PEFT model and the init certificate.
@@ -75,7 +81,8 @@ def attach_milora(
     )
     check_layers(model, targets.modules, config.r)
     plain = config.init in PLAIN_INITS
-    residual = resolve_residual(model, targets.modules, "anchor" if plain else config.residual)
+    wanted = "anchor" if plain else config.residual
+    residual = resolve_residual(model, targets.modules, wanted, weights is not None)
     log_targets(targets, residual)
     total = sum(parameter.numel() for parameter in model.parameters())
     before = compute_logits(model, batch) if batch is not None else None
@@ -92,21 +99,27 @@ def attach_milora(
         projector=projector,
         fingerprint={},
         init=config.init,
+        quantization_correction=_correction(config, residual, weights),
     )
     peft_model = add_adapters(model, state)
     try:
         with full_precision():
+            read = _reader(peft_model, weights) if weights is not None else None
             if config.spectrum:
                 cache = FactorCache(factors_folder()) if config.factor_cache else None
-                layers, digests, peak_bytes = _init_factors(peft_model, state, cache, progress)
+                layers, digests, peak_bytes = _init_factors(
+                    peft_model, state, cache, progress, read
+                )
             else:
                 layers, digests, peak_bytes = init_baseline(
-                    peft_model, state, calibration, progress
+                    peft_model, state, calibration, progress, read
                 )
     except BaseException:
         peft_model.unload()
         raise
-    if residual == "subtract":
+    if residual == "subtract" and weights is not None:
+        layers = with_errors(layers, quantise_residual_(peft_model, state, weights, progress))
+    elif residual == "subtract":
         subtract_anchor_(peft_model, targets.modules)
     state = MiloraState(**{**vars(state), "fingerprint": combine_digests(digests)})
     remember(peft_model, state)
@@ -161,7 +174,11 @@ def log_targets(targets: Targets, residual: Residual) -> None:
 
 
 def _init_factors(
-    peft_model: PeftModel, state: MiloraState, cache: FactorCache | None, progress: bool
+    peft_model: PeftModel,
+    state: MiloraState,
+    cache: FactorCache | None,
+    progress: bool,
+    read: Callable[[str], Tensor] | None,
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Decompose every layer into both adapters; base weights stay as they are."""
     layers = {name: lora_layer(peft_model, name).get_base_layer() for name in state.modules}
@@ -170,7 +187,7 @@ def _init_factors(
     )
     certificates, digests, peak_bytes = {}, {}, 0
     process = psutil.Process()
-    for done in decompose_layers(layers, recipe, cache, progress=progress):
+    for done in decompose_layers(layers, recipe, cache, progress=progress, read=read):
         lora_A, lora_B = done.factors
         _write(factors(peft_model, done.name, MILORA), lora_A, lora_B)
         _write(factors(peft_model, done.name, ANCHOR), lora_A, -lora_B)
@@ -180,9 +197,29 @@ def _init_factors(
     return [certificates[name] for name in state.modules], digests, peak_bytes
 
 
+def _reader(peft_model: PeftModel, weights: ShardedWeights) -> Callable[[str], Tensor]:
+    """Return what reads one float weight from disk, to where its layer is."""
+
+    def read(name: str) -> Tensor:
+        device = lora_layer(peft_model, name).get_base_layer().weight.device
+        return weights.weight_of(name).to(device)
+
+    return read
+
+
 def _write(target: tuple[Tensor, Tensor], lora_A: Tensor, lora_B: Tensor) -> None:
     target[0].data.copy_(lora_A)
     target[1].data.copy_(lora_B)
+
+
+def _correction(config: MiloraConfig, residual: Residual, weights: ShardedWeights | None) -> str:
+    if config.quantization_correction == "none" or (residual == "subtract" and weights is not None):
+        return config.quantization_correction
+    raise ValueError(
+        f"quantization_correction={config.quantization_correction} corrects a residual in NF4, and "
+        "here there is none: load the float checkpoint with quantization 'nf4' and leave residual "
+        "at 'auto', or set quantization_correction to 'none'"
+    )
 
 
 def _compare_logits(before: Tensor | None, after: Tensor | None) -> dict[str, float]:
@@ -215,4 +252,4 @@ def _warnings(layers: Sequence[LayerCertificate], residual: Residual) -> list[st
             f"{len(lossy)} layers lose more than a tenth of their slice to the rounding of W_p "
             f"(first: {lossy[0].name}); residual='anchor' loses nothing"
         )
-    return texts
+    return texts + noise_warnings(layers)

@@ -70,6 +70,7 @@ class MiloraFile(BaseModel):
     base: dict[str, str | None]
     processor: dict[str, str | None] | None = None
     fingerprint: dict[str, str]
+    quantization_correction: str = "none"
     weights_sha256: str
     packages: dict[str, str]
     extra: dict[str, Any] = {}

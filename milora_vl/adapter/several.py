@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.checkpoint import check_adapter
+from milora_vl.adapter.base_check import check_adapter
 from milora_vl.adapter.portable import read_tensors_
 from milora_vl.adapter.state import (
     activate,
@@ -21,6 +21,7 @@ from milora_vl.adapter.state import (
     recall,
     remember,
 )
+from milora_vl.model.shards import ShardedWeights
 
 
 def add_adapter_from(
@@ -30,6 +31,7 @@ def add_adapter_from(
     *,
     trainable: bool = False,
     strict_base: bool = True,
+    weights: ShardedWeights | None = None,
 ) -> None:
     """Load a saved adapter beside those a model already has, and make it the active one.
 
@@ -39,6 +41,8 @@ def add_adapter_from(
         adapter_name: Name of the new adapter on this model.
         trainable: Whether the new adapter trains.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
+        weights: Float weights on disk of a base that ``load_vlm`` quantised
+            (``vlm.float_weights``), which tell whether it is the right one.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -49,7 +53,7 @@ def add_adapter_from(
     _check_shared_base(peft_model)
     _check_name(peft_model, adapter_name)
     base = peft_model.get_base_model()
-    state = check_adapter(base, Path(folder), "anchor", strict_base=strict_base)
+    state = check_adapter(base, Path(folder), "anchor", strict_base=strict_base, weights=weights)
     try:
         add_more_adapters_(peft_model, state, adapter_name)
         read_tensors_(peft_model, state, Path(folder), adapter_name)

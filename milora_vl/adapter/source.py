@@ -17,6 +17,7 @@ from milora_vl.adapter.portable import (
     processor_reference,
     read_milora_file,
 )
+from milora_vl.adapter.state import Residual
 from milora_vl.config import load_config
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.images import load_image
@@ -59,9 +60,17 @@ class Source:
             quantization="nf4" if kinds and quantised else None,
         )
 
-    def attach(self, vlm: VLM, *, strict_base: bool = True) -> PeftModel:
-        """Put the adapter on a loaded base whose weights stay as they are."""
-        return load_adapter(vlm.model, self.folder, residual="anchor", strict_base=strict_base)
+    def attach(
+        self, vlm: VLM, *, residual: Residual | None = "anchor", strict_base: bool = True
+    ) -> PeftModel:
+        """Put the adapter on a loaded base, whose weights stay as they are with "anchor"."""
+        return load_adapter(
+            vlm.model,
+            self.folder,
+            residual=residual,
+            strict_base=strict_base,
+            weights=vlm.float_weights,
+        )
 
 
 def find_adapter(path: Path | str) -> Path:

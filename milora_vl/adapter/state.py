@@ -16,6 +16,7 @@ from milora_vl.adapter.minor_svd import full_precision
 
 MILORA = "milora"
 ANCHOR = "anchor"
+CORRECTION = "correction"
 
 PLAIN_INITS = ("lora", "rslora", "dora", "mica")
 """Methods whose factors multiply to zero at the start: nothing to subtract, so no anchor."""
@@ -39,6 +40,7 @@ class MiloraState:
         projector: Full name of the projector that trains in full, or None.
         fingerprint: Of the original weights of ``modules``, see ``fingerprint.py``.
         init: Method that gave the first values, see ``milora_vl.config.MiloraConfig``.
+        quantization_correction: "low_rank" if a 4-bit residual has a frozen correction.
     """
 
     r: int
@@ -51,6 +53,7 @@ class MiloraState:
     projector: str | None
     fingerprint: dict[str, str]
     init: str = "milora"
+    quantization_correction: str = "none"
 
     @property
     def scaling(self) -> float:
@@ -218,16 +221,23 @@ def activate(
     example on leaving ``peft_model.disable_adapter()``; call this afterwards.
     """
     anchor, active = anchor_of(adapter_name), [adapter_name]
+    always = corrections(peft_model)
     has_anchor = anchor in peft_model.peft_config
     if residual == "anchor" and has_anchor:
         active.append(anchor)
-    peft_model.base_model.set_adapter(active, inference_mode=not trainable)
-    if has_anchor:
-        peft_model.set_requires_grad(anchor, requires_grad=False)
+    peft_model.base_model.set_adapter([*active, *always], inference_mode=not trainable)
+    for frozen in [*([anchor] if has_anchor else []), *always]:
+        peft_model.set_requires_grad(frozen, requires_grad=False)
     state = adapter_states(peft_model).get(adapter_name)
     if state and state.init == "mica":  # MiCA trains A alone
         for name in state.modules:
             factors(peft_model, name, adapter_name)[1].requires_grad_(False)
+
+
+def corrections(peft_model: PeftModel) -> list[str]:
+    """Return the name of the 4-bit base's correction, if it has one: it is always active."""
+    has_one = CORRECTION in peft_model.peft_config
+    return [CORRECTION] if has_one and CORRECTION not in adapter_states(peft_model) else []
 
 
 @contextmanager
@@ -246,7 +256,8 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     try:
         if state.residual == "subtract":
             # the anchor holds (A0, -B0); with its scale negated the layer is W_p + s B0 A0 = W
-            peft_model.base_model.set_adapter(anchor, inference_mode=True)
+            active = [anchor, *corrections(peft_model)]
+            peft_model.base_model.set_adapter(active, inference_mode=True)
             for layer in layers:
                 layer.set_scale(anchor, -1.0)
             yield peft_model

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.minor_svd import check_weight
-from milora_vl.adapter.quantize import dense_weight, is_quantised
+from milora_vl.adapter.quantize import is_quantised
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES, find_family
 
 ALL_LINEAR = "all-linear"
@@ -78,28 +78,41 @@ def find_projector(model: PreTrainedModel) -> str | None:
 
 
 def resolve_residual(
-    model: nn.Module, modules: Sequence[str], wanted: Literal["auto", "subtract", "anchor"]
+    model: nn.Module,
+    modules: Sequence[str],
+    wanted: Literal["auto", "subtract", "anchor"],
+    has_float_weights: bool = False,
 ) -> Literal["subtract", "anchor"]:
     """Choose the residual mode: subtract for float32 weights, else anchor.
 
+    Args:
+        model: The base model.
+        modules: Full names of the adapted layers.
+        wanted: The mode asked for.
+        has_float_weights: The float weights of a quantised model are at hand; "auto" subtracts from
+            them, and the difference is quantised again.
+
     Raises:
-        ValueError: If "subtract" is asked for on quantised weights.
+        ValueError: If "subtract" is asked for on quantised weights without their float weights.
     """
     weights = {name: model.get_submodule(name).weight for name in modules}
     quantised = [name for name, weight in weights.items() if is_quantised(weight)]
-    if wanted == "subtract" and quantised:
+    if wanted == "subtract" and quantised and not has_float_weights:
         raise ValueError(
             f"{quantised[0]} is quantised ({type(weights[quantised[0]]).__name__}): nothing can be "
-            "subtracted from packed values; use residual='anchor' or 'auto'"
+            "subtracted from packed values. Load the float checkpoint with load_vlm(path, "
+            "quantization='nf4') and pass weights=vlm.float_weights, or use residual='anchor'"
         )
     if wanted != "auto":
         return wanted
+    if quantised and has_float_weights:
+        return "subtract"
     exact = all(weight.dtype == torch.float32 for weight in weights.values())
     return "subtract" if exact and not quantised else "anchor"
 
 
 def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
-    """Refuse layers that cannot be decomposed, before anything is changed.
+    """Refuse layers that cannot be decomposed, before anything is decomposed.
 
     Raises:
         ValueError: Naming the layer, if its weight is not finite or too small for r.
@@ -110,8 +123,9 @@ def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
             raise ValueError(
                 f"{name}: its weight is not loaded (meta device); load the model fully"
             )
-        quantised = is_quantised(layer.weight)
-        weight = dense_weight(layer) if quantised else layer.weight
+        weight = layer.weight
+        if is_quantised(weight):  # its values are checked when it is decomposed
+            weight = torch.zeros(()).expand(layer.out_features, layer.in_features)
         try:
             check_weight(weight, r)
         except ValueError as error:

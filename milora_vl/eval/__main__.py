@@ -137,7 +137,8 @@ def load_model(arguments: argparse.Namespace) -> Any:
     if arguments.adapter is None:
         return vlm
     if (arguments.adapter / "milora.json").is_file():
-        return vlm.with_model(load_adapter(vlm.model, arguments.adapter))
+        peft_model = load_adapter(vlm.model, arguments.adapter, weights=vlm.float_weights)
+        return vlm.with_model(peft_model)
     if (arguments.adapter / "adapter_config.json").is_file():
         return vlm.with_model(PeftModel.from_pretrained(vlm.model, arguments.adapter))
     raise FileNotFoundError(f"{arguments.adapter}: no milora.json and no adapter_config.json there")

@@ -18,14 +18,16 @@ from transformers import (
 
 from milora_vl.data.pictures import ProcessorPictures
 from milora_vl.data.prompts import PromptStyle
-from milora_vl.model.families import FAMILIES, Family, find_family, has_vision
+from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.load_errors import LoadError, explain, explained_memory
+from milora_vl.model.nf4 import load_nf4
 from milora_vl.model.prompting import (
     check_image_tokens,
     choose_prompt_style,
     count_image_tokens,
     read_pictures_by,
 )
+from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class VLM:
         prompt_style: How conversations are written for it.
         pictures: How pictures are read; None where each is one square of a fixed number of tokens
             (LLaVA-1.5), and for a causal language model.
+        float_weights: The float weights on disk of a model that was quantised while loading.
     """
 
     model: Any
@@ -51,6 +54,7 @@ class VLM:
     path: str
     prompt_style: PromptStyle
     pictures: ProcessorPictures | None = None
+    float_weights: ShardedWeights | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -97,7 +101,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
         path: Hub id (``llava-hf/llava-1.5-7b-hf``) or checkpoint folder.
         dtype: Dtype of the weights in memory; "auto" keeps the checkpoint's.
         device: "cpu", "cuda", "cuda:1", ... or "auto".
-        quantization: "nf4" loads the language model's linears in 4 bits (bitsandbytes).
+        quantization: "nf4" brings the language model's linears to 4 bits (bitsandbytes) while it
+            reads them; a checkpoint that is quantised already needs None.
         revision: Hub revision.
         attn_implementation: Passed to transformers.
         prompt_style: A name in ``PROMPT_STYLES`` or "chat_template"; None: see
@@ -125,16 +130,27 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if quantization:
-        options["quantization_config"] = build_nf4_config(FAMILIES.get(config.model_type))
-        options["device_map"] = {"": str(resolve_device(device))}
+    place = resolve_device(device)
     sees = has_vision(config)
     model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    stored_quantised = getattr(config, "quantization_config", None) is not None
+    if stored_quantised and quantization:
+        raise LoadError(
+            f"{path} is stored quantised, its float weights are not there; leave quantization=None "
+            "(the adapter then uses residual='anchor'), or give the float checkpoint"
+        )
+    if stored_quantised:
+        options["device_map"] = {"": str(place)}
+    weights = None
     try:
         with explained_memory(path):
-            model = model_class.from_pretrained(path, **options)
-            if not quantization:
-                model = model.to(resolve_device(device))
+            if quantization:
+                options.pop("use_safetensors")  # nothing else is read
+                model, weights = load_nf4(path, config, device=place, **options)
+            else:
+                model = model_class.from_pretrained(path, **options)
+            if not (quantization or stored_quantised):
+                model = model.to(place)
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
         family = find_family(model)
         pictures = read_pictures_by(processor, family)
@@ -143,21 +159,4 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     if sees:
         check_image_tokens(model, processor, path)
     style = choose_prompt_style(prompt_style, family, model, processor)
-    return VLM(model.eval(), processor, config.model_type, path, style, pictures)
-
-
-def build_nf4_config(family: Family | None = None) -> Any:
-    """Return the 4-bit settings of QLoRA: NF4, double quantisation, bfloat16 arithmetic.
-
-    Tower, projector and output head are not quantised.
-    """
-    from transformers import BitsAndBytesConfig
-
-    family = family or Family()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*filter(None, (family.tower, family.projector)), "lm_head"],
-    )
+    return VLM(model.eval(), processor, config.model_type, path, style, pictures, weights)

@@ -54,6 +54,7 @@ def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
         prompt_style=section.prompt_style,
         trust_remote_code=section.trust_remote_code,
         allow_pickle=section.allow_pickle,
+        quantization=section.quantization,
     )
 
 
@@ -181,9 +182,12 @@ def finetune(
     checkpoint = last_checkpoint(checkpoints)
     if (final / "milora.json").exists():
         logger.info("the adapter is trained: %s", final)
-        return vlm.with_model(load_adapter(vlm.model, final).eval())
+        trained = load_adapter(vlm.model, final, weights=vlm.float_weights)
+        return vlm.with_model(trained.eval())
     if checkpoint:
-        peft_model = load_adapter(vlm.model, checkpoint / "adapter", trainable=True)
+        peft_model = load_adapter(
+            vlm.model, checkpoint / "adapter", trainable=True, weights=vlm.float_weights
+        )
     else:
         collate, device = build_collate(vlm), vlm.model.device
         batch = _first_batches(dataset, collate, 2, device)[0]
@@ -194,7 +198,11 @@ def finetune(
             count = size * adapter.calibration_batches
             calibration = _first_batches(dataset, collate, size, device, count)
         peft_model, certificate = attach_milora(
-            vlm.model, adapter, batch=batch, calibration=calibration
+            vlm.model,
+            adapter,
+            batch=batch,
+            calibration=calibration,
+            weights=vlm.float_weights,
         )
         write_json_atomic(run_folder / "certificate.json", json.loads(certificate.to_json()))
         logger.info("init certificate\n%s", certificate.summary())

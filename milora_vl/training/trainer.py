@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from milora_vl.adapter.quantize import evaluating
 from milora_vl.constants import IGNORE_INDEX
 from milora_vl.data.sampling import group_by_length
 from milora_vl.files import write_text_atomic
@@ -162,19 +163,18 @@ class VlmTrainer(Trainer):
     ) -> dict[str, float]:
         """Compute the validation loss in nats per answer token, over all batches and processes."""
         model = self.model_wrapped
-        model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            with torch.no_grad(), self.accelerator.autocast():
-                loss_sum, n_tokens = token_loss_sum(model, batch)
-            total += torch.tensor([loss_sum.item(), n_tokens.item()], dtype=torch.float64)
+        with evaluating(model):  # not model.eval(): 4-bit layers would stop passing gradients on
+            for batch in self.get_eval_dataloader(eval_dataset):
+                with torch.no_grad(), self.accelerator.autocast():
+                    loss_sum, n_tokens = token_loss_sum(model, batch)
+                total += torch.tensor([loss_sum.item(), n_tokens.item()], dtype=torch.float64)
         total = self.accelerator.reduce(total.to(self.args.device), reduction="sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        model.train()
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -14,7 +14,7 @@ from milora_vl.adapter import decompose
 from milora_vl.adapter.factor_cache import FactorCache, FactorKey
 from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.minor_svd import minor_svd
-from milora_vl.adapter.state import ANCHOR, MILORA, factors
+from milora_vl.adapter.state import ANCHOR, MILORA, factors, recall
 from milora_vl.cli import main
 from milora_vl.config import MiloraConfig
 
@@ -34,7 +34,7 @@ def start(model, **settings):
 def all_factors(peft_model):
     return [
         tensor
-        for name in peft_model.milora_state.modules
+        for name in recall(peft_model).modules
         for adapter in (MILORA, ANCHOR)
         for tensor in factors(peft_model, name, adapter)
     ]
@@ -92,7 +92,7 @@ def test_second_start_decomposes_nothing_and_is_the_first_bit_for_bit(make_tiny_
         assert torch.equal(one, two)
         assert torch.equal(one, three)
     assert certificate.layers == first_certificate.layers == second_certificate.layers
-    assert fresh.milora_state.fingerprint == second.milora_state.fingerprint
+    assert recall(fresh).fingerprint == recall(second).fingerprint
 
 
 def test_stored_numbers_are_used_for_the_same_settings_only(make_tiny_vlm):

@@ -2,14 +2,9 @@
 
 import pytest
 import torch
+from quantised_models import build_saved_base
 from torch import nn
-from transformers import (
-    BitsAndBytesConfig,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.convert import merge_adapter
@@ -25,24 +20,7 @@ NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 @pytest.fixture(scope="module")
 def saved_base(tmp_path_factory):
-    """A random LLaVA whose sides are multiples of 32, which the 4-bit CPU kernels need."""
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=24, intermediate_size=48, projection_dim=24, num_hidden_layers=1,
-            num_attention_heads=2, image_size=28, patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
-        ),
-        image_token_id=63,
-        vision_feature_layer=-1,
-        image_seq_length=4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return build_saved_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -71,6 +49,24 @@ def test_class_tells_what_the_dtype_hides():
     assert layer.weight.dtype == torch.bfloat16
     assert is_quantised(layer.weight)
     assert not is_quantised(nn.Linear(4, 4).bfloat16().weight)
+
+
+def test_float_storage_does_not_hide_4_bits_from_the_initialisation(saved_base, batch):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=NOT_QUANTISED,
+    )
+    model = LlavaForConditionalGeneration.from_pretrained(
+        saved_base, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+    ).eval()
+    assert layer_of(model).weight.is_floating_point()
+    _, certificate = attach_milora(model, MiloraConfig(r=8), batch, progress=False)
+    assert certificate.residual == "anchor"
+    assert {layer.shape for layer in certificate.layers} >= {(64, 64), (128, 64), (64, 128)}
+    assert certificate.step0_max_abs_logit_difference < 1e-4
 
 
 def test_dense_weight_is_near_the_float_weight_and_a_copy(load_nf4, saved_base):

@@ -1,0 +1,134 @@
+"""Laws of QMiLoRA beside the rest: factor cache, other methods, several, exports, text models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from chat_tokenizers import build_byte_level
+from quantised_models import build_whole_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from milora_vl.adapter import decompose
+from milora_vl.adapter.checkpoint import load_adapter, save_adapter
+from milora_vl.adapter.export import export_adapter
+from milora_vl.adapter.logits_check import check_batches, drawn_picture
+from milora_vl.adapter.milora import attach_milora, compute_logits
+from milora_vl.adapter.quantize import is_quantised
+from milora_vl.adapter.several import add_adapter_from, use_adapter
+from milora_vl.adapter.state import ANCHOR, factors, recall
+from milora_vl.config import MiloraConfig
+from milora_vl.model.load import load_vlm
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_whole_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint")
+
+
+@pytest.fixture
+def load(checkpoint: Path):
+    options = {"dtype": torch.float32, "prompt_style": "chatml"}
+    return lambda quantization="nf4": load_vlm(checkpoint, quantization=quantization, **options)
+
+
+def attach(vlm, **settings):
+    config = MiloraConfig(**{"r": 4, **settings})
+    return attach_milora(vlm.model, config, progress=False, weights=vlm.float_weights)[0]
+
+
+def example(vlm):
+    batches = check_batches(vlm.processor, "cpu", torch.float32, drawn_picture(), "What is it?")
+    return batches["picture and text"]
+
+
+def move(peft_model, batch):
+    """Take one large step."""
+    trainable = [p for p in peft_model.parameters() if p.requires_grad]
+    peft_model.train()
+    peft_model(**batch, labels=batch["input_ids"]).loss.backward()
+    torch.optim.SGD(trainable, lr=0.5).step()
+    return peft_model
+
+
+def test_float_and_4_bit_starts_share_the_cache(load, monkeypatch) -> None:
+    first = attach(load(None))  # float32
+    monkeypatch.setattr(decompose, "minor_svd", None)
+    second = attach(load())
+    assert recall(first).fingerprint == recall(second).fingerprint
+    for name in recall(first).modules:
+        pairs = zip(factors(first, name, ANCHOR), factors(second, name, ANCHOR), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("init", ["olora", "lora", "pissa"])
+def test_other_methods_know_the_float_base_again(load, tmp_path: Path, init: str) -> None:
+    vlm = load()
+    peft_model = move(attach(vlm, init=init), example(vlm))
+    assert recall(peft_model).residual == ("anchor" if init == "lora" else "subtract")
+    folder = save_adapter(peft_model, tmp_path / "a", base=vlm.path)
+    again = load()
+    loaded = load_adapter(again.model, folder, trainable=True, weights=again.float_weights)
+    assert recall(loaded) == recall(peft_model)
+    batch = example(vlm)
+    assert torch.equal(compute_logits(loaded, batch), compute_logits(peft_model, batch))
+    load_adapter(load(None).model, folder)
+
+
+def test_several_adapters_rest_on_one_4_bit_base(load, tmp_path: Path) -> None:
+    vlm, batch = load(), example(load())
+    for index, name in enumerate(("one", "two")):
+        peft_model = attach(load(), r=2 + index)
+        save_adapter(move(peft_model, batch), tmp_path / name, base=vlm.path)
+    weights = vlm.float_weights
+    peft_model = load_adapter(
+        vlm.model, tmp_path / "one", residual="anchor", weights=weights, adapter_name="one"
+    )
+    before = compute_logits(peft_model, batch)
+    with pytest.raises(ValueError, match="made on other weights"):
+        add_adapter_from(peft_model, tmp_path / "two", "two")
+    add_adapter_from(peft_model, tmp_path / "two", "two", weights=weights)
+    assert not torch.equal(compute_logits(peft_model, batch), before)
+    use_adapter(peft_model, "one")
+    assert torch.equal(compute_logits(peft_model, batch), before)
+
+
+@pytest.mark.parametrize("correction", ["none", "low_rank"])
+def test_exports_of_a_4_bit_residual(load, tmp_path: Path, correction: str) -> None:
+    vlm = load()
+    batch = example(vlm)
+    peft_model = move(attach(vlm, quantization_correction=correction), batch)
+    save_adapter(peft_model, tmp_path / "adapter", base=vlm.path, processor=vlm.processor)
+    live = compute_logits(peft_model, batch)
+    exported = export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora", dtype=torch.float32)
+    assert all(check.passed for check in exported.checks)
+    distance = {}
+    for onto in ("original", "dequantised"):
+        out = tmp_path / onto
+        export_adapter(tmp_path / "adapter", out, "merged", merge_onto=onto, dtype=torch.float32)
+        merged = load_vlm(out, dtype=torch.float32, prompt_style="chatml").model
+        distance[onto] = float((compute_logits(merged, batch) - live).abs().max())
+    assert distance["dequantised"] < 1e-4  # the very weights that were trained on
+    assert distance["original"] > 10 * distance["dequantised"]
+
+
+def test_text_models_are_quantised_but_for_the_head(tmp_path: Path) -> None:
+    tokenizer = build_byte_level()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    vlm = load_vlm(tmp_path, dtype=torch.float32, quantization="nf4", prompt_style="chatml")
+    linears = {
+        name: is_quantised(module.weight)
+        for name, module in vlm.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert len(linears) == 15
+    assert [name for name, quantised in linears.items() if not quantised] == ["lm_head"]
+    assert recall(attach(vlm)).residual == "subtract"
