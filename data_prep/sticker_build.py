@@ -33,7 +33,7 @@ from data_prep.sticker_sources import Catalogue
 from data_prep.sticker_train import VARIED_RATIO, Split, caption_records, plan_records
 from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
 
-VERSION = 3
+VERSION = 4
 TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)
 _POPE_KINDS = ("random", "popular", "adversarial")
 

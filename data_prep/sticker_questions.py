@@ -171,11 +171,11 @@ def existence_item(
     ledger: Ledger,
     concepts: dict[str, Concept],
     asked: Iterable[str] = (),
+    yes: bool | None = None,
 ) -> Item | None:
     """Ask "Is there a dog in the image?", balanced for each object.
 
-    A "yes" goes to the thing in the picture that had the fewest, a "no" to the absent thing that
-    had the most.
+    "Yes" goes to the thing there that had the fewest, "no" to the absent one that had the most.
 
     Args:
         rng: Random source.
@@ -183,15 +183,16 @@ def existence_item(
         ledger: Of the split.
         concepts: All, by name.
         asked: Names this picture was asked about already.
+        yes: The answer wanted; None lets the ledger decide.
 
     Returns:
         None if nothing is left to ask for.
     """
-    asked = set(asked)
     names = [name for name in names_in(plan) if name not in asked]
-    yes = bool(names) and ledger.say_yes(rng, "existence")
-    if not names:
-        ledger.truths["existence"] -= 1
+    if yes is None:
+        yes = bool(names) and ledger.say_yes(rng, "existence")
+        if not names:
+            ledger.truths["existence"] -= 1
     if not yes:
         present = [concepts[name] for name in names_in(plan)]
         names = [

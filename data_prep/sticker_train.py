@@ -31,6 +31,7 @@ from data_prep.sticker_questions import (
     existence_item,
     is_where_item,
     kind_item,
+    names_in,
     relation_held_out,
     what_is_where_item,
     what_kind_item,
@@ -53,8 +54,8 @@ SHARES = {
 }  # fmt: skip
 """Share of each kind of record in train; what a missing source leaves goes to the scenes."""
 
-N_EXISTENCE, N_CHOICES = {"scene": 7, "drawing": 3}, {"scene": 2, "drawing": 1}
-"""Existence and lettered questions about a picture, by its kind: the former are learnt slower."""
+N_CHOICES = {"scene": 2, "drawing": 1}
+"""Lettered questions about a picture, by its kind."""
 
 VARIED_RATIO = 0.5
 """Share of the cut-outs in train that are painted with a variation."""
@@ -82,11 +83,6 @@ class Split:
     def concepts(self) -> dict[str, Concept]:
         """Return all concepts by name."""
         return {concept.name: concept for concept in self.stage.catalogue.concepts}
-
-
-def train_series(split_tables: dict[str, Any]) -> list[list[tuple[str, float]]]:
-    """Return the bar series of the train tables."""
-    return bar_series(split_tables, TRAIN_TABLES)
 
 
 def plan_records(
@@ -171,15 +167,17 @@ def _conversation(items: list[Item], *, has_image: bool) -> list[dict[str, str]]
 
 
 def _common_items(rng: Random, split: Split, plan: Plan) -> list[Item]:
-    """Ask for existence and letters, each several times: the picture costs more than a turn."""
+    """Ask for everything in it and as much that is not, and for letters: a picture costs more."""
     found: list[Item | None] = []
     asked: list[str] = []
-    for _ in range(N_EXISTENCE[plan.kind]):
-        item = existence_item(rng, plan, split.ledger, split.concepts, asked)
-        found.append(item)
-        asked.append(item.obj if item is not None else "")
-    for _ in range(N_CHOICES[plan.kind]):
-        found.append(choice_item(rng, plan, split.ledger, split.concepts))
+    for _ in names_in(plan):
+        for yes in (True, False):
+            item = existence_item(rng, plan, split.ledger, split.concepts, asked, yes=yes)
+            found.append(item)
+            asked += [item.obj] if item else []
+    found += [
+        choice_item(rng, plan, split.ledger, split.concepts) for _ in range(N_CHOICES[plan.kind])
+    ]
     return [item for item in found if item is not None]
 
 
