@@ -6,8 +6,6 @@ from random import Random
 from typing import Any
 
 from data_prep.sticker_charts import (
-    TRAIN_TABLES,
-    bar_series,
     chart_items,
     digits_items,
     plan_chart,

@@ -116,13 +116,20 @@ def find_catalogue(size: str, *, allow_fetch: bool, show_progress: bool = False)
 
 
 def is_built(out: Path, size: str, seed: int) -> bool:
-    """Say whether the folder holds this version of the set, made from real sources."""
+    """Say whether the folder holds this version of the set, made from all sources there are now.
+
+    What an earlier build had to leave out is asked for again.
+    """
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     wanted = {"version": VERSION, "size": size, "seed": seed, "drawn_in_code": False}
-    return all(manifest.get(key) == value for key, value in wanted.items())
+    if any(manifest.get(key) != value for key, value in wanted.items()):
+        return False
+    names = {each["name"] for each in manifest["left_out"]}
+    found, _ = fetch_sources([source for source in SOURCES if source.name in names])
+    return not found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

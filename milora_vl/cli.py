@@ -33,6 +33,7 @@ def train(arguments: argparse.Namespace) -> int:
     results = run_pipeline(config, folder)
     if results["after"]:
         print_comparison(results["before"], results["after"])
+    print(f"base:    {results['base']}")
     print(f"adapter: {folder / 'adapter'}")
     print(f"report:  {folder / 'report.html'}")
     print(f"peak memory of this process: {peak_memory_gib():.1f} GiB")
@@ -48,10 +49,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def ask(arguments: argparse.Namespace) -> int:
     """Answer one question about one picture."""
+    from milora_vl.adapter.source import base_of
     from milora_vl.inference import ask as ask_model
     from milora_vl.inference import load_for_inference
 
-    vlm = load_for_inference(arguments.model, arguments.adapter, device=arguments.device)
+    model = arguments.model or base_of(arguments.adapter)
+    vlm = load_for_inference(model, arguments.adapter, device=arguments.device)
     print(ask_model(vlm, arguments.image, arguments.question, arguments.max_new_tokens))
     return 0
 
@@ -149,7 +152,10 @@ def check(arguments: argparse.Namespace) -> int:
     """Check a config and print it with everything filled in."""
     import yaml
 
+    from milora_vl.pipeline import check_names
+
     config, _ = read_config(arguments)
+    check_names(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return 0
 
@@ -228,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("ask", help="ask a question about a picture", description=ask.__doc__)
     verb.add_argument("image", type=Path, help="picture file")
     verb.add_argument("question")
-    verb.add_argument("--model", required=True, help="hub id or folder")
+    verb.add_argument("--model", help="hub id or folder (default: the base the adapter names)")
     verb.add_argument("--adapter", type=Path, help="adapter folder of a run")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--max-new-tokens", type=int, default=128)

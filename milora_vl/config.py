@@ -1,6 +1,7 @@
 """A run's settings: typed sections, read from YAML plus ``section.key=value`` overrides."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -146,7 +147,7 @@ class DataSection(Section):
         limit, validation_limit: Use only the first records of each file.
     """
 
-    train: list[str]
+    train: list[str] = Field(min_length=1)
     image_folder: str = ""
     validation: str | None = None
     max_length: int = Field(default=2048, ge=8)
@@ -287,8 +288,11 @@ def _explain(where: str, error: Mapping[str, Any]) -> str:
 def _check_training_keys(training: Mapping[str, Any], where: str) -> None:
     from transformers import TrainingArguments  # seconds to import; only a whole config needs it
 
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for key in training:
+    known = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments)}
+    for key, value in training.items():
         if key not in known:
             hint = nearest(key, known, "see transformers.TrainingArguments")
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+        numeric = re.search(r"int|float", known[key]) and "str" not in known[key]
+        if numeric and not isinstance(value, int | float | type(None)):
+            raise ConfigError(f"{where}: {key}: a number is needed, got {value!r}")

@@ -10,9 +10,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from milora_vl.adapter.portable import installed_versions
 from milora_vl.config import Config, ConfigError, dump_config, load_config
 from milora_vl.data.dataset import mixture
-from milora_vl.eval.evaluation import evaluate
+from milora_vl.data.prompts import get_style
+from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.evaluation import bench_names, evaluate
 from milora_vl.eval.report import write_report
 from milora_vl.files import cache_folder, sha256_of, write_json_atomic
 from milora_vl.model.embedded import cached_demo_base
@@ -53,6 +56,45 @@ def claim_run_folder(config: Config, folder: Path) -> None:
     dump_config(config, file)
 
 
+def check_names(config: Config) -> None:
+    """Check names that the config's own types do not know: benches and the prompt style.
+
+    Raises:
+        ConfigError: If one is unknown; the message lists the known ones.
+    """
+    try:
+        bench_names(config.eval.benches)
+        for name in (config.model.prompt_style, config.alignment and config.alignment.prompt_style):
+            if name and name != "chat_template":
+                get_style(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def record_environment(config: Config, file: Path) -> None:
+    """Write what the run depends on; one that goes on must find its data as they were.
+
+    Raises:
+        ConfigError: If the data set was built anew since the run began.
+    """
+    folder = config.data.image_folder
+    facts = describe_environment(config.seed, Path(folder) / "manifest.json" if folder else None)
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["data_manifest"] != facts["data_manifest"]:
+            raise ConfigError(
+                f"{file.parent} began with another data set than {folder} holds now; give another "
+                "folder with --run, or restore the data"
+            )
+        return
+    manifest = facts["data_manifest"] or {}
+    for source in manifest.get("left_out", []):
+        logger.warning("the data set lacks %s, which means %s", source["name"], source["means"])
+    if manifest.get("drawn_in_code"):
+        logger.warning("the pictures are shapes drawn in code, for tests: the scores say little")
+    write_json_atomic(file, facts)
+
+
 def check_data(config: Config) -> None:
     """Check that the files of the config are there, before anything long starts.
 
@@ -78,7 +120,7 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
     if config.alignment is None:
         return base
     section = config.alignment
-    folder = stage1.aligned_base_folder(Path(base), section, config.data, config.seed)
+    folder = stage1.aligned_base_folder(Path(base), config.model, section, config.data, config.seed)
     if (folder / "config.json").exists():
         logger.info("stage 1 is done: aligned base %s", folder)
         return folder
@@ -134,7 +176,8 @@ def evaluate_before(
     if not base.is_relative_to(cache_folder().resolve()) or not manifest.exists():
         return evaluate_once(vlm, config, folder, arguments, None)
     facts = [base.name, config.eval.model_dump(), config.model.model_dump(), sha256_of(manifest)]
-    facts += [arguments.bf16, arguments.fp16]
+    facts += [arguments.bf16, arguments.fp16, installed_versions()]
+    facts += [BENCHES[name].VERSION for name in bench_names(config.eval.benches)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     kept = cache_folder() / "evaluations" / f"{base.name}-{digest[:12]}"
     if not (folder / "results.json").exists():
@@ -151,19 +194,18 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
         run_folder: Where everything goes; see the README for its files.
 
     Returns:
-        ``{"before": results, "after": results}``, each as in ``results.json`` (empty without
-        benches).
+        ``{"before": results, "after": results, "base": path or id}``, results as in
+        ``results.json`` (empty without benches).
 
     Raises:
         ConfigError: If the settings cannot be used or the folder holds another run.
     """
+    check_names(config)
     check_data(config)
     claim_run_folder(config, run_folder)
     seed_everything(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
-    folder = config.data.image_folder
-    manifest = Path(folder) / "manifest.json" if folder else None
-    write_json_atomic(run_folder / "environment.json", describe_environment(config.seed, manifest))
+    record_environment(config, run_folder / "environment.json")
     started = time.perf_counter()
     base = prepare_base(config, run_folder)
     vlm = load_model(config.model, base)
@@ -201,7 +243,7 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     write_json_atomic(run_folder / "results.json", results)
     write_report(run_folder)
     logger.info("done in %.1f min", (time.perf_counter() - started) / 60)
-    return results
+    return {**results, "base": str(base)}
 
 
 def peak_memory_gib() -> float:

@@ -147,3 +147,39 @@ def test_the_notebook_runs_from_top_to_bottom(finished_run: Path) -> None:
     )
     client.execute(env=environment)
     assert "finetuned" in str(notebook.cells[-1]["outputs"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("eval.benches=[mmbenc]", "mmbenc"), ("model.prompt_style=chatm", "chatm")],
+)
+def test_unknown_names_are_found_before_anything_is_loaded(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str
+) -> None:
+    for verb in (["check"], ["train", "--run", str(tmp_path / "run")]):
+        assert main([verb[0], str(config_file), override, *verb[1:]]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    finished_run: Path, config_file: Path, drawn_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    manifest = drawn_data / "manifest.json"
+    before = manifest.read_text(encoding="utf-8")
+    try:
+        manifest.write_text(json.dumps({**json.loads(before), "seed": 1}), encoding="utf-8")
+        assert main(["train", str(config_file), "--run", str(finished_run)]) == 1
+        assert "another data set" in capsys.readouterr().err
+    finally:
+        manifest.write_text(before, encoding="utf-8")
+
+
+def test_the_adapter_names_the_base_it_is_asked_on(
+    finished_run: Path, drawn_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    picture = next((drawn_data / "images" / "val").glob("*.png"))
+    words = ["ask", str(picture), "What is it?", "--adapter", str(finished_run / "adapter")]
+    assert main([*words, "--max-new-tokens", "2"]) == 0
+    assert main(["ask", str(picture), "What is it?"]) == 1
+    assert "--model" in capsys.readouterr().err

@@ -155,3 +155,16 @@ def certificate_summary(folder: Path) -> str | None:
         if file.exists() and (parent / "config.yaml").exists():
             return Certificate.from_json(file.read_text(encoding="utf-8")).summary()
     return None
+
+
+def base_of(adapter: Path | str | None) -> str:
+    """Return the id or path of the base model that a saved adapter names.
+
+    Raises:
+        ValueError: If there is no adapter or it names no base.
+        FileNotFoundError: If the folder is no adapter folder.
+    """
+    base = read_milora_file(adapter).base["name_or_path"] if adapter else None
+    if not base:
+        raise ValueError("which model? pass --model, or an --adapter that names its base")
+    return base

@@ -56,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="one, several joined by commas, or all; listed below",
     )
-    add("--model", required=True, metavar="ID_OR_PATH", help="hub id or checkpoint folder")
+    add(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="hub id or checkpoint folder (default: the base that --adapter names)",
+    )
     add("--adapter", type=Path, metavar="DIR", help="MiLoRA or other PEFT adapter on that model")
     add(
         "--data",
@@ -148,10 +152,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the options say; returns the results."""
     import torch
 
+    from milora_vl.adapter.source import base_of
     from milora_vl.eval.evaluation import bench_names, evaluate
     from milora_vl.eval.judge import Judge
 
     names = bench_names(arguments.bench)
+    arguments.model = arguments.model or base_of(arguments.adapter)
     data = arguments.data
     if data is None and arguments.bench.strip().lower() == "stickervqa":
         data = cache_folder() / "stickervqa" / "core"

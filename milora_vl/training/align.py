@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from milora_vl.data.images import BadImageError
+
 logger = logging.getLogger(__name__)
 
 TEMPERATURE = 0.07
@@ -34,11 +36,13 @@ class LabelledPicture:
         path: Image file.
         names: Name of each object.
         boxes: [x0, y0, x1, y1] of each object, as fractions of width and height.
+        where: What to name in an error, such as "train.json[17]".
     """
 
     path: str
     names: tuple[str, ...]
     boxes: tuple[tuple[float, float, float, float], ...]
+    where: str = ""
 
 
 def label_patches(
@@ -101,6 +105,23 @@ def compute_tower_features(model: Any, pixel_values: Tensor) -> Tensor:
     return torch.cat([state[:, start:] for state in chosen], dim=-1)
 
 
+def _read(
+    pictures: Sequence[LabelledPicture], load: Callable[[str], Image.Image], skip_unreadable: bool
+) -> tuple[list[LabelledPicture], list[Image.Image]]:
+    """Read the pictures that can be read."""
+    group, images = [], []
+    for picture in pictures:
+        try:
+            images.append(load(picture.path))
+        except BadImageError as error:
+            if not skip_unreadable:
+                raise BadImageError(f"{picture.where or picture.path}: {error}") from error
+            logger.warning("left out: %s: %s", picture.where, error)
+            continue
+        group.append(picture)
+    return group, images
+
+
 def align_patches_(  # noqa: PLR0913  settings by keyword
     model: Any,
     tokenizer: Any,
@@ -112,6 +133,7 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
     learning_rate: float,
     seed: int,
     patches_per_step: int = 2048,
+    skip_unreadable: bool = False,
 ) -> float:
     """Train the projector alone, in place, on patches whose class is known.
 
@@ -125,12 +147,14 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
         learning_rate: Peak learning rate (AdamW, cosine to zero).
         seed: Seed of the patches' order.
         patches_per_step: Patches in one step.
+        skip_unreadable: Leave out pictures that cannot be read, and log how many.
 
     Returns:
         Share of object patches of the last tenth of the steps that name their class, 0 to 1.
 
     Raises:
         ValueError: If no picture has an object.
+        BadImageError: If a picture cannot be read; the message names file and record.
     """
     names = sorted({name for picture in pictures for name in picture.names})
     if not names:
@@ -138,8 +162,9 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
     index = {name: i + 1 for i, name in enumerate(names)}
     features, labels = [], []
     for at in tqdm(range(0, len(pictures), PICTURES_PER_PASS), desc="patch features", unit="batch"):
-        group = pictures[at : at + PICTURES_PER_PASS]
-        images = [load(picture.path) for picture in group]
+        group, images = _read(pictures[at : at + PICTURES_PER_PASS], load, skip_unreadable)
+        if not group:
+            continue
         pixel_values = torch.stack([transform(image) for image in images])
         batch = compute_tower_features(model, pixel_values.to(model.device, model.dtype))
         grid = math.isqrt(batch.shape[1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from milora_vl.adapter.targets import find_projector
-from milora_vl.config import AlignmentSection, DataSection, ProjectorSection
+from milora_vl.config import AlignmentSection, DataSection, ModelSection, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform, load_image, resolve_image
 from milora_vl.files import cache_folder, replace_folder
@@ -30,26 +30,39 @@ def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
     """Read pictures with named boxes from the ``objects`` field of LLaVA records.
 
     Raises:
-        ValueError: If the file is no JSON list.
+        ValueError: If the file is no JSON list, or a record lacks a name, a box or its image; the
+            message names file and record.
     """
-    records = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        records = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: patch alignment reads a JSON list: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"{file}: patch alignment reads a JSON list of records")
     pictures = []
-    for record in records:
-        if record.get("objects"):
-            names = tuple(item["name"] for item in record["objects"])
-            boxes = tuple(tuple(item["box"]) for item in record["objects"])
-            path = resolve_image(section.image_folder, record["image"])
-            pictures.append(LabelledPicture(str(path), names, boxes))
+    for index, record in enumerate(records):
+        try:
+            if record.get("objects"):
+                names = tuple(item["name"] for item in record["objects"])
+                boxes = tuple(tuple(item["box"]) for item in record["objects"])
+                path = resolve_image(section.image_folder, record["image"])
+                pictures.append(LabelledPicture(str(path), names, boxes, f"{file}[{index}]"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file}[{index}]: objects need an image in the record, a name and a box each: "
+                f"{type(error).__name__} {error}"
+            ) from error
     return pictures
 
 
 def aligned_base_folder(
-    base: Path, alignment: AlignmentSection, data: DataSection, seed: int
+    base: Path, model: ModelSection, alignment: AlignmentSection, data: DataSection, seed: int
 ) -> Path:
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
-    facts: list[Any] = [base.name, alignment.model_dump(exclude_none=True), data.model_dump(), seed]
+    sections = [model.model_dump(exclude={"device"}), alignment.model_dump(), data.model_dump()]
+    facts: list[Any] = [str(base), *sections, seed]
+    for file in sorted(base.glob("*.safetensors")) if base.is_dir() else []:
+        facts.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     for file in [*data.train, *alignment.train]:
         facts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -81,7 +94,9 @@ def align_projector(
     if checkpoint:
         projector.load_state_dict(load_file(checkpoint / "adapter" / WEIGHTS_FILE))
     elif section.patch_steps:
-        pictures = read_objects(data, data.train[0])
+        pictures = [
+            picture for file in section.train or data.train for picture in read_objects(data, file)
+        ]
         random.Random(arguments.seed).shuffle(pictures)
         align_patches_(
             model,
@@ -92,6 +107,7 @@ def align_projector(
             steps=section.patch_steps,
             learning_rate=section.patch_learning_rate,
             seed=arguments.seed,
+            skip_unreadable=data.on_bad_image == "skip",
         )
 
     def save_weights(folder: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from milora_vl.data.images import build_image_transform, load_image
+from milora_vl.config import AlignmentSection, DataSection, ModelSection
+from milora_vl.data.images import BadImageError, build_image_transform, load_image
 from milora_vl.model.load import load_vlm
 from milora_vl.training.align import (
     BACKGROUND,
@@ -15,6 +16,7 @@ from milora_vl.training.align import (
     align_patches_,
     label_patches,
 )
+from milora_vl.training.stage1 import aligned_base_folder, read_objects
 
 
 def test_patches_take_the_class_of_the_box_over_their_centre() -> None:
@@ -72,3 +74,56 @@ def test_records_without_boxes_are_refused(tiny_checkpoint: Path) -> None:
             learning_rate=1e-3,
             seed=0,
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"image": "a.png", "objects": [{"name": "cat"}]}]', r"r.json\[0\].*'box'"),
+        ('[{"objects": [{"name": "cat", "box": [0, 0, 1, 1]}]}]', r"r.json\[0\].*'image'"),
+        ('{"image": "a.png"}\n{"image": "b.png"}', "r.json: patch alignment reads a JSON list"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.json").write_text(text, encoding="utf-8")
+    data = DataSection(train=["r.json"], image_folder=str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        read_objects(data, str(tmp_path / "r.json"))
+
+
+def test_an_unreadable_picture_names_its_record_or_is_left_out(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    vlm = load_vlm(tiny_checkpoint)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "good.png")
+    pictures = [
+        LabelledPicture(str(tmp_path / name), ("cat",), ((0, 0, 1, 1),), f"r.json[{index}]")
+        for index, name in enumerate(("good.png", "bad.png"))
+    ]
+    settings = {"steps": 2, "learning_rate": 1e-3, "seed": 0, "patches_per_step": 8}
+    transform = build_image_transform(vlm.processor.image_processor)
+    parts = (vlm.model, vlm.processor.tokenizer, transform, load_image, pictures)
+    with pytest.raises(BadImageError, match=r"r\.json\[1\].*bad\.png"):
+        align_patches_(*parts, **settings)
+    align_patches_(*parts, **settings, skip_unreadable=True)
+
+
+def test_an_aligned_base_is_that_of_its_own_model(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("[]", encoding="utf-8")
+    data = DataSection(train=[str(tmp_path / "r.json")], image_folder=str(tmp_path))
+    model = ModelSection(path="x", prompt_style="chatml")
+
+    def folder(base: Path, model: ModelSection = model) -> Path:
+        return aligned_base_folder(base, model, AlignmentSection(), data, 0)
+
+    for name, weights in (("a", b"1"), ("b", b"2")):
+        (tmp_path / name / "llava").mkdir(parents=True)
+        (tmp_path / name / "llava" / "model.safetensors").write_bytes(weights)
+    first = tmp_path / "a" / "llava"
+    names = {folder(first), folder(tmp_path / "b" / "llava")}
+    names.add(folder(first, model.model_copy(update={"prompt_style": "vicuna_v1"})))
+    before = folder(first)
+    (first / "model.safetensors").write_bytes(b"another")
+    assert len(names | {folder(first)}) == 4
+    assert before in names

@@ -44,6 +44,8 @@ def test_overrides_are_typed_and_win(minimal: Path) -> None:
         ("adapter.r", "section.key=value"),
         ("model.path.deeper=1", "is a value, not a section"),
         ("data.max_length=0", "data.max_length"),
+        ("data.train=[]", "data.train"),
+        ("training.learning_rate=abc", "learning_rate: a number is needed"),
     ],
 )
 def test_slips_are_errors_that_name_the_key(minimal: Path, override: str, hint: str) -> None:
