@@ -33,6 +33,10 @@ class TinyVlm:
     prompt_style: PromptStyle
     path: str = "tiny"
 
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
     def with_model(self, model):
         return replace(self, model=model)
 
