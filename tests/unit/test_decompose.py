@@ -100,7 +100,7 @@ def test_two_processes_share_the_work_and_get_identical_factors(tmp_path):
     alone = decompose_all(build_layers())
     for rank in (0, 1):
         result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert list(result) == list(alone)
+        assert sorted(result) == sorted(alone)  # they come as they are done
         for name, (*pair, sigma_max) in result.items():
             for got, wanted in zip(pair, alone[name].factors, strict=True):
                 torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
