@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub client
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,15 @@ def build_tiny_vlm(tower: str = "clip", seed: int = 0) -> LlavaForConditionalGen
     )
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def factors_of_shared_fixtures(tmp_path_factory) -> Iterator[None]:
+    """Keep factors of fixtures that outlive a test away from the user's cache too."""
+    folder = tmp_path_factory.mktemp("shared_factors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("milora_vl.adapter.milora.factors_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
