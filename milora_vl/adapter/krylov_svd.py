@@ -240,8 +240,10 @@ def triplets_in(
         U [M, r], S [r] descending and V [N, r].
 
     Raises:
-        NotConvergedError: If the residuals stay too large.
+        NotConvergedError: If the space misses part of the slice, or residuals stay too large.
     """
+    if space.sine2 > SINE2_BEFORE_CORRECTION:  # as where some of the slice is 0 and some is not
+        raise NotConvergedError(f"the Krylov space misses {space.sine2:.1e} of the slice")
     basis, kept = space.vectors, space.vectors.shape[1]
     image = tall.times(basis)
     for done in range(MAX_CORRECTIONS + 1):
