@@ -78,7 +78,7 @@ def test_plain_lora_of_twice_the_rank(run, tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "lora"
     assert main(["export", str(folder), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "picture and text: logits differ by at most" in printed
+    assert "picture and text: logits of text differ by at most" in printed
     assert printed.count(": ok") == 2
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
     assert_close(stock_logits(tiny_checkpoint, out), live, **CLOSE)
