@@ -135,13 +135,12 @@ def _certify(
     """Measure one layer; the singular values are those of scaling * B A, not of the weight."""
     base_weight = lora_layer(peft_model, name).get_base_layer().weight
     lora_A, lora_B = (factor.detach() for factor in factors(peft_model, name, MILORA))
-    start = state.scaling * (lora_B @ lora_A)  # [d_out, d_in]
     no_triplets = torch.zeros_like(lora_B), lora_A.new_zeros(state.r), torch.zeros_like(lora_A)
     layer = certify_layer(
         name,
         weight,
         no_triplets,
-        start,
+        (state.scaling * lora_B, lora_A),
         stored_dtype=None if is_quantised(base_weight) else base_weight.dtype,
         subtracted=state.residual == "subtract",
     )

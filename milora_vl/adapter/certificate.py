@@ -166,7 +166,7 @@ def certify_layer(
     name: str,
     weight: Tensor,
     triplets: tuple[Tensor, Tensor, Tensor],
-    minor: Tensor,
+    start: tuple[Tensor, Tensor],
     *,
     stored_dtype: torch.dtype | None,
     subtracted: bool,
@@ -177,20 +177,21 @@ def certify_layer(
         name: Full module name.
         weight: The original weight [d_out, d_in], float32.
         triplets: U [d_out, r], S [r] and Vh [r, d_in] of the slice, float32.
-        minor: scaling * lora_B0 @ lora_A0 [d_out, d_in], float32.
+        start: scaling * lora_B0 [d_out, r] and lora_A0 [r, d_in], float32.
         stored_dtype: dtype in which W_p is (or would be) kept; None for quantised weights.
         subtracted: Whether W_p replaces the weight (else the weight stays).
     """
     U, S, Vh = triplets
-    norm, minor_norm = float(weight.norm()), float(minor.norm())
+    norm, minor_norm = float(weight.norm()), product_norm(*start)
     right = float((weight @ Vh.T - U * S).norm())
     left = float((weight.T @ U - Vh.T * S).norm())
     rounding = error = None
     if stored_dtype is not None:
-        principal = weight - minor
+        principal = torch.addmm(weight, *start, alpha=-1)
         stored = principal.to(stored_dtype).to(torch.float32)
-        rounding = _ratio(float((stored - principal).norm()), norm)
-        error = _ratio(float((weight - (stored + minor)).norm()), norm)
+        rounding = _ratio(float(principal.sub_(stored).norm()), norm)
+        missing = torch.sub(weight, stored, out=stored).addmm_(*start, alpha=-1)
+        error = _ratio(float(missing.norm()), norm)
     return LayerCertificate(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
@@ -205,6 +206,13 @@ def certify_layer(
         sigma_min=float(S.min()),
         zero_directions=int((S == 0).sum()),
     )
+
+
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """Return ||left right|| of [m, r] and [r, n], without forming the product."""
+    left, right = left.double(), right.double()
+    squared = float(((left.T @ left) * (right @ right.T)).sum())
+    return max(squared, 0.0) ** 0.5
 
 
 def _ratio(part: float, whole: float) -> float:

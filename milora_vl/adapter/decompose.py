@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from typing import TypeVar
 
 import psutil
 import torch
@@ -12,52 +13,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from milora_vl.adapter.certificate import LayerCertificate, certify_layer
-from milora_vl.adapter.factor_cache import FactorCache, FactorKey
-from milora_vl.adapter.fingerprint import digest_of, weight_digests
-from milora_vl.adapter.minor_svd import minor_svd
-from milora_vl.adapter.quantize import dense_weight, is_quantised, stored_values
+from milora_vl.adapter.certificate import LayerCertificate
+from milora_vl.adapter.factor_cache import FactorCache
+from milora_vl.adapter.layer import (
+    Decomposition,
+    Prepared,
+    Recipe,
+    decompose_layer,
+    prepare_layer,
+)
+
+Work = TypeVar("Work")
 
 SMALL_LAYER = 2048 * 2048  # elements; up to here one thread a layer beats all threads on one
 LAYER_COPIES = 12  # float32 copies of a weight that decomposing it may hold at once
 MEMORY_SHARE = 0.5  # of what is available, for layers that are decomposed at the same time
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How every layer is decomposed and certified.
-
-    Attributes:
-        r: Rank.
-        slice: Part of the spectrum.
-        svd: Method, see ``minor_svd``.
-        scaling: lora_alpha / r.
-        subtracted: Whether W_p will replace the weights.
-    """
-
-    r: int
-    slice: str
-    svd: str
-    scaling: float
-    subtracted: bool
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """What came of one layer.
-
-    Attributes:
-        name: Full module name.
-        factors: lora_A [r, d_in] and lora_B [d_out, r], float32; scaling * lora_B @ lora_A is the
-            slice.
-        digests: Of the weight, see ``fingerprint.py``.
-        certificate: Numbers of the layer.
-    """
-
-    name: str
-    factors: tuple[Tensor, Tensor]
-    digests: dict[str, str]
-    certificate: LayerCertificate
 
 
 def decompose_layers(
@@ -88,15 +58,18 @@ def decompose_layers(
     shares = share_out({name: _cost(layer) for name, layer in layers.items()}, ranks)
     names = shares[own_rank]
 
-    def decompose(name: str) -> Decomposition:
-        try:
-            return decompose_layer(name, layers[name], recipe, cache, read)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: {error}") from error
+    def prepare(name: str) -> Prepared:
+        with _named(name):
+            return prepare_layer(name, layers[name], recipe, cache, read)
+
+    def decompose(prepared: Prepared) -> Decomposition:
+        with _named(prepared.name):
+            return decompose_layer(prepared, recipe, cache)
 
     title = f"SVD ({recipe.slice}, r={recipe.r})"
     bar = tqdm(total=len(names), desc=title, disable=not progress or own_rank > 0)
-    with bar, closing(_run(decompose, names, count_workers([layers[n] for n in names]))) as results:
+    workers = count_workers([layers[name] for name in names])
+    with bar, closing(_run(prepare, decompose, names, workers)) as results:
         if ranks == 1:
             for result in results:
                 bar.update()
@@ -112,63 +85,13 @@ def decompose_layers(
     yield from _exchange(layers, recipe.r, shares, own, failure)
 
 
-def decompose_layer(
-    name: str,
-    layer: nn.Module,
-    recipe: Recipe,
-    cache: FactorCache | None,
-    read: Callable[[str], Tensor] | None = None,
-) -> Decomposition:
-    """Decompose one layer, or take from the cache what an earlier call computed for its values.
-
-    Raises:
-        ValueError: If the weight is not finite or too small for the rank.
-    """
-    quantised = read is None and is_quantised(layer.weight)
-    weight = dense_weight(layer) if quantised else None  # [d_out, d_in] float32
-    values = read(name) if read is not None else stored_values(layer)
-    stored_dtype = None if is_quantised(layer.weight) else layer.weight.dtype
-    exact = digest_of(weight if quantised else values)
-    shape = tuple((weight if quantised else values).shape)
-    key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
-    # what the stored numbers depend on beside the weight
-    numbers = json.dumps([recipe.r, recipe.scaling, str(stored_dtype), recipe.subtracted])
-    entry = cache.get(key, recipe.r) if cache is not None else None
-    facts = dict(entry.facts) if entry is not None else {}
-    if "digests" in facts and not quantised:
-        digests = facts["digests"]
-    else:
-        digests = weight_digests(values, exact=None if quantised else exact)
-    if weight is None:
-        weight = values
-    if entry is not None:
-        U, S, Vh = (x.to(weight.device) for x in entry.triplets)
-    else:
-        U, S, Vh = minor_svd(weight, recipe.r, method=recipe.svd, slice=recipe.slice)
-    lora_A, lora_B = lora_factors(U, S, Vh, scaling=recipe.scaling)
-    known = facts.get("certificates", {}).get(numbers)
-    if known is not None:
-        certificate = LayerCertificate(**{**known, "name": name, "shape": key.shape})
-    else:
-        certificate = certify_layer(
-            name,
-            weight,
-            (U, S, Vh),
-            recipe.scaling * (lora_B @ lora_A),
-            stored_dtype=stored_dtype,
-            subtracted=recipe.subtracted,
-        )
-    if cache is not None and (entry is None or entry.stored_rank == recipe.r) and known is None:
-        certificates = {**facts.get("certificates", {}), numbers: asdict(certificate)}
-        kept = {"certificates": certificates} | ({} if quantised else {"digests": digests})
-        cache.put(key, (U, S, Vh), kept)
-    return Decomposition(name, (lora_A, lora_B), digests, certificate)
-
-
-def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return lora_A [r, d_in], lora_B [d_out, r]: scaling * lora_B @ lora_A = U diag(S) Vh."""
-    root = (S / scaling).sqrt()
-    return root[:, None] * Vh, U * root
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Name the layer in whatever goes wrong."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{layer}: {error}") from error
 
 
 def _cost(layer: nn.Module) -> int:
@@ -201,19 +124,49 @@ def count_workers(layers: Sequence[nn.Module]) -> int:
 
 
 def _run(
-    decompose: Callable[[str], Decomposition], names: Sequence[str], workers: int
+    prepare: Callable[[str], Prepared],
+    decompose: Callable[[Prepared], Decomposition],
+    names: Sequence[str],
+    workers: int,
 ) -> Iterator[Decomposition]:
+    """Decompose several layers at once, or one while the next is read and digested beside it."""
     if workers == 1:
-        yield from map(decompose, names)
+        yield from map(decompose, one_ahead(prepare, names))
         return
+    with _pool(workers) as pool:
+        for future in as_completed([pool.submit(_both, prepare, decompose, n) for n in names]):
+            yield future.result()
+
+
+def one_ahead(work: Callable[[str], Work], names: Sequence[str]) -> Iterator[Work]:
+    """Yield ``work(name)`` in order, each computed by a second thread while the last is used."""
+    with _pool(1) as pool:
+        coming = None
+        for name in names:
+            following = pool.submit(work, name)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads that use one core each; what is not begun when the block ends is dropped."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for future in as_completed([pool.submit(decompose, name) for name in names]):
-            yield future.result()
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the workers' setting is also the default of new threads
+
+
+def _both(
+    prepare: Callable[[str], Prepared], decompose: Callable[[Prepared], Decomposition], name: str
+) -> Decomposition:
+    return decompose(prepare(name))
 
 
 def _exchange(

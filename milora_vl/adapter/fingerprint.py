@@ -15,6 +15,7 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+PIECE_VALUES = 1 << 20  # rounded at a time, so that no second copy of a weight is held
 
 
 def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
@@ -33,17 +34,23 @@ def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
     exact = exact or digest_of(weight)
     digests = dict.fromkeys(PRECISIONS, exact)
     if weight.is_floating_point():
+        pieces = weight.detach().reshape(-1).split(PIECE_VALUES)
         for precision, dtype in PRECISIONS.items():
-            rounded = weight.to(dtype).to(torch.float32)
-            if not torch.equal(rounded, weight):
-                digests[precision] = digest_of(rounded)
+            if not all(torch.equal(x.to(dtype).to(x.dtype), x) for x in pieces):
+                sha256 = hashlib.sha256()
+                for piece in pieces:
+                    sha256.update(_bytes_of(piece.to(dtype).to(torch.float32)))
+                digests[precision] = sha256.hexdigest()
     return digests
 
 
 def digest_of(values: Tensor) -> str:
     """Return the SHA-256 of the bytes of a tensor."""
-    array = values.detach().cpu().contiguous().numpy()
-    return hashlib.sha256(memoryview(array).cast("B")).hexdigest()
+    return hashlib.sha256(_bytes_of(values)).hexdigest()
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return memoryview(values.detach().cpu().contiguous().numpy()).cast("B")
 
 
 def combine_digests(digests: dict[str, dict[str, str]]) -> dict[str, str]:

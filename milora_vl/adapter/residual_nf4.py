@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate
+from milora_vl.adapter.decompose import one_ahead
 from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import unpack_
 from milora_vl.adapter.state import (
@@ -77,9 +78,10 @@ def quantise_residual_(
         settings = {"r": state.r, "lora_alpha": state.r, "init_lora_weights": False}
         config = LoraConfig(target_modules=list(state.modules), bias="none", **settings)
         peft_model.add_adapter(CORRECTION, config, autocast_adapter_dtype=True)
-    for name in tqdm(state.modules, desc="NF4 residual", disable=not progress):
+    bar = tqdm(state.modules, desc="NF4 residual", disable=not progress)
+    for name, weight in zip(bar, one_ahead(weights.weight_of, state.modules), strict=True):
         base_layer = lora_layer(peft_model, name).get_base_layer()
-        residual = weights.weight_of(name).to(base_layer.weight.device)  # W [d_out, d_in] float32
+        residual = weight.to(base_layer.weight.device)  # W [d_out, d_in] float32
         norm = float(residual.norm())
         lora_A, negative_lora_B = factors(peft_model, name, anchor_of(adapter_name))
         with full_precision(), torch.no_grad():

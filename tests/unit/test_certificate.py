@@ -21,7 +21,7 @@ def attach(model, batch=None, **settings):
 def certified(weight, r=4, stored_dtype=torch.float32, subtracted=True):
     U, S, Vh = minor_svd(weight, r)
     return certify_layer(
-        "layer", weight, (U, S, Vh), (U * S) @ Vh, stored_dtype=stored_dtype, subtracted=subtracted
+        "layer", weight, (U, S, Vh), (U * S, Vh), stored_dtype=stored_dtype, subtracted=subtracted
     )
 
 
@@ -59,7 +59,7 @@ def test_wrong_triplets_show():
     U, S, Vh = minor_svd(weight, 4)
     wrong = Vh.roll(1, dims=0)
     layer = certify_layer(
-        "layer", weight, (U, S, wrong), (U * S) @ wrong, stored_dtype=None, subtracted=False
+        "layer", weight, (U, S, wrong), (U * S, wrong), stored_dtype=None, subtracted=False
     )
     assert layer.svd_residual_ratio > 1e-2
 

@@ -12,6 +12,7 @@ from milora_vl.adapter.decompose import (
     Recipe,
     count_workers,
     decompose_layers,
+    one_ahead,
     share_out,
 )
 from milora_vl.adapter.factor_cache import FactorCache
@@ -63,6 +64,29 @@ def test_shares_are_whole_and_about_equal():
         sums = [sum(costs[name] for name in share) for share in shares]
         assert max(sums) - min(sums) <= max(costs.values())
     assert share_out({"a": 1}, 2) == [["a"], []]
+
+
+def test_one_ahead_keeps_the_order_and_is_never_two_ahead():
+    begun, used = [], []
+    for value in one_ahead(lambda name: begun.append(name) or name.upper(), list("abcde")):
+        assert len(begun) <= len(used) + 2  # the one in use and the next
+        used.append(value)
+    assert used == list("ABCDE")
+    assert list(one_ahead(str.upper, [])) == []
+
+
+def test_one_ahead_raises_where_the_failed_one_is_due_and_gives_the_threads_back():
+    def work(name):
+        if name == "c":
+            raise ValueError(name)
+        return name
+
+    threads, used = torch.get_num_threads(), []
+    results = one_ahead(work, list("abcd"))
+    with pytest.raises(ValueError, match="c"):
+        used.extend(results)
+    assert used == ["a", "b"]
+    assert torch.get_num_threads() == threads
 
 
 def test_large_layers_get_all_threads():

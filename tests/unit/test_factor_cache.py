@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.adapter import decompose
+from milora_vl.adapter import layer as layer_file
 from milora_vl.adapter.factor_cache import FactorCache, FactorKey
 from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.minor_svd import minor_svd
@@ -85,8 +85,8 @@ def test_damaged_entries_are_dropped_with_a_line_in_the_log(tmp_path, caplog, da
 def test_second_start_decomposes_nothing_and_is_the_first_bit_for_bit(make_tiny_vlm, monkeypatch):
     fresh, certificate = start(make_tiny_vlm(), factor_cache=False)
     first, first_certificate = start(make_tiny_vlm())
-    monkeypatch.setattr(decompose, "minor_svd", None)
-    monkeypatch.setattr(decompose, "certify_layer", None)
+    monkeypatch.setattr(layer_file, "minor_svd", None)
+    monkeypatch.setattr(layer_file, "certify_layer", None)
     second, second_certificate = start(make_tiny_vlm())
     for one, two, three in zip(*map(all_factors, (fresh, first, second)), strict=True):
         assert torch.equal(one, two)

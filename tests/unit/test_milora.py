@@ -209,7 +209,7 @@ def test_bad_weight_is_named_and_leaves_the_base_whole(tiny_vlm):
 
 
 def test_interrupted_decomposition_leaves_the_base_whole(tiny_vlm, monkeypatch):
-    from milora_vl.adapter import decompose
+    from milora_vl.adapter import layer as layer_file
 
     calls = []
 
@@ -219,8 +219,8 @@ def test_interrupted_decomposition_leaves_the_base_whole(tiny_vlm, monkeypatch):
             raise KeyboardInterrupt
         return milora_svd(*args, **kwargs)
 
-    milora_svd = decompose.minor_svd
-    monkeypatch.setattr(decompose, "minor_svd", interrupted)
+    milora_svd = layer_file.minor_svd
+    monkeypatch.setattr(layer_file, "minor_svd", interrupted)
     before = {name: value.clone() for name, value in tiny_vlm.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
         attach(tiny_vlm, residual="subtract")

@@ -8,7 +8,7 @@ from chat_tokenizers import build_byte_level
 from quantised_models import build_whole_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.adapter import decompose
+from milora_vl.adapter import layer as layer_file
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.export import export_adapter
 from milora_vl.adapter.logits_check import check_batches, drawn_picture
@@ -54,7 +54,7 @@ def move(peft_model, batch):
 
 def test_float_and_4_bit_starts_share_the_cache(load, monkeypatch) -> None:
     first = attach(load(None))  # float32
-    monkeypatch.setattr(decompose, "minor_svd", None)
+    monkeypatch.setattr(layer_file, "minor_svd", None)
     second = attach(load())
     assert recall(first).fingerprint == recall(second).fingerprint
     for name in recall(first).modules:
