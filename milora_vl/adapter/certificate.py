@@ -189,8 +189,8 @@ def certify_layer(
     if stored_dtype is not None:
         principal = torch.addmm(weight, *start, alpha=-1)
         stored = principal.to(stored_dtype).to(torch.float32)
-        rounding = _ratio(float(principal.sub_(stored).norm()), norm)
-        missing = torch.sub(weight, stored, out=stored).addmm_(*start, alpha=-1)
+        rounding = _ratio(float((stored - principal).norm()), norm)
+        missing = torch.sub(weight, stored).addmm_(*start, alpha=-1)
         error = _ratio(float(missing.norm()), norm)
     return LayerCertificate(
         name=name,

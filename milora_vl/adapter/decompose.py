@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from typing import TypeVar
 
 import psutil
 import torch
@@ -22,8 +21,7 @@ from milora_vl.adapter.layer import (
     decompose_layer,
     prepare_layer,
 )
-
-Work = TypeVar("Work")
+from milora_vl.one_ahead import one_ahead, threads_of_one_core
 
 SMALL_LAYER = 2048 * 2048  # elements; up to here one thread a layer beats all threads on one
 LAYER_COPIES = 12  # float32 copies of a weight that decomposing it may hold at once
@@ -133,34 +131,9 @@ def _run(
     if workers == 1:
         yield from map(decompose, one_ahead(prepare, names))
         return
-    with _pool(workers) as pool:
+    with threads_of_one_core(workers) as pool:
         for future in as_completed([pool.submit(_both, prepare, decompose, n) for n in names]):
             yield future.result()
-
-
-def one_ahead(work: Callable[[str], Work], names: Sequence[str]) -> Iterator[Work]:
-    """Yield ``work(name)`` in order, each computed by a second thread while the last is used."""
-    with _pool(1) as pool:
-        coming = None
-        for name in names:
-            following = pool.submit(work, name)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads that use one core each; what is not begun when the block ends is dropped."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # the workers' setting is also the default of new threads
 
 
 def _both(

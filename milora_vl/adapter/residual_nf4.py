@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate
-from milora_vl.adapter.decompose import one_ahead
 from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantize import unpack_
 from milora_vl.adapter.state import (
@@ -31,6 +30,7 @@ from milora_vl.adapter.state import (
 )
 from milora_vl.model.nf4 import quantise_nf4
 from milora_vl.model.shards import ShardedWeights
+from milora_vl.one_ahead import one_ahead
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2

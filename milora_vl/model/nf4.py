@@ -20,6 +20,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.shards import ShardedWeights, checkpoint_folder
+from milora_vl.one_ahead import one_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,13 @@ def quantise_nf4(weight: Tensor, layer: nn.Module | None = None) -> nn.Parameter
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
     from bitsandbytes.nn import Params4bit
 
-    codes, scales = [], []
-    state = None
+    # allocated before the pieces' short-lived memory, so that they leave no holes between weights
+    codes = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
+    scales, filled, state = [], 0, None
     for piece in weight.detach().reshape(-1).split(PIECE_VALUES):
         packed, state = quantize_4bit(piece, blocksize=BLOCK_VALUES, quant_type="nf4")
-        codes.append(packed)
+        codes[filled : filled + len(packed)] = packed
+        filled += len(packed)
         scales.append(state.absmax)
     absmax = torch.cat(scales)
     offset = absmax.mean()
@@ -91,7 +94,7 @@ def quantise_nf4(weight: Tensor, layer: nn.Module | None = None) -> nn.Parameter
     if layer is not None:
         layer.quant_state = whole
     return Params4bit(
-        torch.cat(codes),
+        codes,
         requires_grad=False,
         quant_state=whole,
         blocksize=BLOCK_VALUES,
@@ -155,10 +158,11 @@ def _fill_(
 ) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    for name in tqdm(weights, desc="loading in 4 bits", total=len(weights)):
+    names = tqdm(weights, desc="loading in 4 bits", total=len(weights))
+    for name, read in zip(names, one_ahead(weights.read, list(weights)), strict=True):
         owner_name, _, short = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        value = weights.read(name).to(device)
+        value = read.to(device)
         if isinstance(owner, Linear4bit) and short == "weight":
             owner.weight = quantise_nf4(value.to(dtype), owner)
         else:

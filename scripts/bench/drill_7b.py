@@ -148,7 +148,11 @@ def drill(arguments: argparse.Namespace) -> dict[str, object]:
         else:
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
     with phase("attach", results):
-        config = MiloraConfig(r=arguments.r, quantization_correction=arguments.correction)
+        config = MiloraConfig(
+            r=arguments.r,
+            quantization_correction=arguments.correction,
+            factor_cache=arguments.factor_cache,
+        )
         peft_model, certificate = attach_milora(model, config, weights=weights)
     print(certificate.summary())
     if not arguments.init_only:
@@ -173,6 +177,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="make: language-model layers")
     parser.add_argument("--r", type=int, default=128)
     parser.add_argument("--correction", default="none", help="adapter.quantization_correction")
+    parser.add_argument(
+        "--factor-cache", action="store_true", help="as in training; a second run is then quicker"
+    )
     parser.add_argument("--init-only", action="store_true", help="stop after attaching")
     arguments = parser.parse_args()
     if arguments.variant == "make":

@@ -12,10 +12,10 @@ from milora_vl.adapter.decompose import (
     Recipe,
     count_workers,
     decompose_layers,
-    one_ahead,
     share_out,
 )
 from milora_vl.adapter.factor_cache import FactorCache
+from milora_vl.one_ahead import one_ahead
 
 RECIPE = Recipe(r=4, slice="minor", svd="auto", scaling=2.0, subtracted=True)
 
