@@ -65,7 +65,7 @@ def init_baseline(
     for name, moment in bar:
         base_layer = lora_layer(peft_model, name).get_base_layer()
         # [d_out, d_in] float32
-        weight = read(name) if read is not None else dense_weight(base_layer)
+        weight = read(name).float() if read is not None else dense_weight(base_layer)
         energy = None
         if moment is not None:
             (U, S, Vh), energy = null_space_triplets(weight, moment, state.r)

@@ -46,7 +46,7 @@ def decompose_layers(
         recipe: How.
         cache: Where factors are looked up and kept; None for nowhere.
         progress: Show a progress bar with rate and remaining time.
-        read: Full name -> float32 weight [d_out, d_in], in place of what the layers hold.
+        read: Full name -> float weight [d_out, d_in], in place of what the layers hold.
 
     Raises:
         ValueError: Naming the layer, if one cannot be decomposed; in every process.

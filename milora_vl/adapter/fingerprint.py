@@ -25,7 +25,7 @@ def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
     matter, and a base that was decomposed in float32 is recognised when loaded in bfloat16.
 
     Args:
-        weight: [d_out, d_in] float32, or the codes of a quantised weight.
+        weight: [d_out, d_in] float, or the codes of a quantised weight.
         exact: Its digest, where it is known already.
 
     Returns:
@@ -37,20 +37,22 @@ def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
         pieces = weight.detach().reshape(-1).split(PIECE_VALUES)
         for precision, dtype in PRECISIONS.items():
             if not all(torch.equal(x.to(dtype).to(x.dtype), x) for x in pieces):
-                sha256 = hashlib.sha256()
-                for piece in pieces:
-                    sha256.update(_bytes_of(piece.to(dtype).to(torch.float32)))
-                digests[precision] = sha256.hexdigest()
+                digests[precision] = _digest(pieces, dtype)
     return digests
 
 
 def digest_of(values: Tensor) -> str:
-    """Return the SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(_bytes_of(values)).hexdigest()
+    """Return the SHA-256 of float values, as float32 bytes, or of quantised codes."""
+    return _digest(values.detach().reshape(-1).split(PIECE_VALUES), torch.float32)
 
 
-def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.detach().cpu().contiguous().numpy()).cast("B")
+def _digest(pieces: Iterable[Tensor], rounded_to: torch.dtype) -> str:
+    sha256 = hashlib.sha256()
+    for piece in pieces:
+        if piece.is_floating_point():
+            piece = piece.to(rounded_to).to(torch.float32)
+        sha256.update(memoryview(piece.cpu().contiguous().numpy()).cast("B"))
+    return sha256.hexdigest()
 
 
 def combine_digests(digests: dict[str, dict[str, str]]) -> dict[str, str]:

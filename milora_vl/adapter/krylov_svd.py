@@ -37,6 +37,7 @@ SINE2_BEFORE_CORRECTION = 1e-3
 RESIDUAL_TOLERANCE = 0.015  # relative to the wanted singular values
 RESIDUAL_ROUNDINGS = 50  # of the largest singular value, below which residuals are only rounding
 ORTHOGONALITY_TOLERANCE = 1e-4
+SMALLEST_SCALE = 1e-8
 
 
 class NotConvergedError(ArithmeticError):
@@ -77,19 +78,26 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     Cost: half a Gram product (it is symmetric), one or two Cholesky factors of the short side N,
         six to nine solves with about r columns, and some six products of the weight with as many.
         Where the wanted values drown in the rounding of the Gram matrix, a QR decomposition too.
-        Memory: three matrices of the size of the weight, and two to four of N x N.
+        Memory: three matrices of the size of the weight for a moment, then two and some of N x N.
     """
     if weight.shape[0] < weight.shape[1]:
         V, S, Uh = krylov_minor_svd(weight.T, r)
         return Uh.T, S, V.T
+    scale = float(weight.norm()) / weight.shape[1] ** 0.5  # root mean square singular value
+    if not scale > 0:
+        raise NotConvergedError("the matrix is zero")
+    if SMALLEST_SCALE < scale < 1 / SMALLEST_SCALE:
+        return _tall_minor_svd(weight, r)
+    U, S, Vh = _tall_minor_svd(weight / scale, r)  # the squares would leave float32
+    return U, S * scale, Vh
+
+
+def _tall_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     columns = weight.shape[1]
     width = r + max(16, r // 4)  # some more than wanted, for the edge of the slice
     if FIRST_BLOCKS * width > columns * MAX_SPACE_RATIO:
         raise NotConvergedError(f"r={r} is too large for a Krylov space in {columns} dimensions")
-    scale = weight.norm() / columns**0.5  # root mean square of the singular values
-    if not scale > 0:
-        raise NotConvergedError("the matrix is zero")
-    tall = Tall(weight / scale)
+    tall = Tall(weight)
     gram = tall.gram()
     largest = largest_eigenvalue(gram, _random_block(gram, LARGEST_COLUMNS))
     noise = NOISE_RATIO * EPSILON * largest
@@ -98,7 +106,7 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     space = expand(inverse, start, r, noise, least=FIRST_BLOCKS, shiftable=True)
     if float(space.values[r - 1]) < DROWNED_RATIO * EPSILON * largest:
         # they drown in the rounding of G: a factor of G that never squares T
-        inverse = factorise_finely(weight / scale)
+        inverse = factorise_finely(weight)
         space = expand(inverse, start, r, noise, least=FIRST_BLOCKS)
     elif space.sine2 > SINE2_TOLERANCE:
         shifted = shift_towards(gram, space, r, largest)
@@ -113,7 +121,7 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         error = float((factor.T @ factor - torch.eye(r, device=factor.device)).abs().max())
         if not error <= ORTHOGONALITY_TOLERANCE:
             raise NotConvergedError(f"the factors are not orthonormal: error {error:.1e}")
-    return U, S * scale, V.T
+    return U, S, V.T
 
 
 def factorise_lifted(gram: Tensor, largest: float) -> ShiftedGram:

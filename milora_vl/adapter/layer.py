@@ -39,7 +39,7 @@ class Prepared:
 
     Attributes:
         name: Full module name.
-        weight: [d_out, d_in] float32.
+        weight: [d_out, d_in] float.
         stored_dtype: In which the layer holds it; None if quantised.
         from_codes: Whether it was dequantised from what the layer holds.
         key: Of the factor cache.
@@ -110,7 +110,8 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
     Raises:
         ValueError: If the weight is not finite or too small for the rank.
     """
-    weight, entry, digests = prepared.weight, prepared.entry, prepared.digests
+    weight = prepared.weight.to(torch.float32)
+    entry, digests = prepared.entry, prepared.digests
     # what the stored numbers depend on beside the weight
     settings = [recipe.r, recipe.scaling, str(prepared.stored_dtype), recipe.subtracted]
     numbers = json.dumps(settings)

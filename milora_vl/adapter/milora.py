@@ -198,11 +198,11 @@ def _init_factors(
 
 
 def _reader(peft_model: PeftModel, weights: ShardedWeights) -> Callable[[str], Tensor]:
-    """Return what reads one float weight from disk, to where its layer is."""
+    """Return what reads one float weight from disk, in its dtype there, to where its layer is."""
 
     def read(name: str) -> Tensor:
         device = lora_layer(peft_model, name).get_base_layer().weight.device
-        return weights.weight_of(name).to(device)
+        return weights.weight_of(name, dtype=None).to(device)
 
     return read
 

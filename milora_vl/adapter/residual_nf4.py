@@ -11,6 +11,7 @@ without it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -79,15 +80,17 @@ def quantise_residual_(
         config = LoraConfig(target_modules=list(state.modules), bias="none", **settings)
         peft_model.add_adapter(CORRECTION, config, autocast_adapter_dtype=True)
     bar = tqdm(state.modules, desc="NF4 residual", disable=not progress)
-    for name, weight in zip(bar, one_ahead(weights.weight_of, state.modules), strict=True):
+    read = partial(weights.weight_of, dtype=None)
+    for name, weight in zip(bar, one_ahead(read, state.modules), strict=True):
         base_layer = lora_layer(peft_model, name).get_base_layer()
-        residual = weight.to(base_layer.weight.device)  # W [d_out, d_in] float32
+        residual = weight.to(base_layer.weight.device, torch.float32, copy=True)  # still W
         norm = float(residual.norm())
         lora_A, negative_lora_B = factors(peft_model, name, anchor_of(adapter_name))
         with full_precision(), torch.no_grad():
             residual.addmm_(negative_lora_B, lora_A, alpha=state.scaling)  # W_p
             stored = store_nf4_(base_layer, residual)
-            lost = left = float((residual - stored).norm())
+            lost = left = float(stored.sub_(residual).norm())
+            del stored
             if corrected:
                 C_A, C_B = factors(peft_model, name, CORRECTION)
                 left = correct_(base_layer, residual, C_A.data, C_B.data)

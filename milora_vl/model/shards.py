@@ -78,8 +78,12 @@ class ShardedWeights:
         except SafetensorError as error:
             raise ValueError(f"{self.folder / file}: {key} cannot be read: {error}") from error
 
-    def weight_of(self, module: str) -> Tensor:
-        """Return the weight [d_out, d_in] of a linear layer by its full name, float32, on the CPU.
+    def weight_of(self, module: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return the weight [d_out, d_in] of a linear layer by its full name, on the CPU.
+
+        Args:
+            module: Full name of the layer.
+            dtype: Of the result; None keeps that of the file.
 
         Raises:
             KeyError: If the checkpoint has no such weight.
@@ -88,7 +92,7 @@ class ShardedWeights:
         weight = self.read(f"{module}.weight")
         if not weight.is_floating_point():
             raise ValueError(f"{self.folder}: {module} is stored as {weight.dtype}, not as float")
-        return weight.to(torch.float32)
+        return weight if dtype is None else weight.to(dtype)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

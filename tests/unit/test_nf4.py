@@ -242,7 +242,7 @@ def test_a_bad_weight_on_disk_is_named_and_the_base_stays(saved_base, load):
     read = weights.weight_of
 
     class Broken:
-        def weight_of(self, module):
+        def weight_of(self, module, **options):
             return read(module).fill_(torch.nan) if module == name else read(module)
 
     with pytest.raises(ValueError, match=name):
