@@ -21,6 +21,7 @@ from milora_vl.adapter.layer import (
     decompose_layer,
     prepare_layer,
 )
+from milora_vl.memory import give_back_memory
 from milora_vl.one_ahead import one_ahead, threads_of_one_core
 
 SMALL_LAYER = 2048 * 2048  # elements; up to here one thread a layer beats all threads on one
@@ -129,7 +130,9 @@ def _run(
 ) -> Iterator[Decomposition]:
     """Decompose several layers at once, or one while the next is read and digested beside it."""
     if workers == 1:
-        yield from map(decompose, one_ahead(prepare, names))
+        for prepared in one_ahead(prepare, names):
+            yield decompose(prepared)
+            give_back_memory()
         return
     with threads_of_one_core(workers) as pool:
         for future in as_completed([pool.submit(_both, prepare, decompose, n) for n in names]):

@@ -101,19 +101,8 @@ def _tall_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     gram = tall.gram()
     largest = largest_eigenvalue(gram, _random_block(gram, LARGEST_COLUMNS))
     noise = NOISE_RATIO * EPSILON * largest
-    inverse = factorise_lifted(gram, largest)
-    start = torch.linalg.qr(_random_block(gram, width)).Q
-    space = expand(inverse, start, r, noise, least=FIRST_BLOCKS, shiftable=True)
-    if float(space.values[r - 1]) < DROWNED_RATIO * EPSILON * largest:
-        # they drown in the rounding of G: a factor of G that never squares T
-        inverse = factorise_finely(weight)
-        space = expand(inverse, start, r, noise, least=FIRST_BLOCKS)
-    elif space.sine2 > SINE2_TOLERANCE:
-        shifted = shift_towards(gram, space, r, largest)
-        if shifted is not None:
-            inverse = shifted
-        if shifted is not None or is_clustered(space.values, r):
-            space = expand(inverse, space.vectors, r, noise, least=SHIFTED_BLOCKS)
+    inverse, space = _locate(weight, gram, r, width, largest, noise)
+    del gram
     floor = RESIDUAL_ROUNDINGS * EPSILON * (largest * r) ** 0.5
     corrections = int(float(space.values[r - 1]) < noise)
     U, S, V = triplets_in(tall, inverse, space, r, floor, corrections)
@@ -122,6 +111,25 @@ def _tall_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         if not error <= ORTHOGONALITY_TOLERANCE:
             raise NotConvergedError(f"the factors are not orthonormal: error {error:.1e}")
     return U, S, V.T
+
+
+def _locate(
+    weight: Tensor, gram: Tensor, r: int, width: int, largest: float, noise: float
+) -> tuple[ShiftedGram, Space]:
+    """Find the space of the r smallest eigenvalues, and the factor of G that suits it best."""
+    inverse = factorise_lifted(gram, largest)
+    start = torch.linalg.qr(_random_block(gram, width)).Q
+    space = expand(inverse, start, r, noise, least=FIRST_BLOCKS, shiftable=True)
+    if float(space.values[r - 1]) < DROWNED_RATIO * EPSILON * largest:
+        # they drown in the rounding of G: a factor of G that never squares T
+        del inverse
+        inverse = factorise_finely(weight)
+        space = expand(inverse, start, r, noise, least=FIRST_BLOCKS)
+    elif space.sine2 > SINE2_TOLERANCE and is_clustered(space.values, r):
+        del inverse  # as large as G
+        inverse = shift_towards(gram, space, r, largest) or factorise_lifted(gram, largest)
+        space = expand(inverse, space.vectors, r, noise, least=SHIFTED_BLOCKS)
+    return inverse, space
 
 
 def factorise_lifted(gram: Tensor, largest: float) -> ShiftedGram:
@@ -160,8 +168,6 @@ def is_clustered(values: Tensor, r: int) -> bool:
 
 def shift_towards(gram: Tensor, space: Space, r: int, largest: float) -> ShiftedGram | None:
     """Factorise G with the shift just under its smallest eigenvalue, where that pays."""
-    if not is_clustered(space.values, r):
-        return None
     smallest, edge = float(space.values[0]), float(space.values[r - 1])
     gap = max(smallest - space.bound, 0.05 * (edge - smallest), 16 * EPSILON * largest)
     for _ in range(MAX_SHIFTS):

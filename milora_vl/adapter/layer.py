@@ -33,13 +33,13 @@ class Recipe:
     subtracted: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """A weight in memory, and what is known of it.
 
     Attributes:
         name: Full module name.
-        weight: [d_out, d_in] float.
+        weight: [d_out, d_in] float; None once it was decomposed.
         stored_dtype: In which the layer holds it; None if quantised.
         from_codes: Whether it was dequantised from what the layer holds.
         key: Of the factor cache.
@@ -48,7 +48,7 @@ class Prepared:
     """
 
     name: str
-    weight: Tensor
+    weight: Tensor | None
     stored_dtype: torch.dtype | None
     from_codes: bool
     key: FactorKey
@@ -110,7 +110,7 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
     Raises:
         ValueError: If the weight is not finite or too small for the rank.
     """
-    weight = prepared.weight.to(torch.float32)
+    weight, prepared.weight = prepared.weight.to(torch.float32), None  # held once from here on
     entry, digests = prepared.entry, prepared.digests
     # what the stored numbers depend on beside the weight
     settings = [recipe.r, recipe.scaling, str(prepared.stored_dtype), recipe.subtracted]

@@ -29,6 +29,7 @@ from milora_vl.adapter.state import (
     factors,
     lora_layer,
 )
+from milora_vl.memory import give_back_memory
 from milora_vl.model.nf4 import quantise_nf4
 from milora_vl.model.shards import ShardedWeights
 from milora_vl.one_ahead import one_ahead
@@ -94,6 +95,7 @@ def quantise_residual_(
             if corrected:
                 C_A, C_B = factors(peft_model, name, CORRECTION)
                 left = correct_(base_layer, residual, C_A.data, C_B.data)
+        give_back_memory()
         noise[name] = NoiseRatios(*(x / norm if norm > 0 else 0.0 for x in (lost, left)))
     return noise
 

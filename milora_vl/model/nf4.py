@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from milora_vl.memory import give_back_memory
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.shards import ShardedWeights, checkpoint_folder
 from milora_vl.one_ahead import one_ahead
@@ -167,6 +168,7 @@ def _fill_(
             owner.weight = quantise_nf4(value.to(dtype), owner)
         else:
             set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
+    give_back_memory()
     model.tie_weights()
     for name, buffer in model.named_buffers():
         if buffer.device != device:
