@@ -29,6 +29,7 @@ from milora_vl.data.records import Turn
 from milora_vl.eval.generation import encode_pictures, generate_over_trees
 from milora_vl.eval.items import Answer, ImageSource, Request
 from milora_vl.eval.job import Job, Journal, find_choice_ids
+from milora_vl.eval.packed_linear import packed_linears
 from milora_vl.eval.prefix_tree import build_tree, plan_trees
 from milora_vl.model.load import count_image_tokens
 
@@ -126,7 +127,7 @@ class Answerer:
             mininterval=interval_s,
         )
         bar.update(len(job.answers))
-        with self._ready(), bar:
+        with self._ready(), packed_linears(self.model), bar:
             for batch in self._batches(trees, job):
                 self._run(batch, job)
                 bar.update(len(job.answers) - bar.n)

@@ -26,7 +26,7 @@ from milora_vl.one_ahead import one_ahead
 logger = logging.getLogger(__name__)
 
 BLOCK_VALUES = 64
-PIECE_VALUES = 1 << 21  # quantised at a time
+PIECE_VALUES = 1 << 18  # quantised at a time: fits a cache
 NESTED_BLOCK_VALUES = 256
 
 
