@@ -11,6 +11,7 @@ from milora_vl.adapter.minor_svd import KRYLOV_MAX_RANK_RATIO, KRYLOV_MIN_SIDE
 GIB = 1024**3
 PROBE_SIDE = 1024
 PROBE_SECONDS = 0.3
+NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
 LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imported
 # Shares of the measured matrix-product rate; docs/decisions.md says where they come from. Small
 # models, whose products are small, reach less than large ones.
@@ -18,7 +19,7 @@ KRYLOV_EFFICIENCY = 0.4
 EXACT_EFFICIENCY = 0.5
 CPU_TRAINING_EFFICIENCY = 0.2
 ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
-LAYER_SECONDS = 0.02  # per layer, whatever its size: digests, certificate, copies
+VALUE_SECONDS = 15e-9  # per weight: digests, certificate, copies
 
 
 Method = Literal["auto", "exact", "krylov", "none"]
@@ -36,16 +37,18 @@ class Shape:
 def measure_flops(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """Return floating-point operations per second of a square matrix product, here and now.
 
-    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, so
-    that other work on the machine disturbs little.
+    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, on the
+    CPU that of the processors' clocks, so that other work on the machine disturbs little.
     """
     left = torch.randn(PROBE_SIDE, PROBE_SIDE, device=device).to(dtype)
+    threads = torch.get_num_threads() if left.device.type == "cpu" else 0
     best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
     while best == float("inf") or time.perf_counter() < end:
-        started = time.perf_counter()
+        started, started_clocks = time.perf_counter(), time.process_time()
         product = left @ left
         float(product[0, 0])  # waits for an accelerator
-        best = min(best, time.perf_counter() - started)
+        taken, clocks = time.perf_counter() - started, time.process_time() - started_clocks
+        best = min(best, clocks / threads if threads and clocks > 0 else taken)
     return 2 * PROBE_SIDE**3 / best
 
 
@@ -88,7 +91,8 @@ def init_seconds(shapes: list[Shape], r: int, method: Method, flops: float) -> f
         krylov = uses_krylov(shape, r, method)
         work = decomposition_flops(shape, r, krylov) if method != "none" else 0.0
         efficiency = KRYLOV_EFFICIENCY if krylov else EXACT_EFFICIENCY
-        seconds += shape.count * (work / (efficiency * flops) + LAYER_SECONDS)
+        rest = shape.d_out * shape.d_in * VALUE_SECONDS
+        seconds += shape.count * (work / (efficiency * flops) + rest)
     return seconds
 
 
@@ -147,6 +151,13 @@ class ModelSize:
     layers: int
     hidden: int
     intermediate: int
+
+
+def bytes_per_weight(size: ModelSize, float_bytes: int, in_4_bits: bool) -> float:
+    """Return bytes of a base weight, on average; 4 bits are for the decoder's layers alone."""
+    decoder = NF4_BYTES if in_4_bits else float_bytes
+    rest = size.total - size.language_model
+    return (size.language_model * decoder + rest * float_bytes) / size.total
 
 
 def step_flops(size: ModelSize, load: TrainingLoad) -> float:

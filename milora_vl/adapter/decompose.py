@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import psutil
 import torch
@@ -91,8 +92,9 @@ def decompose_layers(
     def decompose(name: str) -> Decomposition:
         try:
             return decompose_layer(name, layers[name], recipe, cache, read)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: {error}") from error
+        except (ValueError, RuntimeError, LookupError, OSError) as error:
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise ValueError(f"{name}: {reason}") from error
 
     title = f"SVD ({recipe.slice}, r={recipe.r})"
     bar = tqdm(total=len(names), desc=title, disable=not progress or own_rank > 0)
@@ -107,8 +109,8 @@ def decompose_layers(
             for result in results:
                 bar.update()
                 own[result.name] = result
-        except ValueError as error:  # the others must hear of it, or they would wait for ever
-            failure = str(error)
+        except Exception as error:  # the others must hear of it, or they would wait for ever
+            failure = str(error) or type(error).__name__
     yield from _exchange(layers, recipe.r, shares, own, failure)
 
 
@@ -131,8 +133,9 @@ def decompose_layer(
     exact = digest_of(weight if quantised else values)
     shape = tuple((weight if quantised else values).shape)
     key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
-    # what the stored numbers depend on beside the weight
-    numbers = json.dumps([recipe.r, recipe.scaling, str(stored_dtype), recipe.subtracted])
+    # what the stored numbers depend on beside the weight, and which they are
+    settings = [recipe.r, recipe.scaling, str(stored_dtype), recipe.subtracted]
+    numbers = json.dumps([*settings, *(field.name for field in fields(LayerCertificate))])
     entry = cache.get(key, recipe.r) if cache is not None else None
     facts = dict(entry.facts) if entry is not None else {}
     if "digests" in facts and not quantised:
@@ -232,8 +235,8 @@ def _exchange(
     for name, layer in layers.items():
         mine = own.get(name)
         weight = layer.weight
-        lora_A = torch.empty(r, layer.in_features, device=weight.device)
-        lora_B = torch.empty(layer.out_features, r, device=weight.device)
+        empty = partial(torch.empty, dtype=torch.float32, device=weight.device)
+        lora_A, lora_B = empty(r, layer.in_features), empty(layer.out_features, r)
         text = ""
         if mine is not None:
             lora_A.copy_(mine.factors[0])

@@ -132,7 +132,8 @@ def plan_run(config: Config) -> Plan:
     shapes = [group.shape for group in groups]
     dtype = config.model.dtype
     weights = getattr(torch, dtype) if dtype != "auto" else model.config.dtype or torch.float32
-    residual = _residual(adapter, weights)
+    stored = getattr(model.config, "quantization_config", None) is not None
+    residual = _residual(adapter, weights, config.model.quantization, stored)
     size = _size(model, targets, adapter, groups, residual)
     load, samples, notes = guess_load(config.data, model.config, training)
     low = bool(training.get("bf16") or training.get("fp16")) or weights != torch.float32
@@ -144,7 +145,9 @@ def plan_run(config: Config) -> Plan:
     share = cost.CPU_TRAINING_EFFICIENCY if on_cpu else cost.ACCELERATOR_TRAINING_EFFICIENCY
     micro_step = cost.step_flops(size, load) / (share * trained_flops)
     start_gib = cost.init_workspace_gib(shapes, adapter.r) + cost.LIBRARIES_GIB
-    start_gib += (size.total * weights.itemsize + 4 * (size.adapter + size.frozen)) / cost.GIB
+    in_4_bits = bool(config.model.quantization) or stored
+    weight_bytes = cost.bytes_per_weight(size, weights.itemsize, in_4_bits)
+    start_gib += (size.total * weight_bytes + 4 * (size.adapter + size.frozen)) / cost.GIB
     if adapter.init == "null_space":
         moments = sum(4 * shape.count * shape.d_in**2 for shape in shapes)
         start_gib += min(moments, MOMENT_BYTES) / cost.GIB
@@ -168,7 +171,7 @@ def plan_run(config: Config) -> Plan:
         training_gib=cost.training_gib(
             size,
             load,
-            weights.itemsize,
+            weight_bytes,
             low=low,
             checkpointing=bool(training.get("gradient_checkpointing")),
         ),
@@ -227,11 +230,16 @@ def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[
     return tuple(groups)
 
 
-def _residual(adapter: MiloraConfig, weights: torch.dtype) -> str:
+def _residual(
+    adapter: MiloraConfig, weights: torch.dtype, quantization: str | None, stored: bool
+) -> str:
+    """Return the residual mode; ``stored``: the checkpoint itself is quantised."""
     if adapter.init in PLAIN_INITS:
         return "anchor"
     if adapter.residual != "auto":
         return adapter.residual
+    if quantization or stored:
+        return "anchor" if stored else "subtract"
     return "subtract" if weights == torch.float32 else "anchor"
 
 
