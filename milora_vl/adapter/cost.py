@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from milora_vl.adapter.gram import multiply, pack
 from milora_vl.adapter.minor_svd import KRYLOV_MAX_RANK_RATIO, KRYLOV_MIN_SIDE
 
 GIB = 1024**3
@@ -13,13 +14,15 @@ PROBE_SIDE = 1024
 PROBE_SECONDS = 0.3
 NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
 LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imported
-# Shares of the measured matrix-product rate; docs/decisions.md says where they come from. Small
-# models, whose products are small, reach less than large ones.
-KRYLOV_EFFICIENCY = 0.4
-EXACT_EFFICIENCY = 0.5
-CPU_TRAINING_EFFICIENCY = 0.2
+# Shares of the measured matrix-product rate, and seconds beside it. `scripts/bench/plan.py` measures
+# them, docs/decisions.md says what was found.
+KRYLOV_EFFICIENCY = 0.65
+KRYLOV_SECONDS = 0.017  # a layer, whatever its size: many steps that are too small for the products
+EXACT_EFFICIENCY = 0.35
+CPU_TRAINING_EFFICIENCY = 0.35
 ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
-VALUE_SECONDS = 15e-9  # per weight: digests, certificate, copies
+VALUE_SECONDS = 10e-9  # a weight: digests, certificate, copies
+NF4_SECONDS = 22e-9  # a weight: read, W_p, quantised
 
 
 Method = Literal["auto", "exact", "krylov", "none"]
@@ -34,18 +37,23 @@ class Shape:
     count: int
 
 
-def measure_flops(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+def measure_flops(
+    dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False
+) -> float:
     """Return floating-point operations per second of a square matrix product, here and now.
+
+    ``packed``: of the product that decompositions use, see ``milora_vl.adapter.gram``.
 
     A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, on the
     CPU that of the processors' clocks, so that other work on the machine disturbs little.
     """
     left = torch.randn(PROBE_SIDE, PROBE_SIDE, device=device).to(dtype)
+    right = pack(left) if packed else left
     threads = torch.get_num_threads() if left.device.type == "cpu" else 0
     best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
     while best == float("inf") or time.perf_counter() < end:
         started, started_clocks = time.perf_counter(), time.process_time()
-        product = left @ left
+        product = multiply(right, left) if packed else left @ right
         float(product[0, 0])  # waits for an accelerator
         taken, clocks = time.perf_counter() - started, time.process_time() - started_clocks
         best = min(best, clocks / threads if threads and clocks > 0 else taken)
@@ -63,7 +71,7 @@ def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
     """Return operations to start one layer, with M >= N its sides.
 
     Exact: 4 M N^2 + 22 N^3 for the full decomposition (Golub and Van Loan's count with both sets of
-    vectors). Krylov, width w = r + max(16, r / 8), a space of d = 4 w: Gram 1.25 M N^2 (panels of
+    vectors). Krylov, width w = r + max(16, r / 4), a space of d = 4 w: Gram 1.25 M N^2 (panels of
     the upper triangle), two Cholesky factors 2 N^3 / 3, six solves 24 N^2 w, and products and
     orthogonalisation 4 M N d + 4 M d^2. Both: 6 M N r for products that the certificate checks.
     """
@@ -71,27 +79,32 @@ def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
     checks = 6 * m * n * r
     if not krylov:
         return 4 * m * n**2 + 22 * n**3 + checks
-    width = r + max(16, r // 8)
+    width = r + max(16, r // 4)
     space = 4 * width
     gram = 1.25 * m * n**2 + 2 * n**3 / 3
     return gram + 24 * n**2 * width + 4 * m * n * space + 4 * m * space**2 + checks
 
 
-def init_seconds(shapes: list[Shape], r: int, method: Method, flops: float) -> float:
+def init_seconds(
+    shapes: list[Shape], r: int, method: Method, flops: float, *, quantised: bool = False
+) -> float:
     """Estimate the seconds to start all layers.
 
     Args:
         shapes: Of the layers.
         r: Adapter rank.
         method: Of decomposition; "none": nothing is decomposed.
-        flops: Operations per second of a float32 matrix product.
+        flops: Operations per second of a packed float32 matrix product.
+        quantised: Whether the residual is quantised afterwards.
     """
     seconds = 0.0
     for shape in shapes:
         krylov = uses_krylov(shape, r, method)
         work = decomposition_flops(shape, r, krylov) if method != "none" else 0.0
         efficiency = KRYLOV_EFFICIENCY if krylov else EXACT_EFFICIENCY
-        rest = shape.d_out * shape.d_in * VALUE_SECONDS
+        rest = shape.d_out * shape.d_in * (VALUE_SECONDS + NF4_SECONDS * quantised)
+        if krylov and work:
+            rest += KRYLOV_SECONDS
         seconds += shape.count * (work / (efficiency * flops) + rest)
     return seconds
 

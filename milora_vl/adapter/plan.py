@@ -53,7 +53,7 @@ class Plan:
         projector: Full name of the projector and its parameters, if it trains.
         trainable: Trainable parameters.
         total: Parameters of the base model.
-        gflops: Measured rate of matrix products: float32, and in the dtype of training.
+        gflops: Measured rate of matrix products: of decompositions, and in the dtype of training.
         init_seconds: To start the adapters.
         init_gib: Memory while starting.
         steps: Optimiser steps.
@@ -99,7 +99,7 @@ class Plan:
         share = 100 * self.trainable / self.total
         lines += [
             f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)",
-            f"matrix products here: {self.gflops[0]:.0f} GFLOP/s in float32, "
+            f"matrix products here: {self.gflops[0]:.0f} GFLOP/s as decomposed (float32), "
             f"{self.gflops[1]:.0f} as trained",
             f"start: about {_duration(self.init_seconds)}, {self.init_gib:.1f} GiB",
         ]
@@ -138,8 +138,8 @@ def plan_run(config: Config) -> Plan:
     load, samples, notes = guess_load(config.data, model.config, training)
     low = bool(training.get("bf16") or training.get("fp16")) or weights != torch.float32
     device = resolve_device(config.model.device)
-    flops = cost.measure_flops(torch.float32, device)
-    trained_flops = cost.measure_flops(torch.bfloat16, device) if low else flops
+    flops = cost.measure_flops(torch.float32, device, packed=True)
+    trained_flops = cost.measure_flops(torch.bfloat16 if low else torch.float32, device)
     accumulated = training.get("gradient_accumulation_steps", 1)
     on_cpu = device.type == "cpu"
     share = cost.CPU_TRAINING_EFFICIENCY if on_cpu else cost.ACCELERATOR_TRAINING_EFFICIENCY
@@ -164,7 +164,13 @@ def plan_run(config: Config) -> Plan:
         trainable=size.adapter + size.projector,
         total=size.total,
         gflops=(flops / 1e9, trained_flops / 1e9),
-        init_seconds=cost.init_seconds(shapes, adapter.r, _method(adapter), flops),
+        init_seconds=cost.init_seconds(
+            shapes,
+            adapter.r,
+            _method(adapter),
+            flops,
+            quantised=bool(config.model.quantization) and residual == "subtract",
+        ),
         init_gib=start_gib,
         steps=count_steps(training, samples, load.samples * accumulated),
         step_seconds=accumulated * micro_step,
