@@ -14,8 +14,8 @@ PROBE_SIDE = 1024
 PROBE_SECONDS = 0.3
 NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
 LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imported
-# Shares of the measured matrix-product rate, and seconds beside it. `scripts/bench/plan.py` measures
-# them, docs/decisions.md says what was found.
+# Shares of the measured matrix-product rate, and seconds beside it: `scripts/bench/plan.py` prints
+# them as measured, docs/decisions.md says what was found.
 KRYLOV_EFFICIENCY = 0.65
 KRYLOV_SECONDS = 0.017  # a layer, whatever its size: many steps that are too small for the products
 EXACT_EFFICIENCY = 0.35
@@ -153,6 +153,7 @@ class ModelSize:
         layers: Decoder layers.
         hidden: Hidden size D.
         intermediate: MLP size I.
+        heads: Attention heads.
     """
 
     language_model: int
@@ -164,6 +165,7 @@ class ModelSize:
     layers: int
     hidden: int
     intermediate: int
+    heads: int = 0
 
 
 def bytes_per_weight(size: ModelSize, float_bytes: int, in_4_bits: bool) -> float:
@@ -187,14 +189,21 @@ def step_flops(size: ModelSize, load: TrainingLoad) -> float:
 
 
 def training_gib(
-    size: ModelSize, load: TrainingLoad, weight_bytes: float, *, low: bool, checkpointing: bool
+    size: ModelSize,
+    load: TrainingLoad,
+    weight_bytes: float,
+    *,
+    low: bool,
+    checkpointing: bool,
+    eager: bool = False,
 ) -> float:
     """Estimate the memory of training.
 
     Weights; float32 adapters, their gradients and two Adam moments (16 bytes a trained number, 4
     for the anchor); and activations: 14 D + 5 I numbers a token and layer (norms, projections,
     attention, gate and up), in the dtype of the products; with gradient checkpointing 1 D a layer
-    and one layer in full.
+    and one layer in full. Eager attention keeps its T^2 probabilities a head and layer, in float32
+    and in the dtype of the products. Autocast keeps copies of the decoder's float32 weights.
 
     Args:
         size: Of the model.
@@ -202,10 +211,17 @@ def training_gib(
         weight_bytes: Bytes of one base weight.
         low: Whether products run in 16 bits.
         checkpointing: Whether activations are computed again in the backward pass.
+        eager: Whether attention is the eager one.
     """
     fixed = size.total * weight_bytes + 16 * (size.adapter + size.projector)
     fixed += 4 * size.frozen
     width = 14 * size.hidden + 5 * size.intermediate
     layers = size.layers * (size.hidden if checkpointing else width) + width * checkpointing
-    activations = load.samples * load.tokens * layers * (2 if low else 4)
+    narrow = 2 if low else 4
+    activations = load.samples * load.tokens * layers * narrow
+    if eager:
+        kept = 1 if checkpointing else size.layers
+        activations += load.samples * size.heads * load.tokens**2 * kept * (4 + narrow)
+    if low and weight_bytes == 4:
+        fixed += size.language_model * narrow
     return (fixed + activations) / GIB + LIBRARIES_GIB

@@ -180,6 +180,7 @@ def plan_run(config: Config) -> Plan:
             weight_bytes,
             low=low,
             checkpointing=bool(training.get("gradient_checkpointing")),
+            eager=config.model.attn_implementation == "eager",
         ),
         notes=tuple(notes),
     )
@@ -280,6 +281,7 @@ def _size(
         projector=count(model.get_submodule(targets.projector)) if with_projector else 0,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
+        heads=text.num_attention_heads,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
     )
 

@@ -137,6 +137,13 @@ def test_estimates_grow_with_the_work():
         for low, checkpointing in ((False, False), (True, False), (True, True))
     ]
     assert memory == sorted(memory, reverse=True)
+    heads = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128, heads=4)
+    plain, eager = (
+        cost.training_gib(heads, two, 4, low=False, checkpointing=False, eager=eager)
+        for eager in (False, True)
+    )
+    # two samples, four heads, 100 x 100 probabilities in two layers, kept twice in float32
+    assert (eager - plain) * cost.GIB == pytest.approx(2 * 4 * 100**2 * 2 * 8)
 
 
 def test_rate_is_measured_here():
