@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from milora_vl import attach_milora
 from milora_vl.adapter import cost
-from milora_vl.adapter.decompose import Recipe, decompose_layer
+from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.adapter.plan import plan_run
 from milora_vl.config import load_config
@@ -41,7 +41,7 @@ def measure_layer(layer: torch.nn.Linear, r: int, method: str, rounds: int) -> s
         started = time.perf_counter()
         minor_svd(layer.weight, r, method)
         between = time.perf_counter()
-        decompose_layer("layer", layer, recipe, None)
+        list(decompose_layers({"layer": layer}, recipe, progress=False))
         svd.append(between - started)
         share.append(flops / (svd[-1] * rate))
         rest.append(max(time.perf_counter() - between - svd[-1], 0.0))
