@@ -1,6 +1,7 @@
 """Check a saved adapter against the base model it is to go on, before anything is changed."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint
 from milora_vl.adapter.portable import MiloraFile, check_files, check_shapes, read_milora_file
 from milora_vl.adapter.quantize import is_quantised
-from milora_vl.adapter.state import MiloraState, Residual
+from milora_vl.adapter.state import MiloraState, Residual, anchor_of
 from milora_vl.adapter.targets import find_projector, resolve_residual
 from milora_vl.model.shards import ShardedWeights
 
@@ -52,6 +53,21 @@ def check_adapter(
     state = facts.state(resolve_residual(model, facts.modules, residual, weights is not None))
     check_shapes(model, state, folder)
     return state
+
+
+def check_name(adapter_name: str, taken: Collection[str] = ()) -> None:
+    """Refuse a name that PEFT cannot give to an adapter of ours.
+
+    Raises:
+        ValueError: If it is taken, empty, or would hide something of the modules that hold it.
+    """
+    hidden = hasattr(nn.ModuleDict(), adapter_name) or hasattr(nn.ParameterDict(), adapter_name)
+    clash = {adapter_name, anchor_of(adapter_name)} & {*taken}
+    if clash or hidden or "." in adapter_name or not adapter_name:
+        raise ValueError(
+            f"{adapter_name!r} cannot name a new adapter: choose a name without a dot that is none "
+            f"of {sorted(taken)} and no attribute of a torch module, as 'half' or 'train' are"
+        )
 
 
 def _check_layers_exist(model: nn.Module, facts: MiloraFile, folder: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.base_check import check_adapter
+from milora_vl.adapter.base_check import check_adapter, check_name
 from milora_vl.adapter.portable import (
     FORMAT_VERSION,
     MILORA_FILE,
@@ -207,6 +207,7 @@ def load_adapter(
             "the model already carries a PEFT adapter; pass the base model, or put this adapter "
             "beside the other with add_adapter_from"
         )
+    check_name(adapter_name)
     state = check_adapter(model, folder, residual, strict_base=strict_base, weights=weights)
     peft_model = add_adapters(model, state, adapter_name)
     read_tensors_(peft_model, state, folder, adapter_name)

@@ -6,19 +6,23 @@ from typing import Literal
 
 import torch
 
+from milora_vl.adapter.gram import multiply, pack
 from milora_vl.adapter.minor_svd import KRYLOV_MAX_RANK_RATIO, KRYLOV_MIN_SIDE
 
 GIB = 1024**3
 PROBE_SIDE = 1024
 PROBE_SECONDS = 0.3
+NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
 LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imported
-# Shares of the measured matrix-product rate; docs/decisions.md says where they come from. Small
-# models, whose products are small, reach less than large ones.
-KRYLOV_EFFICIENCY = 0.4
-EXACT_EFFICIENCY = 0.5
-CPU_TRAINING_EFFICIENCY = 0.2
+# Shares of the measured matrix-product rate, and seconds beside it: `scripts/bench/plan.py` prints
+# them as measured, docs/decisions.md says what was found.
+KRYLOV_EFFICIENCY = 0.65
+KRYLOV_SECONDS = 0.017  # a layer, whatever its size: many steps that are too small for the products
+EXACT_EFFICIENCY = 0.35
+CPU_TRAINING_EFFICIENCY = 0.35
 ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
-LAYER_SECONDS = 0.02  # per layer, whatever its size: digests, certificate, copies
+VALUE_SECONDS = 10e-9  # a weight: digests, certificate, copies
+NF4_SECONDS = 22e-9  # a weight: read, W_p, quantised
 
 
 Method = Literal["auto", "exact", "krylov", "none"]
@@ -33,19 +37,26 @@ class Shape:
     count: int
 
 
-def measure_flops(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+def measure_flops(
+    dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False
+) -> float:
     """Return floating-point operations per second of a square matrix product, here and now.
 
-    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, so
-    that other work on the machine disturbs little.
+    ``packed``: of the product that decompositions use, see ``milora_vl.adapter.gram``.
+
+    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, on the
+    CPU that of the processors' clocks, so that other work on the machine disturbs little.
     """
     left = torch.randn(PROBE_SIDE, PROBE_SIDE, device=device).to(dtype)
+    right = pack(left) if packed else left
+    threads = torch.get_num_threads() if left.device.type == "cpu" else 0
     best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
     while best == float("inf") or time.perf_counter() < end:
-        started = time.perf_counter()
-        product = left @ left
+        started, started_clocks = time.perf_counter(), time.process_time()
+        product = multiply(right, left) if packed else left @ right
         float(product[0, 0])  # waits for an accelerator
-        best = min(best, time.perf_counter() - started)
+        taken, clocks = time.perf_counter() - started, time.process_time() - started_clocks
+        best = min(best, clocks / threads if threads and clocks > 0 else taken)
     return 2 * PROBE_SIDE**3 / best
 
 
@@ -60,7 +71,7 @@ def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
     """Return operations to start one layer, with M >= N its sides.
 
     Exact: 4 M N^2 + 22 N^3 for the full decomposition (Golub and Van Loan's count with both sets of
-    vectors). Krylov, width w = r + max(16, r / 8), a space of d = 4 w: Gram 1.25 M N^2 (panels of
+    vectors). Krylov, width w = r + max(16, r / 4), a space of d = 4 w: Gram 1.25 M N^2 (panels of
     the upper triangle), two Cholesky factors 2 N^3 / 3, six solves 24 N^2 w, and products and
     orthogonalisation 4 M N d + 4 M d^2. Both: 6 M N r for products that the certificate checks.
     """
@@ -68,27 +79,33 @@ def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
     checks = 6 * m * n * r
     if not krylov:
         return 4 * m * n**2 + 22 * n**3 + checks
-    width = r + max(16, r // 8)
+    width = r + max(16, r // 4)
     space = 4 * width
     gram = 1.25 * m * n**2 + 2 * n**3 / 3
     return gram + 24 * n**2 * width + 4 * m * n * space + 4 * m * space**2 + checks
 
 
-def init_seconds(shapes: list[Shape], r: int, method: Method, flops: float) -> float:
+def init_seconds(
+    shapes: list[Shape], r: int, method: Method, flops: float, *, quantised: bool = False
+) -> float:
     """Estimate the seconds to start all layers.
 
     Args:
         shapes: Of the layers.
         r: Adapter rank.
         method: Of decomposition; "none": nothing is decomposed.
-        flops: Operations per second of a float32 matrix product.
+        flops: Operations per second of a packed float32 matrix product.
+        quantised: Whether the residual is quantised afterwards.
     """
     seconds = 0.0
     for shape in shapes:
         krylov = uses_krylov(shape, r, method)
         work = decomposition_flops(shape, r, krylov) if method != "none" else 0.0
         efficiency = KRYLOV_EFFICIENCY if krylov else EXACT_EFFICIENCY
-        seconds += shape.count * (work / (efficiency * flops) + LAYER_SECONDS)
+        rest = shape.d_out * shape.d_in * (VALUE_SECONDS + NF4_SECONDS * quantised)
+        if krylov and work:
+            rest += KRYLOV_SECONDS
+        seconds += shape.count * (work / (efficiency * flops) + rest)
     return seconds
 
 
@@ -136,6 +153,7 @@ class ModelSize:
         layers: Decoder layers.
         hidden: Hidden size D.
         intermediate: MLP size I.
+        heads: Attention heads.
     """
 
     language_model: int
@@ -147,6 +165,14 @@ class ModelSize:
     layers: int
     hidden: int
     intermediate: int
+    heads: int = 0
+
+
+def bytes_per_weight(size: ModelSize, float_bytes: int, in_4_bits: bool) -> float:
+    """Return bytes of a base weight, on average; 4 bits are for the decoder's layers alone."""
+    decoder = NF4_BYTES if in_4_bits else float_bytes
+    rest = size.total - size.language_model
+    return (size.language_model * decoder + rest * float_bytes) / size.total
 
 
 def step_flops(size: ModelSize, load: TrainingLoad) -> float:
@@ -163,14 +189,21 @@ def step_flops(size: ModelSize, load: TrainingLoad) -> float:
 
 
 def training_gib(
-    size: ModelSize, load: TrainingLoad, weight_bytes: float, *, low: bool, checkpointing: bool
+    size: ModelSize,
+    load: TrainingLoad,
+    weight_bytes: float,
+    *,
+    low: bool,
+    checkpointing: bool,
+    eager: bool = False,
 ) -> float:
     """Estimate the memory of training.
 
     Weights; float32 adapters, their gradients and two Adam moments (16 bytes a trained number, 4
     for the anchor); and activations: 14 D + 5 I numbers a token and layer (norms, projections,
     attention, gate and up), in the dtype of the products; with gradient checkpointing 1 D a layer
-    and one layer in full.
+    and one layer in full. Eager attention keeps its T^2 probabilities a head and layer, in float32
+    and in the dtype of the products. Autocast keeps copies of the decoder's float32 weights.
 
     Args:
         size: Of the model.
@@ -178,10 +211,17 @@ def training_gib(
         weight_bytes: Bytes of one base weight.
         low: Whether products run in 16 bits.
         checkpointing: Whether activations are computed again in the backward pass.
+        eager: Whether attention is the eager one.
     """
     fixed = size.total * weight_bytes + 16 * (size.adapter + size.projector)
     fixed += 4 * size.frozen
     width = 14 * size.hidden + 5 * size.intermediate
     layers = size.layers * (size.hidden if checkpointing else width) + width * checkpointing
-    activations = load.samples * load.tokens * layers * (2 if low else 4)
+    narrow = 2 if low else 4
+    activations = load.samples * load.tokens * layers * narrow
+    if eager:
+        kept = 1 if checkpointing else size.layers
+        activations += load.samples * size.heads * load.tokens**2 * kept * (4 + narrow)
+    if low and weight_bytes == 4:
+        fixed += size.language_model * narrow
     return (fixed + activations) / GIB + LIBRARIES_GIB

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 
 import psutil
 import torch
@@ -79,8 +80,8 @@ def decompose_layers(
             for result in results:
                 bar.update()
                 own[result.name] = result
-        except ValueError as error:  # the others must hear of it, or they would wait for ever
-            failure = str(error)
+        except Exception as error:  # the others must hear of it, or they would wait for ever
+            failure = str(error) or type(error).__name__
     yield from _exchange(layers, recipe.r, shares, own, failure)
 
 
@@ -89,8 +90,9 @@ def _named(layer: str) -> Iterator[None]:
     """Name the layer in whatever goes wrong."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{layer}: {error}") from error
+    except (ValueError, RuntimeError, LookupError, OSError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(f"{layer}: {reason}") from error
 
 
 def _cost(layer: nn.Module) -> int:
@@ -161,8 +163,8 @@ def _exchange(
     for name, layer in layers.items():
         mine = own.get(name)
         weight = layer.weight
-        lora_A = torch.empty(r, layer.in_features, device=weight.device)
-        lora_B = torch.empty(layer.out_features, r, device=weight.device)
+        empty = partial(torch.empty, dtype=torch.float32, device=weight.device)
+        lora_A, lora_B = empty(r, layer.in_features), empty(layer.out_features, r)
         text = ""
         if mine is not None:
             lora_A.copy_(mine.factors[0])

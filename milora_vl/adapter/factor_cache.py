@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ class FactorCache:
             return None
         except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
             logger.warning("factor cache: dropped the damaged entry %s (%s)", file.name, error)
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that is not ours to change
+                file.unlink()
             return None
         U, S, Vh = tensors["U"], tensors["S"], tensors["Vh"]
         stored = S.numel()
@@ -124,17 +126,20 @@ class FactorCache:
                     metadata = opened.metadata()
                     r, d_in = opened.get_slice("Vh").get_shape()
                     d_out = opened.get_slice("U").get_shape()[0]
-            except (SafetensorError, OSError, RuntimeError):  # damaged, or just replaced
+                size = file.stat().st_size
+            except (SafetensorError, OSError, RuntimeError):  # damaged, or just removed
                 continue
             facts = {"rank": r, "shape": (d_out, d_in), "slice": metadata["slice"]}
-            yield file, {**facts, "bytes": file.stat().st_size}
+            yield file, {**facts, "bytes": size}
 
     def clear(self) -> int:
         """Remove every entry, also damaged and half-written ones; return how many bytes."""
         freed = 0
         for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.safetensors.*")]:
-            freed += file.stat().st_size
-            file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process was faster
+                size = file.stat().st_size
+                file.unlink()
+                freed += size
         return freed
 
     def _file(self, key: FactorKey, r: int) -> Path:

@@ -107,7 +107,8 @@ def _tall_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     corrections = int(float(space.values[r - 1]) < noise)
     U, S, V = triplets_in(tall, inverse, space, r, floor, corrections)
     for factor in (U, V):
-        error = float((factor.T @ factor - torch.eye(r, device=factor.device)).abs().max())
+        identity = torch.eye(r, dtype=factor.dtype, device=factor.device)
+        error = float((factor.T @ factor - identity).abs().max())
         if not error <= ORTHOGONALITY_TOLERANCE:
             raise NotConvergedError(f"the factors are not orthonormal: error {error:.1e}")
     return U, S, V.T
@@ -181,7 +182,8 @@ def shift_towards(gram: Tensor, space: Space, r: int, largest: float) -> Shifted
 
 def _random_block(like: Tensor, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the same on every device and in every run
-    return torch.randn(like.shape[0], width, generator=generator).to(like.device)
+    shape = like.shape[0], width
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def expand(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +112,9 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
     """
     weight, prepared.weight = prepared.weight.to(torch.float32), None  # held once from here on
     entry, digests = prepared.entry, prepared.digests
-    # what the stored numbers depend on beside the weight
+    # what the stored numbers depend on beside the weight, and which they are
     settings = [recipe.r, recipe.scaling, str(prepared.stored_dtype), recipe.subtracted]
-    numbers = json.dumps(settings)
+    numbers = json.dumps([*settings, *(field.name for field in fields(LayerCertificate))])
     certificates = dict(entry.facts.get("certificates", {})) if entry is not None else {}
     if entry is not None:
         U, S, Vh = (x.to(weight.device) for x in entry.triplets)

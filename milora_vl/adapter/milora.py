@@ -17,7 +17,7 @@ from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 from milora_vl.adapter.fingerprint import combine_digests
 from milora_vl.adapter.minor_svd import full_precision
-from milora_vl.adapter.quantize import evaluating
+from milora_vl.adapter.quantize import count_parameters, evaluating
 from milora_vl.adapter.residual_nf4 import noise_warnings, quantise_residual_, with_errors
 from milora_vl.adapter.state import (
     ANCHOR,
@@ -31,6 +31,7 @@ from milora_vl.adapter.state import (
     lora_layer,
     remember,
     subtract_anchor_,
+    unload_,
 )
 from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
 from milora_vl.config import MiloraConfig
@@ -84,7 +85,7 @@ def attach_milora(
     wanted = "anchor" if plain else config.residual
     residual = resolve_residual(model, targets.modules, wanted, weights is not None)
     log_targets(targets, residual)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_parameters(model)
     before = compute_logits(model, batch) if batch is not None else None
 
     projector = targets.projector if config.train_projector else None
@@ -115,7 +116,7 @@ def attach_milora(
                     peft_model, state, calibration, progress, read
                 )
     except BaseException:
-        peft_model.unload()
+        unload_(peft_model, [projector])
         raise
     if residual == "subtract" and weights is not None:
         layers = with_errors(layers, quantise_residual_(peft_model, state, weights, progress))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -74,6 +74,11 @@ def check_weight(weight: Tensor, r: int) -> None:
         raise ValueError(f"expected a matrix [d_out, d_in], got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise ValueError(f"expected float weights, got {weight.dtype}; dequantise them first")
+    if weight.element_size() < 2:  # the scales of such values are kept elsewhere
+        raise ValueError(
+            f"its weights are stored as {weight.dtype}, which means nothing without their scales; "
+            "load the checkpoint in bfloat16, or in 4 bits from a float one (quantization='nf4')"
+        )
     if not 1 <= r <= min(weight.shape):
         raise ValueError(
             f"r={r} is out of range for shape {tuple(weight.shape)}; use 1 to {min(weight.shape)}"
@@ -88,22 +93,27 @@ def slice_indices(rank: int, r: int, slice: Slice) -> Tensor:  # noqa: A002
     """Return the positions [r] of a slice in the descending spectrum of ``rank`` values."""
     if slice == "random":
         generator = torch.Generator().manual_seed(0)
-        return torch.randperm(rank, generator=generator)[:r].sort().values
+        return torch.randperm(rank, generator=generator, device="cpu")[:r].sort().values
     start = {"principal": 0, "middle": (rank - r) // 2, "minor": rank - r}[slice]
-    return torch.arange(start, start + r)
+    return torch.arange(start, start + r, device="cpu")
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply float32 matrices in float32 for a ``with`` block, whatever the process has allowed.
 
-    Trainers switch on TF32, which keeps 10 bits: too few for factors that must multiply back to a
-    slice of the weight, and different from run to run if the switch is.
+    Trainers switch on TF32, which keeps 10 bits, or autocast, which keeps 7: too few for factors
+    that must multiply back to a slice of the weight, and different from run to run if the switch
+    is.
     """
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         torch.set_float32_matmul_precision(allowed)
 

@@ -82,7 +82,7 @@ def input_moments(
         bar = tqdm(batches, desc=f"inputs of {len(group)} layers", disable=not progress)
         with evaluating(model), torch.no_grad():
             for batch in bar:
-                with _recording(chosen, moments, batch.get("attention_mask")):
+                with _recording(chosen, moments, real_positions(batch)):
                     model(**batch)
         for name in group:
             if name not in moments:
@@ -99,9 +99,10 @@ def _recording(
 ) -> Iterator[None]:
     def record(name: str, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.bool()]
-        x = x.reshape(-1, x.shape[-1]).to(torch.float32)  # [tokens, d_in]
+        x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
+        if mask is not None and len(x) == mask.numel():  # layers of experts see other tokens
+            x = x[mask.reshape(-1)]
+        x = x.to(torch.float32)
         if name not in moments:
             moments[name] = x.new_zeros(x.shape[1], x.shape[1])
         moments[name].addmm_(x.T, x)
@@ -115,6 +116,23 @@ def _recording(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def real_positions(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which positions of a batch are no padding, bool [B, T]; None if all may be.
+
+    Where every token has a mask of its own ([B, 1, T, T], see ``milora_vl.data.side_by_side``),
+    padding is what sees itself alone; so does the first token, which is real.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 2:
+        return mask.bool()
+    seen = mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0].bool()
+    real = seen.sum(dim=-1) > 1
+    real[:, 0] = True
+    return real
 
 
 def _groups(layers: Mapping[str, nn.Module]) -> list[Sequence[str]]:

@@ -53,7 +53,7 @@ class Plan:
         projector: Full name of the projector and its parameters, if it trains.
         trainable: Trainable parameters.
         total: Parameters of the base model.
-        gflops: Measured rate of matrix products: float32, and in the dtype of training.
+        gflops: Measured rate of matrix products: of decompositions, and in the dtype of training.
         init_seconds: To start the adapters.
         init_gib: Memory while starting.
         steps: Optimiser steps.
@@ -99,7 +99,7 @@ class Plan:
         share = 100 * self.trainable / self.total
         lines += [
             f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)",
-            f"matrix products here: {self.gflops[0]:.0f} GFLOP/s in float32, "
+            f"matrix products here: {self.gflops[0]:.0f} GFLOP/s as decomposed (float32), "
             f"{self.gflops[1]:.0f} as trained",
             f"start: about {_duration(self.init_seconds)}, {self.init_gib:.1f} GiB",
         ]
@@ -132,19 +132,22 @@ def plan_run(config: Config) -> Plan:
     shapes = [group.shape for group in groups]
     dtype = config.model.dtype
     weights = getattr(torch, dtype) if dtype != "auto" else model.config.dtype or torch.float32
-    residual = _residual(adapter, weights)
+    stored = getattr(model.config, "quantization_config", None) is not None
+    residual = _residual(adapter, weights, config.model.quantization, stored)
     size = _size(model, targets, adapter, groups, residual)
     load, samples, notes = guess_load(config.data, model.config, training)
     low = bool(training.get("bf16") or training.get("fp16")) or weights != torch.float32
     device = resolve_device(config.model.device)
-    flops = cost.measure_flops(torch.float32, device)
-    trained_flops = cost.measure_flops(torch.bfloat16, device) if low else flops
+    flops = cost.measure_flops(torch.float32, device, packed=True)
+    trained_flops = cost.measure_flops(torch.bfloat16 if low else torch.float32, device)
     accumulated = training.get("gradient_accumulation_steps", 1)
     on_cpu = device.type == "cpu"
     share = cost.CPU_TRAINING_EFFICIENCY if on_cpu else cost.ACCELERATOR_TRAINING_EFFICIENCY
     micro_step = cost.step_flops(size, load) / (share * trained_flops)
     start_gib = cost.init_workspace_gib(shapes, adapter.r) + cost.LIBRARIES_GIB
-    start_gib += (size.total * weights.itemsize + 4 * (size.adapter + size.frozen)) / cost.GIB
+    in_4_bits = bool(config.model.quantization) or stored
+    weight_bytes = cost.bytes_per_weight(size, weights.itemsize, in_4_bits)
+    start_gib += (size.total * weight_bytes + 4 * (size.adapter + size.frozen)) / cost.GIB
     if adapter.init == "null_space":
         moments = sum(4 * shape.count * shape.d_in**2 for shape in shapes)
         start_gib += min(moments, MOMENT_BYTES) / cost.GIB
@@ -161,16 +164,23 @@ def plan_run(config: Config) -> Plan:
         trainable=size.adapter + size.projector,
         total=size.total,
         gflops=(flops / 1e9, trained_flops / 1e9),
-        init_seconds=cost.init_seconds(shapes, adapter.r, _method(adapter), flops),
+        init_seconds=cost.init_seconds(
+            shapes,
+            adapter.r,
+            _method(adapter),
+            flops,
+            quantised=bool(config.model.quantization) and residual == "subtract",
+        ),
         init_gib=start_gib,
         steps=count_steps(training, samples, load.samples * accumulated),
         step_seconds=accumulated * micro_step,
         training_gib=cost.training_gib(
             size,
             load,
-            weights.itemsize,
+            weight_bytes,
             low=low,
             checkpointing=bool(training.get("gradient_checkpointing")),
+            eager=config.model.attn_implementation == "eager",
         ),
         notes=tuple(notes),
     )
@@ -227,11 +237,16 @@ def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[
     return tuple(groups)
 
 
-def _residual(adapter: MiloraConfig, weights: torch.dtype) -> str:
+def _residual(
+    adapter: MiloraConfig, weights: torch.dtype, quantization: str | None, stored: bool
+) -> str:
+    """Return the residual mode; ``stored``: the checkpoint itself is quantised."""
     if adapter.init in PLAIN_INITS:
         return "anchor"
     if adapter.residual != "auto":
         return adapter.residual
+    if quantization or stored:
+        return "anchor" if stored else "subtract"
     return "subtract" if weights == torch.float32 else "anchor"
 
 
@@ -266,6 +281,7 @@ def _size(
         projector=count(model.get_submodule(targets.projector)) if with_projector else 0,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
+        heads=text.num_attention_heads,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
     )
 

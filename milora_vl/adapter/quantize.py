@@ -1,5 +1,6 @@
 """Quantised weights: tell them apart, read their values, run them without changing them."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,8 +15,10 @@ def is_quantised(weight: Tensor) -> bool:
 
     The dtype does not tell: packed 4-bit values may be stored under a float dtype.
     """
-    module = type(weight).__module__
-    return type(weight).__name__ in QUANTISED_CLASSES or module.startswith("torchao.")
+    return any(
+        kind.__name__ in QUANTISED_CLASSES or kind.__module__.startswith("torchao.")
+        for kind in type(weight).__mro__
+    )
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -42,6 +45,12 @@ def stored_values(layer: nn.Module) -> Tensor:
         return layer.weight.detach().to(torch.float32)
     unpack_(layer)
     return layer.weight.data.view(torch.uint8)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many weights a model has; those packed in 4 bits count one by one."""
+    states = [(p.shape, getattr(p, "quant_state", None)) for p in model.parameters()]
+    return sum(math.prod(getattr(state, "shape", shape)) for shape, state in states)
 
 
 def unpack_(layer: nn.Module) -> None:

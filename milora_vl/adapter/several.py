@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.base_check import check_adapter
+from milora_vl.adapter.base_check import check_adapter, check_name
 from milora_vl.adapter.portable import read_tensors_
 from milora_vl.adapter.state import (
     activate,
@@ -20,6 +20,8 @@ from milora_vl.adapter.state import (
     forget,
     recall,
     remember,
+    trains,
+    unload_,
 )
 from milora_vl.model.shards import ShardedWeights
 
@@ -50,15 +52,17 @@ def add_adapter_from(
             damaged, the base is another one, or shapes do not fit. The model is then as before.
     """
     before = current_adapter(peft_model)
+    mode, trained = peft_model.training, trains(peft_model, before)
     _check_shared_base(peft_model)
-    _check_name(peft_model, adapter_name)
+    check_name(adapter_name, set(peft_model.peft_config))
     base = peft_model.get_base_model()
     state = check_adapter(base, Path(folder), "anchor", strict_base=strict_base, weights=weights)
     try:
         add_more_adapters_(peft_model, state, adapter_name)
         read_tensors_(peft_model, state, Path(folder), adapter_name)
     except BaseException:
-        _delete(peft_model, adapter_name, before)
+        _delete(peft_model, adapter_name, before, trainable=trained)
+        peft_model.train(mode)
         raise
     remember(peft_model, state, adapter_name)
     use_adapter(peft_model, adapter_name, trainable=trainable)
@@ -87,6 +91,8 @@ def use_adapter(peft_model: PeftModel, adapter_name: str, *, trainable: bool = F
 def remove_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     """Take one adapter off the model; if it was active, the oldest other one becomes active.
 
+    An active adapter that stays goes on training if it did.
+
     Raises:
         ValueError: If there is no such adapter, or it is the last one.
     """
@@ -97,8 +103,10 @@ def remove_adapter(peft_model: PeftModel, adapter_name: str) -> None:
             f"{adapter_name!r} is the last adapter; unload_adapters(peft_model) gives the base back"
         )
     current = current_adapter(peft_model)
+    following = others[0] if current == adapter_name else current
+    trainable = current != adapter_name and trains(peft_model, current)
     forget(peft_model, adapter_name)
-    _delete(peft_model, adapter_name, others[0] if current == adapter_name else current)
+    _delete(peft_model, adapter_name, following, trainable=trainable)
 
 
 def unload_adapters(peft_model: PeftModel) -> PreTrainedModel:
@@ -108,37 +116,24 @@ def unload_adapters(peft_model: PeftModel) -> PreTrainedModel:
         ValueError: If an adapter changed the base weights (residual "subtract").
     """
     _check_shared_base(peft_model)
-    base = peft_model.get_base_model()
-    projectors = {state.projector for state in adapter_states(peft_model).values()} - {None}
-    originals = {name: base.get_submodule(name).original_module for name in projectors}
-    model = peft_model.unload()
-    for name, original in originals.items():  # PEFT leaves the trained copy in its place
-        model.set_submodule(name, original.requires_grad_(False))
-    return model
+    return unload_(peft_model, [state.projector for state in adapter_states(peft_model).values()])
 
 
-def _delete(peft_model: PeftModel, adapter_name: str, following: str) -> None:
+def _delete(
+    peft_model: PeftModel, adapter_name: str, following: str, *, trainable: bool = False
+) -> None:
     """Delete an adapter and its anchor, and make another one active."""
     peft_model.set_adapter(following, inference_mode=True)  # PEFT deletes beside a single one only
     for name in (anchor_of(adapter_name), adapter_name):
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)
-    use_adapter(peft_model, following)
+    use_adapter(peft_model, following, trainable=trainable)
 
 
 def _check_known(peft_model: PeftModel, adapter_name: str) -> None:
     known = list(adapter_states(peft_model))
     if adapter_name not in known:
         raise ValueError(f"there is no adapter {adapter_name!r}; this model has {known}")
-
-
-def _check_name(peft_model: PeftModel, adapter_name: str) -> None:
-    taken = set(peft_model.peft_config)
-    if {adapter_name, anchor_of(adapter_name)} & taken or "." in adapter_name or not adapter_name:
-        raise ValueError(
-            f"{adapter_name!r} cannot name a new adapter: choose a name without a dot that is none "
-            f"of {sorted(taken)}"
-        )
 
 
 def _check_shared_base(peft_model: PeftModel) -> None:

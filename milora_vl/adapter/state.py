@@ -1,6 +1,6 @@
 """A model with a MiLoRA adapter: its two PEFT adapters, what it has to remember, what is active."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -232,6 +232,22 @@ def activate(
     if state and state.init == "mica":  # MiCA trains A alone
         for name in state.modules:
             factors(peft_model, name, adapter_name)[1].requires_grad_(False)
+
+
+def trains(peft_model: PeftModel, adapter_name: str) -> bool:
+    """Tell whether an adapter is one that an optimiser would move."""
+    state = recall(peft_model, adapter_name)
+    return factors(peft_model, state.modules[0], adapter_name)[0].requires_grad
+
+
+def unload_(peft_model: PeftModel, projectors: Iterable[str | None]) -> PreTrainedModel:
+    """Take PEFT's layers off again, and put back the original of every trained projector."""
+    base = peft_model.get_base_model()
+    originals = {name: base.get_submodule(name).original_module for name in set(projectors) if name}
+    model = peft_model.unload()
+    for name, original in originals.items():  # PEFT leaves the trained copy in its place
+        model.set_submodule(name, original.requires_grad_(False))
+    return model
 
 
 def corrections(peft_model: PeftModel) -> list[str]:

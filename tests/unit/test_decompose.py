@@ -29,8 +29,18 @@ def build_layers(bad=None):
     return layers
 
 
-def decompose_all(layers, cache=None):
-    return {done.name: done for done in decompose_layers(layers, RECIPE, cache, progress=False)}
+def decompose_all(layers, cache=None, read=None):
+    results = decompose_layers(layers, RECIPE, cache, progress=False, read=read)
+    return {done.name: done for done in results}
+
+
+def reader(layers, missing):
+    def read(name):
+        if name == missing:
+            raise KeyError(f"{name} is not in the file")
+        return layers[name].weight.detach()
+
+    return read
 
 
 def assert_same(one, two):
@@ -96,12 +106,14 @@ def test_large_layers_get_all_threads():
     assert count_workers([]) == 1
 
 
-def work(rank, port, folder, bad):
+def work(rank, port, folder, bad, missing):
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
-        result = decompose_all(build_layers(bad), FactorCache(folder / f"cache{rank}"))
+        layers = build_layers(bad)
+        read = reader(layers, missing) if missing else None
+        result = decompose_all(layers, FactorCache(folder / f"cache{rank}"), read)
         torch.save(
             {name: [*done.factors, done.certificate.sigma_max] for name, done in result.items()},
             folder / f"{rank}.pt",
@@ -112,11 +124,11 @@ def work(rank, port, folder, bad):
         dist.destroy_process_group()
 
 
-def run_two(folder, bad=None):
+def run_two(folder, bad=None, missing=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, folder, bad), nprocs=2)
+    torch.multiprocessing.spawn(work, (port, folder, bad, missing), nprocs=2)
 
 
 def test_two_processes_share_the_work_and_get_identical_factors(tmp_path):
@@ -142,3 +154,9 @@ def test_an_error_in_one_process_is_raised_in_both(tmp_path):
     run_two(tmp_path, bad="layer3")
     for rank in (0, 1):
         assert (tmp_path / f"{rank}.txt").read_text().startswith("layer3: 1 of 384 values are NaN")
+
+
+def test_a_weight_that_one_process_cannot_read_is_named_in_both(tmp_path):
+    run_two(tmp_path, missing="layer2")
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}.txt").read_text() == "layer2: layer2 is not in the file"

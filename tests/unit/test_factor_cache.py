@@ -166,3 +166,44 @@ def test_the_verb_shows_and_clears(tiny_vlm, monkeypatch, tmp_path, capsys):
     assert main(["cache", "clear"]) == 0
     assert "freed" in capsys.readouterr().out
     assert not list((tmp_path / "factors").iterdir())
+
+
+def test_damage_in_a_folder_that_is_not_ours_costs_a_line_only(tmp_path, monkeypatch, caplog):
+    cache = FactorCache(tmp_path)
+    cache.put(key_of(), minor_svd(random_weight(), 4), {})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with caplog.at_level(logging.WARNING, logger="milora_vl"):
+        assert cache.get(key_of(), 4) is None
+    assert "damaged entry" in caplog.text
+
+
+def test_numbers_of_another_version_are_measured_again(make_tiny_vlm, factors_of_this_test):
+    _, first = start(make_tiny_vlm())
+    cache = FactorCache(factors_of_this_test)
+    keys = []
+    get = FactorCache.get
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FactorCache, "get", lambda s, key, r: keys.append(key) or get(s, key, r))
+        start(make_tiny_vlm())
+    for key in keys:
+        entry = cache.get(key, 6)
+        ((name, numbers),) = entry.facts["certificates"].items()
+        old = {"certificates": {name.replace("sigma_min", "was"): {**numbers, "was": 1}}}
+        cache.put(key, entry.triplets, {**entry.facts, **old})
+    _, again = start(make_tiny_vlm())
+    assert again.layers == first.layers
+
+
+def test_entries_that_another_process_removes_are_passed_over(tmp_path):
+    cache = FactorCache(tmp_path)
+    cache.put(key_of(), minor_svd(random_weight(), 4), {})
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")  # listed, but not there
+    assert len(list(cache.entries())) == 1
+    assert cache.clear() > 0
+    assert not list(cache.entries())

@@ -208,7 +208,8 @@ def test_bad_weight_is_named_and_leaves_the_base_whole(tiny_vlm):
     assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in after.items())
 
 
-def test_interrupted_decomposition_leaves_the_base_whole(tiny_vlm, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interrupted_decomposition_leaves_the_base_whole(tiny_vlm, monkeypatch, dtype):
     from milora_vl.adapter import layer as layer_file
 
     calls = []
@@ -221,10 +222,12 @@ def test_interrupted_decomposition_leaves_the_base_whole(tiny_vlm, monkeypatch):
 
     milora_svd = layer_file.minor_svd
     monkeypatch.setattr(layer_file, "minor_svd", interrupted)
+    projector = tiny_vlm.to(dtype).model.multi_modal_projector
     before = {name: value.clone() for name, value in tiny_vlm.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
         attach(tiny_vlm, residual="subtract")
     after = tiny_vlm.state_dict()
+    assert tiny_vlm.model.multi_modal_projector is projector
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 

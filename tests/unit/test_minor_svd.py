@@ -112,3 +112,28 @@ def test_wrong_input_is_refused():
         minor_svd(torch.ones(4, 4), 1, slice="max")
     with pytest.raises(ValueError, match="method='fast' is unknown"):
         minor_svd(torch.ones(4, 4), 1, method="fast")
+
+
+@pytest.mark.parametrize("method", ["exact", "krylov"])
+@pytest.mark.parametrize("slice_name", ["minor", "random"])
+def test_switches_of_the_process_change_nothing(method, slice_name):
+    weight = torch.randn(160, 128, generator=torch.Generator().manual_seed(0))
+    how = {"method": method, "slice": slice_name}
+    plain = minor_svd(weight, 4, **how)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = minor_svd(weight, 4, **how)
+        assert (weight @ weight.T).dtype == torch.bfloat16  # it is on again
+    with torch.device("meta"):
+        elsewhere = minor_svd(weight, 4, **how)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        lower = minor_svd(weight, 4, **how)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found in (within, elsewhere, lower):
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_values_whose_scales_are_elsewhere_are_refused():
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*load the checkpoint in bfloat16"):
+        minor_svd(torch.randn(8, 6).to(torch.float8_e4m3fn), 2)

@@ -235,7 +235,8 @@ def test_without_float_weights_a_4_bit_base_is_another_base(load, tmp_path):
         attach_milora(load()[0], MiloraConfig(r=8, residual="subtract"), progress=False)
 
 
-def test_a_bad_weight_on_disk_is_named_and_the_base_stays(saved_base, load):
+@pytest.mark.parametrize("init", ["milora", "olora", "lora"])
+def test_a_bad_weight_on_disk_is_named_and_the_base_stays(load, init):
     model, weights = load()
     name = "model.language_model.layers.1.mlp.up_proj"
     codes = model.get_submodule(name).weight.data.clone()
@@ -245,8 +246,9 @@ def test_a_bad_weight_on_disk_is_named_and_the_base_stays(saved_base, load):
         def weight_of(self, module, **options):
             return read(module).fill_(torch.nan) if module == name else read(module)
 
-    with pytest.raises(ValueError, match=name):
-        attach_milora(model, MiloraConfig(r=8), progress=False, weights=Broken())
+    config = MiloraConfig(r=8, init=init)
+    with pytest.raises(ValueError, match=f"{name}: 8192 of 8192 values are NaN"):
+        attach_milora(model, config, progress=False, weights=Broken())
     assert is_quantised(model.get_submodule(name).weight)
     assert torch.equal(model.get_submodule(name).weight.data, codes)
 

@@ -14,7 +14,12 @@ from milora_vl.adapter.export import export_adapter
 from milora_vl.adapter.logits_check import check_batches, drawn_picture
 from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.quantize import is_quantised
-from milora_vl.adapter.several import add_adapter_from, use_adapter
+from milora_vl.adapter.several import (
+    add_adapter_from,
+    remove_adapter,
+    unload_adapters,
+    use_adapter,
+)
 from milora_vl.adapter.state import ANCHOR, factors, recall
 from milora_vl.config import MiloraConfig
 from milora_vl.model.load import load_vlm
@@ -132,3 +137,43 @@ def test_text_models_are_quantised_but_for_the_head(tmp_path: Path) -> None:
     assert len(linears) == 15
     assert [name for name, quantised in linears.items() if not quantised] == ["lm_head"]
     assert recall(attach(vlm)).residual == "subtract"
+
+
+UNLIKE = {
+    "minor": {"r": 4},
+    "wide": {"r": 6, "init": "pissa", "target_modules": r".*language_model.*(q|down)_proj"},
+    "plain": {"r": 3, "init": "rslora", "lora_alpha": 6, "train_projector": False},
+    "thin": {"r": 2, "init": "mica", "target_modules": r".*language_model.*v_proj"},
+}
+
+
+def test_unlike_adapters_leave_the_4_bit_base_as_it_was(load, tmp_path: Path) -> None:
+    batch, alone = example(load()), {}
+    for name, settings in UNLIKE.items():
+        vlm = load()
+        save_adapter(move(attach(vlm, **settings), batch), tmp_path / name, base=vlm.path)
+        base = load()
+        how = {"residual": "anchor", "weights": base.float_weights}
+        alone[name] = compute_logits(load_adapter(base.model, tmp_path / name, **how), batch)
+    vlm = load()
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    unadapted = compute_logits(vlm.model, batch)
+    how = {"residual": "anchor", "weights": vlm.float_weights}
+    model = load_adapter(vlm.model, tmp_path / "minor", adapter_name="minor", **how)
+    for name in ("wide", "plain", "thin"):
+        add_adapter_from(model, tmp_path / name, name, weights=vlm.float_weights)
+    for name in ("plain", "minor", "thin", "wide", "minor"):
+        use_adapter(model, name)
+        assert torch.equal(compute_logits(model, batch), alone[name]), name
+    for name in ("wide", "thin"):
+        use_adapter(model, name, trainable=True)
+        move(model, batch)
+    remove_adapter(model, "wide")
+    use_adapter(model, "plain")
+    assert torch.equal(compute_logits(model, batch), alone["plain"])
+    base = unload_adapters(model)
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    # every bit, the scales of the codes included
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert torch.equal(compute_logits(base, batch), unadapted)

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from milora_vl.adapter import null_space
 from milora_vl.adapter.milora import attach_milora
-from milora_vl.adapter.null_space import input_moments, null_space_triplets
+from milora_vl.adapter.null_space import input_moments, null_space_triplets, real_positions
 from milora_vl.config import MiloraConfig
+from milora_vl.data.side_by_side import compute_branch_inputs
 
 
 def made(seed=0, d_out=24, d_in=16, rank=10, n=200):
@@ -95,3 +96,32 @@ def test_missing_calibration_is_refused_and_leaves_the_base_whole(make_tiny_vlm)
     with pytest.raises(ValueError, match="pass calibration batches"):
         attach_milora(base, MiloraConfig(r=4, init="null_space"), progress=False)
     assert list(base.state_dict()) == names
+
+
+def test_padding_is_found_in_a_mask_of_branches_too():
+    rows = [torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 0])]
+    inputs = compute_branch_inputs(rows, 6)
+    expected = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    assert torch.equal(real_positions(inputs), expected)
+    seen = {"attention_mask": inputs["attention_mask"] == 0}
+    assert torch.equal(real_positions(seen), expected)
+    assert real_positions({}) is None
+
+
+def test_layers_that_see_tokens_in_one_row_leave_padding_out():
+    layer = nn.Linear(8, 4)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, attention_mask):
+            return self.layer(x.flatten(0, 1))
+
+    batch = {"x": x, "attention_mask": mask}
+    ((_, moment),) = input_moments(Flat(), {"layer": layer}, [batch], progress=False)
+    real = x[mask.bool()]
+    assert_close(moment, real.T @ real)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from quantised_models import build_whole_checkpoint
 
 from milora_vl.adapter import cost
 from milora_vl.adapter.milora import attach_milora
@@ -127,7 +128,7 @@ def test_estimates_grow_with_the_work():
     assert seconds[0] < seconds[1]
     exact = cost.init_seconds([large], 32, "exact", 1e11)
     assert exact > 3 * seconds[1]
-    assert cost.init_seconds([large], 32, "none", 1e11) < seconds[0]
+    assert cost.init_seconds([large], 32, "none", 1e11) < seconds[1]
     size = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128)
     one, two = (cost.TrainingLoad(samples, 100, 0, 0) for samples in (1, 2))
     assert cost.step_flops(size, two) == 2 * cost.step_flops(size, one)
@@ -136,8 +137,38 @@ def test_estimates_grow_with_the_work():
         for low, checkpointing in ((False, False), (True, False), (True, True))
     ]
     assert memory == sorted(memory, reverse=True)
+    heads = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128, heads=4)
+    plain, eager = (
+        cost.training_gib(heads, two, 4, low=False, checkpointing=False, eager=eager)
+        for eager in (False, True)
+    )
+    # two samples, four heads, 100 x 100 probabilities in two layers, kept twice in float32
+    assert (eager - plain) * cost.GIB == pytest.approx(2 * 4 * 100**2 * 2 * 8)
 
 
 def test_rate_is_measured_here():
     rate = cost.measure_flops(torch.float32)
     assert 1e8 < rate < 1e16
+
+
+@pytest.mark.parametrize("stored", [False, True])  # whether the checkpoint itself is in 4 bits
+def test_a_plan_in_4_bits_is_that_of_the_attached_adapter(tmp_path, stored):
+    pytest.importorskip("bitsandbytes")
+    checkpoint = build_whole_checkpoint(tmp_path / "model")
+    vlm = load_vlm(checkpoint, quantization="nf4", prompt_style="chatml")
+    weights = vlm.float_weights
+    config = config_of(checkpoint, {"r": 4})
+    in_float = plan_run(config)
+    if stored:
+        file, weights = checkpoint / "config.json", None
+        values = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "x"}}
+        file.write_text(json.dumps(values))
+    else:
+        model = config.model.model_copy(update={"quantization": "nf4"})
+        config = config.model_copy(update={"model": model})
+    plan = plan_run(config)
+    _, certificate = attach_milora(vlm.model, config.adapter, progress=False, weights=weights)
+    assert plan.residual == certificate.residual == ("anchor" if stored else "subtract")
+    assert plan.trainable == certificate.trainable_parameters
+    assert plan.total == certificate.total_parameters == in_float.total
+    assert plan.training_gib < in_float.training_gib

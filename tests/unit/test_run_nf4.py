@@ -1,5 +1,6 @@
 """Laws of a QMiLoRA run: trained and resumed through the pipeline; stored 4 bits are anchored."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ from safetensors.torch import load_file
 
 from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.adapter.milora import attach_milora
+from milora_vl.adapter.portable import read_milora_file
 from milora_vl.adapter.quantize import is_quantised
 from milora_vl.adapter.state import lora_layer, recall
-from milora_vl.config import MiloraConfig, ModelSection, ProjectorSection
+from milora_vl.config import MiloraConfig, ModelSection, ProjectorSection, parse_config
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, LoadError, load_vlm
+from milora_vl.pipeline import run_pipeline
 from milora_vl.training.run import build_arguments, build_collate, finetune, load_model
 
 pytest.importorskip("bitsandbytes")
@@ -129,3 +132,46 @@ def test_a_run_in_4_bits_serves_the_float_model(
     run(load(), dataset, tmp_path, 2)
     vlm = load_vlm(checkpoint, dtype=torch.float32, prompt_style="chatml")
     assert recall(load_adapter(vlm.model, tmp_path / "adapter")).residual == "subtract"
+
+
+def test_stage_1_aligns_in_float_and_stage_2_trains_in_4_bits(
+    checkpoint: Path, dataset: ConversationDataset, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
+    records = [
+        {
+            "id": item.id,
+            "image": item.images[0],
+            "conversations": [
+                {"from": "human", "value": item.turns[0].text},
+                {"from": "gpt", "value": item.turns[1].text},
+            ],
+        }
+        for item in dataset.conversations
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    few_steps = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    values = {
+        "model": {
+            "path": str(checkpoint), "dtype": "float32", "device": "cpu",
+            "prompt_style": "chatml", "quantization": "nf4",
+        },
+        "data": {"train": str(tmp_path / "train.json"), "image_folder": str(tmp_path)},
+        "alignment": {"patch_steps": 0, "training": {**few_steps, "learning_rate": 0.1}},
+        "adapter": {"r": 4},
+        "training": few_steps,
+        "eval": {"benches": []},
+    }  # fmt: skip
+    results = run_pipeline(parse_config(values), tmp_path / "run")
+    before, aligned = (
+        load_vlm(path, prompt_style="chatml").model.state_dict()
+        for path in (checkpoint, results["base"])
+    )
+    moved = {name for name, value in aligned.items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("multi_modal_projector" in name for name in moved)
+    facts = read_milora_file(tmp_path / "run" / "adapter")
+    assert facts.base["quantised"] == "Params4bit"
+    assert (facts.residual, facts.base["name_or_path"]) == ("subtract", str(results["base"]))
+    base = load_vlm(results["base"], dtype=torch.float32, prompt_style="chatml")
+    load_adapter(base.model, tmp_path / "run" / "adapter")

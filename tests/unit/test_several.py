@@ -122,9 +122,13 @@ def test_wrong_uses_are_refused_and_change_nothing(make_tiny_vlm, batch, saved):
     folder = saved["minor"][0]
     model = load_adapter(make_tiny_vlm(), folder, residual="anchor")
     names = list(model.state_dict())
-    for taken in ("milora", "anchor", "a.b", ""):
+    for taken in ("milora", "anchor", "a.b", "", "half", "items"):
         with pytest.raises(ValueError, match="cannot name a new adapter"):
             add_adapter_from(model, folder, taken)
+    base = make_tiny_vlm()
+    with pytest.raises(ValueError, match="'half' cannot name a new adapter"):
+        load_adapter(base, folder, adapter_name="half")
+    assert list(base.state_dict()) == list(make_tiny_vlm().state_dict())
     with pytest.raises(ValueError, match="last adapter"):
         remove_adapter(model, "milora")
     with pytest.raises(ValueError, match=r"no adapter 'other'; this model has \['milora'\]"):
@@ -152,3 +156,26 @@ def test_another_base_is_refused(make_tiny_vlm, saved, tmp_path):
     with pytest.raises(ValueError, match="made on other weights"):
         add_adapter_from(model, folder, "other")
     assert list(adapter_states(model)) == ["milora"]
+
+
+def test_what_trains_goes_on_training_when_another_fails_or_goes(make_tiny_vlm, saved, monkeypatch):
+    model = with_all(make_tiny_vlm(), saved)
+    use_adapter(model, "minor", trainable=True)
+    model.train()
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert training
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("milora_vl.adapter.several.read_tensors_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add_adapter_from(model, saved["wide"][0], "second")
+    assert "second" not in model.peft_config
+    assert current_adapter(model) == "minor"
+    assert model.training
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == training
+    remove_adapter(model, "wide")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == training
+    remove_adapter(model, "minor")
+    assert not any(p.requires_grad for p in model.parameters())
