@@ -85,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--quantization", choices=("nf4",), help="load the language model in 4 bits")
     add("--no-blind", action="store_true", help="skip the run without pictures")
+    add(
+        "--no-text-probe",
+        action="store_true",
+        help="skip the loss on fixed texts, which shows what an adapter made the model forget",
+    )
     add("--prompt-style", metavar="NAME", help="vicuna_v1, chatml, ... (default: by chat template)")
     add("--max-new-tokens", type=_positive, metavar="N", help="default: as each bench says")
     add(
@@ -190,6 +195,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             allow_errors=arguments.allow_errors,
             parity_check=arguments.parity_check,
             judge=judge,
+            text_probe=not arguments.no_text_probe,
         )
 
 

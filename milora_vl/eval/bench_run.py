@@ -84,7 +84,8 @@ def run_bench(
         result["submission"] = [str(path) for path in paths]
         if conditions.judge is not None and hasattr(bench, "judge_prompt"):
             rows = _grade(name, items, rows, conditions.judge, conditions)
-            result |= {**bench.summarise(rows), "judge": conditions.judge.model}
+            result |= bench.summarise(rows)
+            result |= {"judge": conditions.judge.model, "judge_prompt": bench.JUDGE_PROMPT}
     result |= _how_it_went(items, rows, answers)
     result |= {
         "seconds_per_item": seconds / len(items),
@@ -95,7 +96,7 @@ def run_bench(
         result["parity"] = check_parity(
             bench, answerer, items, answers, conditions.parity_check, options["max_new_tokens"]
         )
-    result["note"] = _note(result)
+    result["note"] = _note(result, is_judged=hasattr(bench, "judge_prompt"))
     return result, _lines(name, items, answers, rows, blind_rows)
 
 
@@ -166,11 +167,15 @@ def _against_blind(bench: Bench, rows: Sequence[Row], blind_rows: Sequence[Row])
     }
 
 
-def _note(result: Mapping[str, Any]) -> str:
+def _note(result: Mapping[str, Any], *, is_judged: bool) -> str:
     """Say in words what a reader of the score should know first."""
     notes = []
     if result.get("judge"):
-        notes.append(f"scored by the judge {result['judge']}")
+        notes.append(
+            f"scored by the judge {result['judge']} with the prompt {result['judge_prompt']!r}"
+        )
+    elif is_judged:
+        notes.append("no score without a judge: see the predictions and the judge's prompts")
     elif result["score"] is None:
         notes.append("answers not published: see the submission file")
     gain = result.get("gain_over_blind_interval_95")

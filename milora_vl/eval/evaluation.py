@@ -10,6 +10,7 @@ import torch
 from milora_vl.data.prompts import get_style
 from milora_vl.eval.bench_run import Conditions, run_bench
 from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.forgetting import measure_text_loss
 from milora_vl.eval.items import Item, read_json_object
 from milora_vl.eval.journal import AnswerJournal, fingerprint_weights
 from milora_vl.eval.judge import Judge
@@ -41,6 +42,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     allow_errors: int = 0,
     parity_check: int = 0,
     judge: Judge | None = None,
+    text_probe: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model; write ``results.json`` and ``predictions.jsonl`` into ``out_dir``.
@@ -62,6 +64,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         parity_check: Ask so many questions of each bench again, one by one with plain ``generate``,
             and record how many answers differ.
         judge: Scores the benches of free text; without it they get prediction files only.
+        text_probe: Also measure the loss on fixed texts, which shows forgetting (``forgetting``).
         progress: Whether to show progress bars.
 
     An interrupted call leaves its answers in ``out_dir``; the same call again goes on from there.
@@ -116,6 +119,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         results["benches"] |= run_text_tasks(
             vlm, text_tasks, batch_size=batch_size, limit=task_limit
         )
+    results["text_probe"] = measure_text_loss(vlm) if text_probe else None
     write_json_atomic(out_dir / "results.json", results)
     journal.remove()
     return results
@@ -133,6 +137,8 @@ def _load(
     is_all: bool,
 ) -> dict[str, list[Item]]:
     """Read the items of all benches before the model answers the first."""
+    if is_all and data_dir is not None and data_dir.is_file():
+        raise ValueError(f"{data_dir} is one file: name its bench, or the folder of all benches")
     items = {}
     absent = []
     for name in names:
@@ -165,8 +171,12 @@ def _identity(model: Any, style_name: str, model_name: str) -> dict[str, Any]:
 
 def _data_set_name(data_dir: Path) -> str | None:
     """Return the name in the data's manifest: its questions are not the published benches."""
-    file = (data_dir.parent if data_dir.name == "val" else data_dir) / "manifest.json"
-    return read_json_object(file).get("name") if file.is_file() else None
+    # also of one file of the set, or of one of its folders
+    for folder in (data_dir, *data_dir.resolve().parents[:2]):
+        file = folder / "manifest.json"
+        if file.is_file() and (name := read_json_object(file).get("name")):
+            return str(name)
+    return None
 
 
 def bench_names(benches: str | Sequence[str]) -> list[str]:

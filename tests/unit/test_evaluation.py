@@ -176,7 +176,7 @@ def test_command_line_from_a_checkpoint_folder(data, tmp_path, capsys):
     words = f"--bench pope --model {tmp_path / 'model'} --data {data} --out {tmp_path / 'out'}"
     words += " --device cpu --prompt-style chatml --limit 4 --no-blind --max-new-tokens 2"
     assert main(words.split()) == 0
-    assert "mean_f1" in capsys.readouterr().out
+    assert "mean f1" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["benches"]["pope"]["n"] == 4
     assert results["prompt_style"] == "chatml"

@@ -12,7 +12,7 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.items import Item, Row, reject_duplicates, require, take_sample
-from milora_vl.eval.mirrors import Mirror, keep_encoded, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, keep_encoded, picture, rows_without
 from milora_vl.eval.open_answers import is_open_answer_right, parse_choice
 
 VERSION = 1
@@ -42,7 +42,7 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
         ValueError: If a row is malformed.
     """
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
+        table = MIRRORS[0].open()
         label = "MMMU mirror"
     else:
         table, label = _open_files(data_dir), "MMMU"
