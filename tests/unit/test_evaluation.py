@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from eval_data import write_benches
@@ -6,10 +7,12 @@ from eval_models import build_vlm
 
 from milora_vl.eval import evaluate
 from milora_vl.eval.__main__ import main
+from milora_vl.eval.bench_run import check_parity
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.comparison import compare_folders, read_rows
 from milora_vl.eval.evaluation import bench_names
-from milora_vl.eval.items import EvaluationError
+from milora_vl.eval.items import EvaluationError, Request
+from milora_vl.eval.plain_answerer import build_answerer
 
 CONTRACT = {
     *("metric", "score", "interval_95", "blind", "majority", "n", "by_category"),
@@ -47,6 +50,7 @@ def test_results_file_is_what_is_returned_and_has_the_promised_form(done):
         assert bench["n_errors"] == 0
         assert bench["parity"]["n_different"] == 0
         assert bench["parity"]["n"] == 3
+    assert results["text_probe"]["loss_nats_per_token"] > 0
     assert results["benches"]["mmbench"]["n"] == 2
     assert results["benches"]["mmbench"]["n_rows"] == 8
 
@@ -111,6 +115,34 @@ def test_a_data_set_of_its_own_is_named_in_the_results(tmp_path):
     (data / "manifest.json").write_text('{"name": "StickerVQA"}')
     options = {"progress": False, "blind": False, "max_new_tokens": 1}
     assert evaluate(build_vlm(), "pope", data, tmp_path, **options)["data_set"] == "StickerVQA"
+
+
+def test_a_file_or_folder_of_that_data_set_is_still_not_called_by_the_benchs_name(tmp_path):
+    data = write_benches(tmp_path / "data")
+    (data / "manifest.json").write_text('{"name": "StickerVQA"}')
+    options = {"progress": False, "blind": False, "max_new_tokens": 1, "text_probe": False}
+    for bench, place in (("mmbench", "mmbench.tsv"), ("vqav2", "vqa/questions.json")):
+        results = evaluate(build_vlm(), bench, data / place, tmp_path, **options)
+        assert results["data_set"] == "StickerVQA"
+        assert results["text_probe"] is None
+    with pytest.raises(ValueError, match=r"one file: name its bench"):
+        evaluate(build_vlm(), "all", data / "mmbench.tsv", tmp_path, **options)
+
+
+def test_parity_tells_other_words_from_other_answers(data):
+    bench = BENCHES["mmbench"]
+    items = bench.load(data)
+    answerer = build_answerer(build_vlm())
+    requests = [Request(one.id, one.prompt, one.image) for one in items]
+    answers = answerer.answer(requests, max_new_tokens=2, progress=False)
+    said = {"A": "A", "B": "The answer is B."}
+    monkey = {one.id: replace(answers[one.id], text=said["A"]) for one in items}
+    answerer.answer_one_by_one = lambda asked, max_new_tokens: {
+        one.id: replace(answers[one.id], text="A." if one.id == items[0].id else said["B"])
+        for one in asked
+    }
+    found = check_parity(bench, answerer, items, monkey, len(items), 2)
+    assert (found["n"], found["n_different"], found["n_flips"]) == (8, 8, 7)
 
 
 def test_bench_names():
