@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    positive = _at_least(1)
     add(
         "--bench",
         required=True,
@@ -69,8 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder or file of the benches (default: hub mirrors; stickervqa: the demo's set)",
     )
     add("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default: %(default)s")
-    add("--limit", type=_positive, metavar="N", help="a seeded sample of N questions of each bench")
-    add("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="a seeded sample of N questions of each bench",
+    )
+    add("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add(
         "--dtype",
@@ -91,10 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="skip the loss on fixed texts, which shows what an adapter made the model forget",
     )
     add("--prompt-style", metavar="NAME", help="vicuna_v1, chatml, ... (default: by chat template)")
-    add("--max-new-tokens", type=_positive, metavar="N", help="default: as each bench says")
+    add("--max-new-tokens", type=positive, metavar="N", help="default: as each bench says")
     add(
         "--allow-errors",
-        type=int,
+        type=_at_least(0),
         default=0,
         metavar="N",
         help="failed samples per bench that do not fail the run; they count as wrong (default: 0)",
@@ -103,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--parity",
         "--parity-check",
         dest="parity_check",
-        type=int,
+        type=_at_least(0),
         default=0,
         metavar="N",
         help="ask N questions of each bench again "
@@ -114,11 +121,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
+        return int(text)
+
+    return read
 
 
 def load_model(arguments: argparse.Namespace) -> Any:
@@ -158,10 +167,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from milora_vl.adapter.source import base_of
-    from milora_vl.eval.evaluation import bench_names, evaluate
+    from milora_vl.eval.evaluation import bench_names, evaluate, load_items
     from milora_vl.eval.judge import Judge
 
-    names = bench_names(arguments.bench)
+    benches = "all" if arguments.bench.strip().lower() == "all" else arguments.bench
+    bench_names(benches)
     arguments.model = arguments.model or base_of(arguments.adapter)
     data = arguments.data
     if data is None and arguments.bench.strip().lower() == "stickervqa":
@@ -174,6 +184,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judge = None
     if arguments.judge_url or arguments.judge_model:
         judge = Judge(arguments.judge_url or "", arguments.judge_model or "")
+    items = load_items(benches, data, arguments.limit)
     vlm = load_model(arguments)
     autocast = torch.autocast(
         vlm.model.device.type,
@@ -183,7 +194,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with autocast:
         return evaluate(
             vlm,
-            "all" if arguments.bench.strip().lower() == "all" else names,
+            benches,
             data,
             arguments.out,
             batch_size=arguments.batch_size,
@@ -196,6 +207,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             parity_check=arguments.parity_check,
             judge=judge,
             text_probe=not arguments.no_text_probe,
+            items=items,
         )
 
 
@@ -210,6 +222,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        return 130
     print_results(results)
     sys.stdout.write(f"results: {arguments.out / 'results.json'}\n")
     return 0

@@ -108,12 +108,13 @@ def _how_it_went(
     items: Sequence[Item], rows: Sequence[Row], answers: Mapping[str, Answer]
 ) -> dict[str, Any]:
     """Return the rates that tell a broken template or adapter from a bad one."""
-    ended = [one.ended for one in answers.values() if one.ended is not None]
+    asked = [one for one in answers.values() if one.error is None]
+    ended = [one.ended for one in asked if one.ended is not None]
     expects_choice = [row for item, row in zip(items, rows, strict=True) if item.choices]
     off = sum(not row.well_formed for row in expects_choice)
     return {
         "eos_rate": sum(ended) / len(ended) if ended else None,
-        "one_forward_rate": 1 - len(ended) / len(answers),
+        "one_forward_rate": 1 - len(ended) / len(asked) if asked else None,
         "off_letter_rate": off / len(expects_choice) if expects_choice else None,
         "n_errors": sum(answer.error is not None for answer in answers.values()),
     }

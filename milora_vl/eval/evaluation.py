@@ -43,6 +43,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     parity_check: int = 0,
     judge: Judge | None = None,
     text_probe: bool = True,
+    items: Mapping[str, Sequence[Item]] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model; write ``results.json`` and ``predictions.jsonl`` into ``out_dir``.
@@ -65,6 +66,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
             and record how many answers differ.
         judge: Scores the benches of free text; without it they get prediction files only.
         text_probe: Also measure the loss on fixed texts, which shows forgetting (``forgetting``).
+        items: From ``load_items`` of the same benches, folder and limit; None: called here.
         progress: Whether to show progress bars.
 
     An interrupted call leaves its answers in ``out_dir``; the same call again goes on from there.
@@ -80,7 +82,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     names = bench_names(benches)
     out_dir = Path(out_dir)
     data_dir = None if data_dir is None else Path(data_dir)
-    items = _load(names, data_dir, limit, is_all=benches in ("all", ["all"]))
+    items = load_items(benches, data_dir, limit) if items is None else items
     answerer = build_answerer(vlm, batch_size=batch_size) if items else None
     style_name = get_style(vlm.prompt_style).name
     model_name = str(model_name or getattr(vlm, "path", "") or "")
@@ -129,14 +131,24 @@ def _limit_of(limit: int | Mapping[str, int] | None, name: str) -> int | None:
     return limit.get(name) if isinstance(limit, Mapping) else limit
 
 
-def _load(
-    names: Sequence[str],
+def load_items(
+    benches: str | Sequence[str],
     data_dir: Path | None,
-    limit: int | Mapping[str, int] | None,
-    *,
-    is_all: bool,
+    limit: int | Mapping[str, int] | None = None,
 ) -> dict[str, list[Item]]:
-    """Read the items of all benches before the model answers the first."""
+    """Read the questions of all benches, so that a slip shows before a model is loaded or asked.
+
+    Args:
+        benches: As in ``evaluate``; text-only tasks are left out.
+        data_dir: As there.
+        limit: As there.
+
+    Raises:
+        ValueError: If a bench is unknown or a file malformed.
+        FileNotFoundError: If a bench's files are not in ``data_dir``.
+    """
+    names = bench_names(benches)
+    is_all = benches in ("all", ["all"])
     if is_all and data_dir is not None and data_dir.is_file():
         raise ValueError(f"{data_dir} is one file: name its bench, or the folder of all benches")
     items = {}

@@ -224,6 +224,31 @@ def test_command_line_errors_are_one_line(data, tmp_path, capsys):
     assert "--data" in capsys.readouterr().err
 
 
+def test_slips_are_found_before_a_model_is_loaded(data, tmp_path, capsys, monkeypatch):
+    def never(arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("milora_vl.eval.__main__.load_model", never)
+    (tmp_path / "empty").mkdir()
+    for bench, folder, message in (
+        ("mmbenc", data, "unknown bench"),
+        ("gqa", data, "testdev_balanced_questions.json"),
+        ("all", tmp_path / "empty", "no files of any bench"),
+        ("all", data / "mmbench.tsv", "name its bench"),
+        ("pope", tmp_path / "absent", "no such folder"),
+        ("custom", None, "--data"),
+    ):
+        words = ["--bench", bench, "--model", "x", *(["--data", str(folder)] if folder else [])]
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    for option, value in (("--limit", "0"), ("--limit", "ten"), ("--allow-errors", "-1")):
+        with pytest.raises(SystemExit):
+            main(["--bench", "pope", option, value])
+        assert "is not a whole number" in capsys.readouterr().err
+
+
 def test_help_names_benches_files_and_examples(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

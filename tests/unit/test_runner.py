@@ -1,13 +1,16 @@
 import pytest
 import torch
 from eval_models import build_vlm, picture, picture_bytes
+from family_models import build_checkpoint
 from peft import LoraConfig, get_peft_model
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
 from milora_vl.data.records import Turn
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
+from milora_vl.eval.plain_answerer import build_answerer
 from milora_vl.eval.runner import Answerer
+from milora_vl.model.load import load_vlm
 
 QUESTIONS = [
     "What is this?",
@@ -59,6 +62,17 @@ def test_batched_answers_equal_plain_generation_one_by_one(kind, style, tower):
     single = answerer.answer_one_by_one(requests, max_new_tokens=7)
     assert answerer.answer(requests, max_new_tokens=7, progress=False) == single
     assert len({answer.n_tokens for answer in single.values()}) > 2, "all end at the same step"
+
+
+@pytest.mark.parametrize("family", ["llava", "bakllava", "vipllava"])
+def test_every_family_that_is_asked_over_trees_equals_plain_generation(family, tmp_path):
+    vlm = load_vlm(build_checkpoint(family, tmp_path / "model"), dtype=torch.float32)
+    answerer = build_answerer(vlm, batch_size=8)
+    assert isinstance(answerer, Answerer)
+    requests = mixed_requests()
+    single = answerer.answer_one_by_one(requests, max_new_tokens=5)
+    assert answerer.answer(requests, max_new_tokens=5, progress=False) == single
+    assert len(set(texts(single).values())) > 3
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3}, {"share_prefix": False}])

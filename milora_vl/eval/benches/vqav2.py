@@ -32,8 +32,12 @@ MIRRORS = (Mirror("VQAv2", None, "validation"),)
 
 _FOLDERS = ("vqa", "vqav2", "VQAv2", ".")
 _QUESTION_FILES = (
-    *("questions.json", "*val2014_questions.json"),
-    *("*test-dev2015_questions.json", "*test2015_questions.json", "*OpenEnded*_questions.json"),
+    *("questions.json", "*OpenEnded*val2014_questions.json"),
+    *(
+        "*OpenEnded*test-dev2015_questions.json",
+        "*OpenEnded*test2015_questions.json",
+        "*OpenEnded*_questions.json",
+    ),
 )
 _ANNOTATION_FILES = ("annotations.json", "*val2014_annotations.json", "*_annotations.json")
 _IMAGE_FOLDERS = (
