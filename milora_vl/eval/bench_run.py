@@ -186,8 +186,7 @@ def _note(result: Mapping[str, Any], *, is_judged: bool) -> str:
         notes.append(f"{1 - result['eos_rate']:.0%} of the answers were cut at the token limit")
     if result["n_errors"]:
         notes.append(f"{result['n_errors']} failed samples count as wrong")
-    if result.get("parity", {}).get("n_flips"):
-        parity = result["parity"]
+    if parity := result.get("parity"):
         notes.append(f"{parity['n_flips']} of {parity['n']} answers differ when asked one by one")
     return "; ".join(notes)
 

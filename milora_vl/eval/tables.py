@@ -45,7 +45,6 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("bench")
     for heading in ("score (95 %)", "no picture", "majority", "n", "s/item"):
         table.add_column(heading, justify="right")
-    table.add_column("note")
     for name, bench in results["benches"].items():
         scale = scale_of(bench)
         table.add_row(
@@ -55,14 +54,21 @@ def results_table(results: Mapping[str, Any]) -> Table:
             as_percent(bench["majority"], scale),
             str(bench["n"]),
             f"{bench['seconds_per_item']:.2f}",
-            escape(bench["note"]),
         )
         for category, score in bench["by_category"].items():
             table.add_row(f"  {escape(category)}", as_percent(score, scale), style="dim")
-        if published := bench.get("published"):
-            table.add_row("  published", published_text(published), style="dim")
         table.add_section()
     return table
+
+
+def results_notes(results: Mapping[str, Any]) -> list[str]:
+    """Return what a reader should know beside the table: a line a remark, its bench in front."""
+    lines = []
+    for name, bench in results["benches"].items():
+        if published := bench.get("published"):
+            lines.append(f"{name}: published for LLaVA-1.5-7B: {published_text(published)}")
+        lines += [f"{name}: {note}" for note in bench["note"].split("; ") if note]
+    return lines
 
 
 def published_text(published: Mapping[str, Any]) -> str:

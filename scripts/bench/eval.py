@@ -76,7 +76,7 @@ def measure(vlm: Any, requests: list[Request], repeats: int, max_new_tokens: int
     differing = sum(texts["ours"][one.id] != texts["one_by_one"][one.id] for one in requests)
     return {
         "n": len(requests),
-        "n_pictures": len({one.image for one in requests}),
+        "n_pictures": len({one.image.encoded or one.image.path for one in requests}),
         "seconds_ours": round(medians["ours"], 3),
         "seconds_one_by_one": round(medians["one_by_one"], 3),
         "speedup": round(medians["one_by_one"] / medians["ours"], 2),
