@@ -246,10 +246,3 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     write_report(run_folder)
     logger.info("done in %.1f min", (time.perf_counter() - started) / 60)
     return {**results, "base": str(base)}
-
-
-def peak_memory_gib() -> float:
-    """Return the largest resident memory of this process so far, in GiB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -179,7 +179,10 @@ def test_seed_scores_letters_strictly_and_shows_what_leniency_would_give(tmp_pat
     result = seed.summarise(judged(seed, items, ["B", "B. dog"]))
     assert (result["score"], result["lenient_accuracy"]) == (0.5, 1)
     assert (result["image"]["score"], result["video"]["score"]) == (1, 0)
-    assert [item.id for item in seed.load_images(tmp_path)] == ["1"]
+    images = seed.load_images(tmp_path)
+    assert [item.id for item in images] == ["1"]
+    metrics = [result["metric"], seed.summarise_images(judged(seed, images, ["B"]))["metric"]]
+    assert metrics == ["accuracy", "image_accuracy"]
     assert result["by_category"] == {"Action Recognition": 0, "Scene Understanding": 1}
 
 

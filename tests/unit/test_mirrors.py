@@ -212,7 +212,7 @@ def test_mme_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatc
 
 
 def test_mmmu_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatch):
-    row = {"image_1": encoded(8), "image_2": None, "explanation": "", "subfield": "s"}
+    row = {"image_1": encoded(8), "image_2": encoded(3), "explanation": "", "subfield": "s"}
     rows = [
         {
             **{"id": "validation_Art_Theory_1", "question": "Which <image 1>?", **row},

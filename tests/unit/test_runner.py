@@ -1,3 +1,6 @@
+import base64
+import io
+
 import pytest
 import torch
 from eval_models import build_vlm, picture, picture_bytes
@@ -6,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
+from milora_vl.data.images import build_image_transform, load_image
 from milora_vl.data.records import Turn
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.eval.plain_answerer import build_answerer
@@ -109,6 +113,17 @@ def test_pictures_change_the_answer_and_each_is_encoded_once():
     assert len(set(texts(answers).values())) > 1
     answerer.answer(mixed_requests(), max_new_tokens=2, progress=False)
     assert len(seen) == 4
+
+
+def test_pictures_are_padded_to_a_square_before_anything_else_as_llava_does():
+    vlm = build_vlm()
+    wide = ImageSource("wide", encoded=base64.b64encode(picture_bytes(1, (20, 40))).decode())
+    pixels = Answerer(vlm)._read_pixels(wide)
+    processor = vlm.processor.image_processor
+    image = load_image(io.BytesIO(wide.read()))
+    assert torch.equal(pixels, build_image_transform(processor, True)(image))
+    assert not torch.equal(pixels, build_image_transform(processor, False)(image))
+    assert pixels[:, 0].abs().max() < 0.02, "the border has the mean colour"
 
 
 def test_identical_requests_are_asked_once_and_all_answered(tmp_path):
