@@ -29,7 +29,8 @@ benches, and the official files looked for below --data (or in a folder of the b
   mmvet        mm-vet.json               llava-w  questions.jsonl, context.jsonl, answers_gpt4.jsonl
   custom       a JSONL file: question, image, and choices + answer, or answers
   stickervqa   mmbench, pope and vqav2 of the demo's own set (not scores of those benchmarks)
-  lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]')
+  lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]'), or of *.yaml
+               task files of yours in --data
   all          every bench whose files are in --data
 Without --data the hub mirrors are used. --data may also name one file, to choose a split. Where
 answers are not published (test splits) a submission file is written instead of a score; mmvet and

@@ -52,7 +52,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         vlm: Has ``model``, ``processor`` and ``prompt_style``; see ``load_vlm``.
         benches: Names in ``BENCHES``, as a list or joined by commas; "all" (with ``data_dir``: all
             whose files are there); "stickervqa" for the three of that set; "lm:" and a name for a
-            text-only task of lm-eval-harness.
+            text-only task of lm-eval-harness, or of a task file (``*.yaml``) in ``data_dir``.
         data_dir: Folder with the official files of the benches; None: their hub mirrors.
         out_dir: Where results go; made if need be.
         batch_size: Most questions in one forward pass.
@@ -119,7 +119,11 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     if text_tasks:
         task_limit = limit if isinstance(limit, int) else None
         results["benches"] |= run_text_tasks(
-            vlm, text_tasks, batch_size=batch_size, limit=task_limit
+            vlm,
+            text_tasks,
+            batch_size=batch_size,
+            limit=task_limit,
+            include_path=data_dir if data_dir and any(data_dir.glob("*.yaml")) else None,
         )
     results["text_probe"] = measure_text_loss(vlm) if text_probe else None
     write_json_atomic(out_dir / "results.json", results)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from eval_data import write_benches
 from eval_models import build_vlm, picture
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from milora_vl.eval import evaluate
@@ -161,8 +162,16 @@ def test_text_tasks_ask_the_live_model(tmp_path):
         "doc_to_target: answer\nmetric_list: [{metric: acc}]\nmetadata: {version: 3}\n"
     )
     vlm = build_vlm()
-    found = run_text_tasks(vlm, ["parity_of_numbers"], include_path=tmp_path)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = vlm.with_model(get_peft_model(vlm.model, config))
+    adapters = [m for name, m in adapted.model.named_modules() if name.endswith("lora_A.default")]
+    used = []
+    adapters[-1].register_forward_hook(lambda *args: used.append(1))
+    out = tmp_path / "out"
+    found = evaluate(adapted, "lm:parity_of_numbers", tmp_path, out, text_probe=False)["benches"]
+    assert used, "the adapter was left out"
     entry = found["lm:parity_of_numbers"]
+    assert json.loads((out / "results.json").read_text())["benches"] == found
     assert (entry["metric"], entry["n"], entry["version"]) == ("acc", 6, 3)
     assert 0 <= entry["score"] <= 1
     with pytest.raises(ValueError, match="no_such_task"):

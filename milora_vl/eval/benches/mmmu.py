@@ -2,7 +2,8 @@
 
 Official layout: parquet files with ``validation`` (or ``test``) in their names, one folder a
 subject or all in one. Only the first picture of a question is shown, as its authors did for
-LLaVA; marks such as "<image 1>" stay in the text.
+LLaVA; marks such as "<image 1>" stay in the text. Options are written "A. text" as in LLaVA's other
+prompts, where the authors' own has "(A) text".
 """
 
 import ast

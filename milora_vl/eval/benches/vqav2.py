@@ -75,7 +75,8 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     subset = str(content.get("data_subtype", "val2014")).replace("test-dev", "test")
     annotations = _read_annotations(path)
     root = path.parent if data_dir.is_file() else data_dir
-    folders = [root / name for name in _IMAGE_FOLDERS] + [path.parent]
+    places = (root / name for name in _IMAGE_FOLDERS)
+    folders = [place for place in places if place.is_dir()] + [path.parent]
     items = []
     for place, row in enumerate(questions):
         where = f"{path.name} questions[{place}]"
