@@ -27,7 +27,8 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, Path]:
 def train(arguments: argparse.Namespace) -> int:
     """Finetune: stage 1 if the config has one, evaluation before and after, report."""
     from milora_vl.eval.report import print_comparison
-    from milora_vl.pipeline import peak_memory_gib, run_pipeline
+    from milora_vl.pipeline import run_pipeline
+    from milora_vl.training.trainer import peak_memory_gib
 
     config, folder = read_config(arguments)
     results = run_pipeline(config, folder)

@@ -9,6 +9,7 @@ import yaml
 
 from data_prep.stickervqa import build_stickervqa
 from milora_vl.cli import main
+from milora_vl.eval.runs import read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -96,8 +97,18 @@ def test_a_run_folder_holds_everything(finished_run: Path) -> None:
         assert row["majority"] is not None
     certificate = json.loads((finished_run / "certificate.json").read_text())
     assert certificate["step0_max_abs_logit_difference"] < 1e-4
-    stages = [json.loads(x)["stage"] for x in (finished_run / "metrics.jsonl").open()]
-    assert {"align", "finetune"} <= set(stages)
+    log = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
+    assert {"align", "finetune"} <= {entry["stage"] for entry in log}
+
+
+def test_a_run_says_what_it_took_and_what_was_forgotten(finished_run: Path) -> None:
+    (run,) = read_runs([finished_run])
+    facts, forgotten = run.facts(), run.forgetting()
+    assert facts["train_samples_per_second"] > 0
+    assert facts["peak_memory_gib"] > 0.05
+    low, high = forgotten["text_perplexity_ratio_interval_95"]
+    assert low <= forgotten["text_perplexity_ratio"] <= high
+    assert "text perplexity ratio" in (finished_run / "report.html").read_text()
 
 
 def test_a_finished_run_is_not_done_again(finished_run: Path, config_file: Path) -> None:

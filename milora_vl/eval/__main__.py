@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ benches, and the official files looked for below --data (or in a folder of the b
   mmvet        mm-vet.json               llava-w  questions.jsonl, context.jsonl, answers_gpt4.jsonl
   custom       a JSONL file: question, image, and choices + answer, or answers
   stickervqa   mmbench, pope and vqav2 of the demo's own set (not scores of those benchmarks)
-  lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]')
+  lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]'), or of *.yaml
+               task files of yours in --data
   all          every bench whose files are in --data
 Without --data the hub mirrors are used. --data may also name one file, to choose a split. Where
 answers are not published (test splits) a submission file is written instead of a score; mmvet and
@@ -50,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    positive = _at_least(1)
     add(
         "--bench",
         required=True,
@@ -69,8 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder or file of the benches (default: hub mirrors; stickervqa: the demo's set)",
     )
     add("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default: %(default)s")
-    add("--limit", type=_positive, metavar="N", help="a seeded sample of N questions of each bench")
-    add("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="a seeded sample of N questions of each bench",
+    )
+    add("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add(
         "--dtype",
@@ -85,11 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--quantization", choices=("nf4",), help="load the language model in 4 bits")
     add("--no-blind", action="store_true", help="skip the run without pictures")
+    add(
+        "--no-text-probe",
+        action="store_true",
+        help="skip the loss on fixed texts, which shows what an adapter made the model forget",
+    )
     add("--prompt-style", metavar="NAME", help="vicuna_v1, chatml, ... (default: by chat template)")
-    add("--max-new-tokens", type=_positive, metavar="N", help="default: as each bench says")
+    add("--max-new-tokens", type=positive, metavar="N", help="default: as each bench says")
     add(
         "--allow-errors",
-        type=int,
+        type=_at_least(0),
         default=0,
         metavar="N",
         help="failed samples per bench that do not fail the run; they count as wrong (default: 0)",
@@ -98,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--parity",
         "--parity-check",
         dest="parity_check",
-        type=int,
+        type=_at_least(0),
         default=0,
         metavar="N",
         help="ask N questions of each bench again "
@@ -109,11 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
+        return int(text)
+
+    return read
 
 
 def load_model(arguments: argparse.Namespace) -> Any:
@@ -153,10 +168,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from milora_vl.adapter.source import base_of
-    from milora_vl.eval.evaluation import bench_names, evaluate
+    from milora_vl.eval.evaluation import bench_names, evaluate, load_items
     from milora_vl.eval.judge import Judge
 
-    names = bench_names(arguments.bench)
+    benches = "all" if arguments.bench.strip().lower() == "all" else arguments.bench
+    bench_names(benches)
     arguments.model = arguments.model or base_of(arguments.adapter)
     data = arguments.data
     if data is None and arguments.bench.strip().lower() == "stickervqa":
@@ -169,6 +185,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judge = None
     if arguments.judge_url or arguments.judge_model:
         judge = Judge(arguments.judge_url or "", arguments.judge_model or "")
+    items = load_items(benches, data, arguments.limit)
     vlm = load_model(arguments)
     autocast = torch.autocast(
         vlm.model.device.type,
@@ -178,7 +195,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with autocast:
         return evaluate(
             vlm,
-            "all" if arguments.bench.strip().lower() == "all" else names,
+            benches,
             data,
             arguments.out,
             batch_size=arguments.batch_size,
@@ -190,6 +207,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             allow_errors=arguments.allow_errors,
             parity_check=arguments.parity_check,
             judge=judge,
+            text_probe=not arguments.no_text_probe,
+            items=items,
         )
 
 
@@ -204,6 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        return 130
     print_results(results)
     sys.stdout.write(f"results: {arguments.out / 'results.json'}\n")
     return 0

@@ -84,7 +84,8 @@ def run_bench(
         result["submission"] = [str(path) for path in paths]
         if conditions.judge is not None and hasattr(bench, "judge_prompt"):
             rows = _grade(name, items, rows, conditions.judge, conditions)
-            result |= {**bench.summarise(rows), "judge": conditions.judge.model}
+            result |= bench.summarise(rows)
+            result |= {"judge": conditions.judge.model, "judge_prompt": bench.JUDGE_PROMPT}
     result |= _how_it_went(items, rows, answers)
     result |= {
         "seconds_per_item": seconds / len(items),
@@ -95,7 +96,7 @@ def run_bench(
         result["parity"] = check_parity(
             bench, answerer, items, answers, conditions.parity_check, options["max_new_tokens"]
         )
-    result["note"] = _note(result)
+    result["note"] = _note(result, is_judged=hasattr(bench, "judge_prompt"))
     return result, _lines(name, items, answers, rows, blind_rows)
 
 
@@ -107,12 +108,13 @@ def _how_it_went(
     items: Sequence[Item], rows: Sequence[Row], answers: Mapping[str, Answer]
 ) -> dict[str, Any]:
     """Return the rates that tell a broken template or adapter from a bad one."""
-    ended = [one.ended for one in answers.values() if one.ended is not None]
+    asked = [one for one in answers.values() if one.error is None]
+    ended = [one.ended for one in asked if one.ended is not None]
     expects_choice = [row for item, row in zip(items, rows, strict=True) if item.choices]
     off = sum(not row.well_formed for row in expects_choice)
     return {
         "eos_rate": sum(ended) / len(ended) if ended else None,
-        "one_forward_rate": 1 - len(ended) / len(answers),
+        "one_forward_rate": 1 - len(ended) / len(asked) if asked else None,
         "off_letter_rate": off / len(expects_choice) if expects_choice else None,
         "n_errors": sum(answer.error is not None for answer in answers.values()),
     }
@@ -166,11 +168,15 @@ def _against_blind(bench: Bench, rows: Sequence[Row], blind_rows: Sequence[Row])
     }
 
 
-def _note(result: Mapping[str, Any]) -> str:
+def _note(result: Mapping[str, Any], *, is_judged: bool) -> str:
     """Say in words what a reader of the score should know first."""
     notes = []
     if result.get("judge"):
-        notes.append(f"scored by the judge {result['judge']}")
+        notes.append(
+            f"scored by the judge {result['judge']} with the prompt {result['judge_prompt']!r}"
+        )
+    elif is_judged:
+        notes.append("no score without a judge: see the predictions and the judge's prompts")
     elif result["score"] is None:
         notes.append("answers not published: see the submission file")
     gain = result.get("gain_over_blind_interval_95")
@@ -180,8 +186,7 @@ def _note(result: Mapping[str, Any]) -> str:
         notes.append(f"{1 - result['eos_rate']:.0%} of the answers were cut at the token limit")
     if result["n_errors"]:
         notes.append(f"{result['n_errors']} failed samples count as wrong")
-    if result.get("parity", {}).get("n_flips"):
-        parity = result["parity"]
+    if parity := result.get("parity"):
         notes.append(f"{parity['n_flips']} of {parity['n']} answers differ when asked one by one")
     return "; ".join(notes)
 

@@ -1,6 +1,7 @@
 """What changed between two evaluations of the same questions, paired question by question."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,16 @@ def compare_folders(before: Path | str, after: Path | str) -> dict[str, dict[str
         old, new = (one[name]["version"] for one in results)
         if old != new:
             raise ValueError(f"{name}: scored by version {old} and {new}; evaluate both again")
+        judges = [judge_of(one[name]) for one in results]
+        if judges[0] != judges[1]:
+            raise ValueError(f"{name}: judged by {judges[0]} and {judges[1]}; judge both alike")
         changes[name] = _paired_change(name, all_rows[0][name], all_rows[1][name])
     return changes
+
+
+def judge_of(entry: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return name of the judge and of its prompt; scores of different ones cannot be compared."""
+    return entry.get("judge"), entry.get("judge_prompt")
 
 
 def _paired_change(name: str, before: list[Row], after: list[Row]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from milora_vl.data.prompts import get_style
 from milora_vl.eval.bench_run import Conditions, run_bench
 from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.forgetting import measure_text_loss
 from milora_vl.eval.items import Item, read_json_object
 from milora_vl.eval.journal import AnswerJournal, fingerprint_weights
 from milora_vl.eval.judge import Judge
@@ -41,6 +42,8 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     allow_errors: int = 0,
     parity_check: int = 0,
     judge: Judge | None = None,
+    text_probe: bool = True,
+    items: Mapping[str, Sequence[Item]] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model; write ``results.json`` and ``predictions.jsonl`` into ``out_dir``.
@@ -49,7 +52,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         vlm: Has ``model``, ``processor`` and ``prompt_style``; see ``load_vlm``.
         benches: Names in ``BENCHES``, as a list or joined by commas; "all" (with ``data_dir``: all
             whose files are there); "stickervqa" for the three of that set; "lm:" and a name for a
-            text-only task of lm-eval-harness.
+            text-only task of lm-eval-harness, or of a task file (``*.yaml``) in ``data_dir``.
         data_dir: Folder with the official files of the benches; None: their hub mirrors.
         out_dir: Where results go; made if need be.
         batch_size: Most questions in one forward pass.
@@ -62,6 +65,8 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         parity_check: Ask so many questions of each bench again, one by one with plain ``generate``,
             and record how many answers differ.
         judge: Scores the benches of free text; without it they get prediction files only.
+        text_probe: Also measure the loss on fixed texts, which shows forgetting (``forgetting``).
+        items: From ``load_items`` of the same benches, folder and limit; None: called here.
         progress: Whether to show progress bars.
 
     An interrupted call leaves its answers in ``out_dir``; the same call again goes on from there.
@@ -77,7 +82,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     names = bench_names(benches)
     out_dir = Path(out_dir)
     data_dir = None if data_dir is None else Path(data_dir)
-    items = _load(names, data_dir, limit, is_all=benches in ("all", ["all"]))
+    items = load_items(benches, data_dir, limit) if items is None else items
     answerer = build_answerer(vlm, batch_size=batch_size) if items else None
     style_name = get_style(vlm.prompt_style).name
     model_name = str(model_name or getattr(vlm, "path", "") or "")
@@ -114,8 +119,13 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     if text_tasks:
         task_limit = limit if isinstance(limit, int) else None
         results["benches"] |= run_text_tasks(
-            vlm, text_tasks, batch_size=batch_size, limit=task_limit
+            vlm,
+            text_tasks,
+            batch_size=batch_size,
+            limit=task_limit,
+            include_path=data_dir if data_dir and any(data_dir.glob("*.yaml")) else None,
         )
+    results["text_probe"] = measure_text_loss(vlm) if text_probe else None
     write_json_atomic(out_dir / "results.json", results)
     journal.remove()
     return results
@@ -125,14 +135,26 @@ def _limit_of(limit: int | Mapping[str, int] | None, name: str) -> int | None:
     return limit.get(name) if isinstance(limit, Mapping) else limit
 
 
-def _load(
-    names: Sequence[str],
+def load_items(
+    benches: str | Sequence[str],
     data_dir: Path | None,
-    limit: int | Mapping[str, int] | None,
-    *,
-    is_all: bool,
+    limit: int | Mapping[str, int] | None = None,
 ) -> dict[str, list[Item]]:
-    """Read the items of all benches before the model answers the first."""
+    """Read the questions of all benches, so that a slip shows before a model is loaded or asked.
+
+    Args:
+        benches: As in ``evaluate``; text-only tasks are left out.
+        data_dir: As there.
+        limit: As there.
+
+    Raises:
+        ValueError: If a bench is unknown or a file malformed.
+        FileNotFoundError: If a bench's files are not in ``data_dir``.
+    """
+    names = bench_names(benches)
+    is_all = benches in ("all", ["all"])
+    if is_all and data_dir is not None and data_dir.is_file():
+        raise ValueError(f"{data_dir} is one file: name its bench, or the folder of all benches")
     items = {}
     absent = []
     for name in names:
@@ -165,8 +187,12 @@ def _identity(model: Any, style_name: str, model_name: str) -> dict[str, Any]:
 
 def _data_set_name(data_dir: Path) -> str | None:
     """Return the name in the data's manifest: its questions are not the published benches."""
-    file = (data_dir.parent if data_dir.name == "val" else data_dir) / "manifest.json"
-    return read_json_object(file).get("name") if file.is_file() else None
+    # also of one file of the set, or of one of its folders
+    for folder in (data_dir, *data_dir.resolve().parents[:2]):
+        file = folder / "manifest.json"
+        if file.is_file() and (name := read_json_object(file).get("name")):
+            return str(name)
+    return None
 
 
 def bench_names(benches: str | Sequence[str]) -> list[str]:

@@ -181,7 +181,7 @@ def _forward(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=torch.from_numpy(positions).to(embeds.device),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     ).last_hidden_state
 

@@ -9,9 +9,17 @@ from typing import Any
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import plots
+from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
 from milora_vl.eval.html_parts import figure, page, read_items, thumbnail
 from milora_vl.eval.items import Item, read_json_lines, read_json_object
-from milora_vl.eval.tables import as_percent, bench_title, change_text, scale_of, with_interval
+from milora_vl.eval.tables import (
+    as_percent,
+    bench_title,
+    change_text,
+    metric_text,
+    scale_of,
+    with_interval,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ def render_report(
     parts = [f"<h1>Run {html.escape(run_folder.resolve().name)}</h1>"]
     if comparison is not None:
         parts += _scores(comparison)
+        parts += _forgetting(comparison)
     metrics = run_folder / "metrics.jsonl"
     curves = plots.plot_curves(read_json_lines(metrics)) if metrics.is_file() else None
     if curves:
@@ -65,7 +74,7 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
         change = change_text(old["score"], new["score"], comparison["changes"].get(name), scale)
         title = html.escape(bench_title(name, after))
         cells = [
-            f"{title}<br><small>{html.escape(new['metric'].replace('_', ' '))}</small>",
+            f"{title}<br><small>{html.escape(metric_text(new))}</small>",
             with_interval(old["score"], old["interval_95"], scale),
             f"<b>{with_interval(new['score'], new['interval_95'], scale)}</b>",
             change,
@@ -95,6 +104,21 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
             encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
             parts += [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
     return parts
+
+
+def _forgetting(comparison: Mapping[str, Any]) -> list[str]:
+    probes = [comparison[when].get("text_probe") for when in ("before", "after")]
+    change = compare_text_loss(*probes) if all(probes) else None
+    if change is None:
+        return []
+    lines = "<br>".join(
+        f"{html.escape(name.replace('_', ' '))}: {value}"
+        for name, value in forgetting_text(change).items()
+    )
+    return [
+        "<h2>Forgetting</h2><p>Loss on short texts without pictures, none of them trained on."
+        f" A ratio of 1: nothing was forgotten.</p><p>{lines}</p>"
+    ]
 
 
 def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | None) -> list[str]:

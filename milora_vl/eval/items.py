@@ -237,8 +237,10 @@ def find_image(folders: Sequence[Path], *names: str) -> Path:
     Raises:
         ImagePathError: If a name points out of the folder.
     """
-    candidates = [resolve_image(folder, name) for name in names for folder in folders]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    # one by one: a bench has hundreds of thousands of rows and a dozen candidates for each
+    candidates = (resolve_image(folder, name) for name in names for folder in folders)
+    found = next((path for path in candidates if path.is_file()), None)
+    return found or resolve_image(folders[0], names[0])
 
 
 def reject_duplicates(ids: Iterable[Hashable], where: str) -> None:

@@ -36,7 +36,9 @@ class AnswerJournal:
         self._known: dict[str, Answer] = {}
         self._served: dict[str, float] = {}
         header = json.dumps({"identity": dict(identity)}, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # a crash may cut a character in two; texts may hold other line breaks than "\n"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        lines = [line for line in text.split("\n") if line]
         if lines and lines[0] == header:
             kept = [line for line in lines[1:] if self._take(line)]
             logger.info("%s: going on with %d answers of an earlier call", path, len(self._known))

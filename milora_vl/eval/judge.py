@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from milora_vl.eval.items import EvaluationError, read_json_lines
+from milora_vl.files import write_bytes_atomic
 
 KEY_VARIABLES = ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY")
 _TIMEOUT_S = 120
@@ -120,14 +121,19 @@ class Judge:
                         f"judge {self.model}: no score in the reply on {name}: {reply!r}"
                     )
                 replies[name] = reply
-                if prompt not in known:
+                if known.get(prompt) != reply:
                     entry = {"model": self.model, "id": name, "prompt": prompt, "reply": reply}
                     stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
                     stream.flush()
         return replies
 
     def _read_journal(self, journal: Path) -> dict[str, str]:
+        """Return kept replies by prompt; a last line cut short by a crash is taken away."""
         if not journal.is_file():
             return {}
+        content = journal.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_bytes_atomic(journal, whole)
         rows = read_json_lines(journal)
         return {row["prompt"]: row["reply"] for row in rows if row["model"] == self.model}

@@ -1,6 +1,6 @@
 """Hub mirrors of the benches, for when no folder with official files is named."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,21 @@ def file_bytes(value: Any) -> bytes | None:
     return Path(value["path"]).read_bytes() if value.get("path") else None
 
 
-def open_all(mirrors: Sequence[Mirror]) -> list[Any]:
-    """Open several mirrors of one bench."""
-    return [mirror.open() for mirror in mirrors]
+def read_mirror(
+    mirrors: Sequence[Mirror], bench: str, pick: Callable[[dict[str, Any]], Any] | None = None
+) -> Iterator[tuple[dict[str, Any], ImageSource, str]]:
+    """Yield the rows of a bench's one mirror, each with its picture and what to call it in errors.
+
+    Args:
+        mirrors: The bench's ``MIRRORS``.
+        bench: Name for errors.
+        pick: As in ``picture``.
+
+    Raises:
+        MirrorError: If it cannot be loaded.
+    """
+    (mirror,) = mirrors
+    table = mirror.open()
+    for place, row in enumerate(rows_without(table, "image")):
+        where = f"{bench} mirror row {place}"
+        yield row, picture(table, place, where, pick), where

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.images import load_image
 from milora_vl.eval.items import Answer, EvaluationError, Request
+from milora_vl.eval.job import Journal
 from milora_vl.eval.plain_generation import build_prompt, generate
 from milora_vl.eval.runner import Answerer
 
@@ -62,30 +64,41 @@ class PlainAnswerer:
         allow_errors: int = 0,
         label: str = "",
         progress: bool = True,
-        journal: Any = None,
+        journal: Journal | None = None,
     ) -> dict[str, Answer]:
-        """Answer all requests; see ``Answerer.answer``.
+        """Answer all requests, the same question once; see ``Answerer.answer``.
 
         Raises:
             EvaluationError: As soon as more than ``allow_errors`` samples have failed.
         """
         answers: dict[str, Answer] = {}
+        asked: dict[str, list[Request]] = {}
+        for request in requests:
+            try:
+                asked.setdefault(_digest(request, max_new_tokens), []).append(request)
+            except _FAILURES as error:
+                answers[request.id] = Answer(None, error=str(error))
+        for digest in list(asked):
+            known = None if journal is None else journal.get(digest)
+            if known is not None:
+                answers |= {request.id: known for request in asked.pop(digest)}
+        _check_failures(answers, allow_errors)
+        # similar lengths together; the longest first, so that lack of memory shows at once
+        waiting = sorted(asked, key=lambda digest: -len(asked[digest][0].prompt))
         was_training = self.vlm.model.training
         self.vlm.model.eval()
         try:
             with tqdm(total=len(requests), desc=label, unit="item", disable=not progress) as bar:
-                for start in range(0, len(requests), self.batch_size):
-                    batch = list(requests[start : start + self.batch_size])
-                    known = self._look_up(batch, max_new_tokens, journal)
-                    answers |= known
-                    self._run(
-                        [one for one in batch if one.id not in known],
-                        max_new_tokens,
-                        answers,
-                        journal,
-                    )
+                bar.update(len(answers))
+                while waiting:
+                    batch, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
+                    found = self._run([asked[digest][0] for digest in batch], max_new_tokens)
+                    new = {digest: found[asked[digest][0].id] for digest in batch}
+                    answers |= {one.id: new[digest] for digest in batch for one in asked[digest]}
+                    if journal is not None:
+                        journal.record(new)
                     _check_failures(answers, allow_errors)
-                    bar.update(len(batch))
+                    bar.update(len(answers) - bar.n)
         finally:
             self.vlm.model.train(was_training)
         return answers
@@ -96,7 +109,7 @@ class PlainAnswerer:
         """Answer one request at a time, for comparison."""
         answers: dict[str, Answer] = {}
         for request in requests:
-            self._run([request], max_new_tokens, answers, None)
+            answers |= self._run([request], max_new_tokens)
         return answers
 
     def encode(self, request: Request) -> list[int]:
@@ -113,48 +126,30 @@ class PlainAnswerer:
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
         return build_prompt(self.vlm, question, pictures)
 
-    def _run(
-        self,
-        batch: list[Request],
-        max_new_tokens: int,
-        answers: dict[str, Answer],
-        journal: Any,
-    ) -> None:
+    def _run(self, batch: list[Request], max_new_tokens: int) -> dict[str, Answer]:
         """Answer a batch; if it fails, its halves, down to the question that is to blame."""
-        if not batch:
-            return
+        started = time.perf_counter()
         try:
             prompts = [self._prompt(request) for request in batch]
             outputs = generate(self.vlm, prompts, max_new_tokens, self.stop_ids)
         except _FAILURES as error:
             if len(batch) == 1:
-                answers[batch[0].id] = Answer(None, error=str(error))
-                return
+                return {batch[0].id: Answer(None, error=str(error))}
+            middle = len(batch) // 2
             if isinstance(error, torch.OutOfMemoryError):
-                self.batch_size = max(1, len(batch) // 2)
+                self.batch_size = middle  # for the batches to come too
             logger.debug("a batch failed, trying its halves: %s", error)
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                self._run(half, max_new_tokens, answers, journal)
-            return
-        for request, tokens in zip(batch, outputs, strict=True):
-            answers[request.id] = self._finish(tokens)
-            if journal is not None:
-                digest = _digest(request, max_new_tokens)
-                journal.record({digest: answers[request.id]})
+            first = self._run(batch[:middle], max_new_tokens)
+            return first | self._run(batch[middle:], max_new_tokens)
+        share_s = (time.perf_counter() - started) / len(batch)
+        pairs = zip(batch, outputs, strict=True)
+        return {request.id: self._finish(tokens, share_s) for request, tokens in pairs}
 
-    def _look_up(
-        self, batch: list[Request], max_new_tokens: int, journal: Any
-    ) -> dict[str, Answer]:
-        if journal is None:
-            return {}
-        found = {one.id: journal.get(_digest(one, max_new_tokens)) for one in batch}
-        return {name: answer for name, answer in found.items() if answer is not None}
-
-    def _finish(self, tokens: list[int]) -> Answer:
+    def _finish(self, tokens: list[int], seconds: float) -> Answer:
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         said = tokens[:-1] if ended else tokens
         text = self.vlm.tokenizer.decode(said, skip_special_tokens=True).strip()
-        return Answer(text, n_tokens=len(tokens), ended=ended)
+        return Answer(text, n_tokens=len(tokens), ended=ended, seconds=seconds)
 
     def _find_stop_ids(self) -> list[int]:
         configured = self.vlm.model.generation_config.eos_token_id

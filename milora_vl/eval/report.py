@@ -8,7 +8,7 @@ from rich.console import Console
 
 from milora_vl.eval.comparison import compare_folders, read_comparison
 from milora_vl.eval.html_report import render_report
-from milora_vl.eval.tables import comparison_table, results_table
+from milora_vl.eval.tables import comparison_table, results_notes, results_table
 from milora_vl.files import write_text_atomic
 
 __all__ = [
@@ -21,8 +21,11 @@ __all__ = [
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the table of one evaluation."""
-    (console or Console()).print(results_table(results))
+    """Print the table of one evaluation and the remarks on its benches."""
+    console = console or Console()
+    console.print(results_table(results))
+    for line in results_notes(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_comparison(

@@ -11,10 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from milora_vl.eval import run_plots
+from milora_vl.eval.forgetting import forgetting_text
 from milora_vl.eval.html_parts import figure, page, read_items, thumbnail
 from milora_vl.eval.items import read_json_lines
 from milora_vl.eval.runs import Run, bench_order, compare_pair, disagreements, read_runs
-from milora_vl.eval.tables import bench_title, scale_of, with_interval
+from milora_vl.eval.tables import bench_title, metric_text, scale_of, with_interval
 from milora_vl.files import write_text_atomic
 
 _PICTURES_A_BENCH = 8
@@ -44,7 +45,11 @@ def compare_runs(
         bench: {run.name: compare_pair(runs[0], run, bench) for run in runs[1:]}
         for bench in bench_order(runs)
     }
-    (console or Console()).print(runs_table(runs, changes))
+    console = console or Console()
+    console.print(runs_table(runs, changes))
+    for run in runs:
+        if found := forgetting_text(run.forgetting()):
+            console.print(f"{run.name}: {', '.join(map(' '.join, found.items()))}", markup=False)
     write_text_atomic(out, render_comparison(runs, changes))
     return changes
 
@@ -73,8 +78,7 @@ def runs_table(
 
 
 def _title(bench: str, run: Run, entry: Mapping[str, Any]) -> str:
-    judge = f", judged by {entry['judge']}" if entry.get("judge") else ""
-    return f"{bench_title(bench, run.results)}, {entry['metric'].replace('_', ' ')}{judge}"
+    return f"{bench_title(bench, run.results)}, {metric_text(entry)}"
 
 
 def _change_cells(change: Mapping[str, Any] | None, scale: float) -> tuple[str, str]:
@@ -110,7 +114,7 @@ def render_comparison(
     if curves:
         parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
     parts += _facts("Throughput and memory", {run.name: run.facts() for run in runs})
-    parts += _facts("Forgetting", {run.name: run.forgetting or {} for run in runs})
+    parts += _facts("Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs})
     for run in runs:
         if run.certificate is not None:
             summary = html.escape(run.certificate.summary())

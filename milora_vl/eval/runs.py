@@ -11,7 +11,8 @@ import numpy as np
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import statistics
 from milora_vl.eval.benches import BENCHES
-from milora_vl.eval.comparison import read_rows
+from milora_vl.eval.comparison import judge_of, read_rows
+from milora_vl.eval.forgetting import compare_text_loss
 from milora_vl.eval.items import Row, read_json_lines, read_json_object
 
 _SPEED = ("train_samples_per_second", "train_tokens_per_second", "train_runtime")
@@ -30,7 +31,7 @@ class Run:
         rows: Judged answers by bench.
         metrics: Lines of ``metrics.jsonl``; empty without a training log.
         certificate: The init certificate, or None.
-        forgetting: Content of ``forgetting.json`` (name -> number), or None.
+        before: Content of ``eval_before/results.json`` of the same run, or None.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Run:
     rows: dict[str, list[Row]]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     certificate: Certificate | None = None
-    forgetting: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None
 
     def facts(self) -> dict[str, float]:
         """Return throughput and memory, as far as the run recorded them; units in the keys."""
@@ -52,6 +53,15 @@ class Run:
             facts["init_seconds"] = self.certificate.seconds
             facts["init_peak_memory_gib"] = self.certificate.peak_memory_gib
         return facts
+
+    def forgetting(self) -> dict[str, Any]:
+        """Return the loss on fixed texts, and against the base model if it was measured too."""
+        probe = self.results.get("text_probe")
+        if not probe:
+            return {}
+        base = (self.before or {}).get("text_probe")
+        change = compare_text_loss(base, probe) if base else None
+        return change or {"text_loss_after_nats_per_token": probe["loss_nats_per_token"]}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -86,7 +96,8 @@ def _read(folder: Path, name: str) -> Run:
         )
     root = folder.parent if folder.name in ("eval_after", "eval_before") else folder
     metrics, certificate = root / "metrics.jsonl", root / "certificate.json"
-    forgetting = root / "forgetting.json"
+    before = root / "eval_before/results.json"
+    is_after = place.name == "eval_after" and before.is_file()
     text = certificate.read_text(encoding="utf-8") if certificate.is_file() else None
     return Run(
         name=name,
@@ -96,7 +107,7 @@ def _read(folder: Path, name: str) -> Run:
         rows=read_rows(place),
         metrics=read_json_lines(metrics) if metrics.is_file() else [],
         certificate=None if text is None else Certificate.from_json(text),
-        forgetting=read_json_object(forgetting) if forgetting.is_file() else None,
+        before=read_json_object(before) if is_after else None,
     )
 
 
@@ -123,8 +134,8 @@ def compare_pair(first: Run, second: Run, bench: str) -> dict[str, Any]:
         return {"why_not": "no score in both"}
     if entries[0]["version"] != entries[1]["version"]:
         return {"why_not": "scored by different versions"}
-    if entries[0].get("judge") != entries[1].get("judge"):
-        return {"why_not": "scored by different judges"}
+    if judge_of(entries[0]) != judge_of(entries[1]):
+        return {"why_not": "scored by different judges or with different prompts"}
     pair = [sorted(run.rows.get(bench, []), key=lambda row: row.id) for run in (first, second)]
     if not pair[0] or [row.id for row in pair[0]] != [row.id for row in pair[1]]:
         return {"why_not": "different questions, or no answers kept"}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from milora_vl.eval import statistics
-from milora_vl.eval.answers import most_common
+from milora_vl.eval.answers import m4c, m4c_accuracy, most_common
 from milora_vl.eval.items import Item, Row, split_rows
 from milora_vl.files import write_text_atomic
 
@@ -50,6 +50,31 @@ def judged(
         well_formed=well_formed,
         details={**item.details, **(details or {})},
     )
+
+
+def parse_m4c(item: Item, text: str) -> str | None:
+    """Return the answer to a short question as it is uploaded and scored."""
+    del item
+    return m4c(text)
+
+
+def judge_m4c(item: Item, text: str | None) -> Row:
+    """Score one answer as TextVQA and VizWiz do. ``text`` None is a failed sample, always wrong."""
+    if text is None:
+        return judged(item, None, None, 0.0, False)
+    score = m4c_accuracy(text, item.answers) if item.answers else 0.0
+    return judged(item, text, m4c(text), score, bool(text.strip()))
+
+
+def parse_free(item: Item, text: str) -> str | None:
+    """Return an answer as it is, for a judge model to read; None if it is empty."""
+    del item
+    return text.strip() or None
+
+
+def no_majority(items: Sequence[Item]) -> None:
+    """Return None: there is no constant answer to compare free text with."""
+    del items
 
 
 def mean_sums(rows: Sequence[Row]) -> statistics.Array:

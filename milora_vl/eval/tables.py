@@ -32,30 +32,43 @@ def bench_title(name: str, results: Mapping[str, Any]) -> str:
     return f"{data_set} ({name} format)" if data_set else name
 
 
+def metric_text(bench: Mapping[str, Any]) -> str:
+    """Name the metric and, where a judge model made the scores, the judge and its prompt."""
+    judge = bench.get("judge")
+    judged = f", judged by {judge} with {bench.get('judge_prompt')}" if judge else ""
+    return bench["metric"].replace("_", " ") + judged
+
+
 def results_table(results: Mapping[str, Any]) -> Table:
     """Build the table of one evaluation, scores in per cent."""
     table = Table(box=box.SIMPLE_HEAD, title=escape(_title(results)), title_justify="left")
     table.add_column("bench")
     for heading in ("score (95 %)", "no picture", "majority", "n", "s/item"):
         table.add_column(heading, justify="right")
-    table.add_column("note")
     for name, bench in results["benches"].items():
         scale = scale_of(bench)
         table.add_row(
-            f"{escape(bench_title(name, results))}\n{bench['metric']}",
+            f"{escape(bench_title(name, results))}\n{escape(metric_text(bench))}",
             with_interval(bench["score"], bench["interval_95"], scale),
             with_interval(bench["blind"], bench["blind_interval_95"], scale),
             as_percent(bench["majority"], scale),
             str(bench["n"]),
             f"{bench['seconds_per_item']:.2f}",
-            bench["note"],
         )
         for category, score in bench["by_category"].items():
             table.add_row(f"  {escape(category)}", as_percent(score, scale), style="dim")
-        if published := bench.get("published"):
-            table.add_row("  published", published_text(published), style="dim")
         table.add_section()
     return table
+
+
+def results_notes(results: Mapping[str, Any]) -> list[str]:
+    """Return what a reader should know beside the table: a line a remark, its bench in front."""
+    lines = []
+    for name, bench in results["benches"].items():
+        if published := bench.get("published"):
+            lines.append(f"{name}: published for LLaVA-1.5-7B: {published_text(published)}")
+        lines += [f"{name}: {note}" for note in bench["note"].split("; ") if note]
+    return lines
 
 
 def published_text(published: Mapping[str, Any]) -> str:
@@ -93,7 +106,7 @@ def comparison_table(
         scale = scale_of(new)
         change = change_text(old["score"], new["score"], (changes or {}).get(name), scale)
         table.add_row(
-            f"{escape(bench_title(name, after))}\n{new['metric']}",
+            f"{escape(bench_title(name, after))}\n{escape(metric_text(new))}",
             with_interval(old["score"], old["interval_95"], scale),
             with_interval(new["score"], new["interval_95"], scale),
             change,

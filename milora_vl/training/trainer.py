@@ -254,6 +254,23 @@ class MetricsWriter(TrainerCallback):
         if state.is_world_process_zero:
             entry = {"stage": self.stage, "step": state.global_step}
             entry |= {self.NAMES.get(name, name): value for name, value in logs.items()}
+            if "train_runtime" in logs:  # the last line of a training
+                entry |= peak_memory()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the largest resident memory of this process so far, and of its GPU, in GiB."""
+    found = {"peak_memory_gib": peak_memory_gib()}
+    if torch.cuda.is_available():
+        found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident memory of this process so far, in GiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

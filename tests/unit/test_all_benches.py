@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import datasets
 import pytest
-from eval_models import judged, picture_bytes
+from eval_models import judged
 from official_layouts import write_all
 
 from milora_vl.eval.bench_run import judge_all
-from milora_vl.eval.benches import BENCHES, gqa, mmmu, pope, seed, sqa
+from milora_vl.eval.benches import BENCHES, mmmu
 from milora_vl.eval.items import Answer, EvaluationError
-from milora_vl.eval.mirrors import Mirror, MirrorError
 from milora_vl.eval.published import LLAVA_15_7B, published_scores
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bench_prompts.txt"
@@ -77,78 +75,6 @@ def test_predictions_join_by_id_and_a_missing_one_is_an_error(name, data, tmp_pa
 def test_without_files_the_error_says_what_was_looked_for(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         BENCHES[name].load(tmp_path)
-
-
-def test_offline_mirrors_say_what_to_do():
-    with pytest.raises(MirrorError, match=r"official files here.*--data"):
-        gqa.load(None)
-    with pytest.raises(FileNotFoundError, match=r"custom.*--data"):
-        BENCHES["custom"].load(None)
-
-
-def save_mirror(folder, rows):
-    """A folder of tables that ``load_dataset`` opens as it opens a hub mirror."""
-    table = datasets.Dataset.from_list(rows)
-    is_list = isinstance(rows[0]["image"], list) if "image" in rows[0] else False
-    image = datasets.List(datasets.Image()) if is_list else datasets.Image()
-    if "image" in rows[0]:
-        table = table.cast_column("image", image)
-    folder.mkdir(exist_ok=True)
-    table.to_parquet(str(folder / "train.parquet"))
-    return Mirror(str(folder), None, "train")
-
-
-def encoded(seed_number):
-    return {"bytes": picture_bytes(seed_number), "path": None}
-
-
-def test_gqa_mirror_joins_pictures_by_id(tmp_path, monkeypatch):
-    questions = [
-        {"id": "7", "imageId": "n2", "question": "Color?", "answer": "red", "isBalanced": True},
-        {"id": "8", "imageId": "n1", "question": "Shape?", "answer": "round", "isBalanced": True},
-    ]
-    images = [{"id": "n1", "image": encoded(1)}, {"id": "n2", "image": encoded(2)}]
-    mirrors = save_mirror(tmp_path / "q", questions), save_mirror(tmp_path / "i", images)
-    monkeypatch.setattr(gqa, "MIRRORS", mirrors)
-    items = gqa.load(None)
-    assert [item.id for item in items] == ["7", "8"]
-    assert items[0].image.read() == picture_bytes(2)
-    assert items[1].image.read() == picture_bytes(1)
-
-
-def test_pope_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatch):
-    rows = [
-        {
-            **{"question_id": place, "question": f"Is there a {what} in the image?"},
-            **{"answer": "yes" if place else "no", "image_source": "p", "image": encoded(12)},
-            "category": category,
-        }
-        for category in ("popular", "random", "adversarial")
-        for place, what in enumerate(("cat", "dog"))
-    ]
-    monkeypatch.setattr(pope, "MIRRORS", (save_mirror(tmp_path / "m", rows),))
-    mirrored, official = pope.load(None), pope.load(data)
-    facts = [
-        [(one.id, one.prompt, one.answers, one.group) for one in x] for x in (mirrored, official)
-    ]
-    assert facts[0] == facts[1]
-    assert mirrored[0].image.read() == picture_bytes(12)
-
-
-def test_seed_mirror_shows_the_middle_frame_of_a_video(tmp_path, monkeypatch):
-    choices = {f"choice_{letter}": letter for letter in "abcd"}
-    row = {**choices, "question_id": "1", "question": "What?", "answer": "A", "data_type": "video"}
-    rows = [{**row, "question_type_id": 2, "image": [encoded(place) for place in range(5)]}]
-    monkeypatch.setattr(seed, "MIRRORS", (save_mirror(tmp_path / "m", rows),))
-    assert seed.load(None)[0].image.read() == picture_bytes(2)
-
-
-def test_sqa_mirror_tells_questions_without_a_picture(tmp_path, monkeypatch):
-    row = {"question": "Why?", "choices": ["a", "b"], "answer": 1, "hint": "", "subject": "s"}
-    rows = [{**row, "image": encoded(1)}, {**row, "image": None}]
-    monkeypatch.setattr(sqa, "MIRRORS", (save_mirror(tmp_path / "m", rows),))
-    assert [item.id for item in sqa.load(None)] == ["row0"]
-    assert [item.image is None for item in sqa.load_full(None)] == [False, True]
 
 
 def test_mmmu_files_may_be_named_one_by_one(data):

@@ -30,6 +30,16 @@ def test_gqa_asks_balanced_questions_and_splits_them_by_structure(tmp_path):
     assert result["by_n_steps"] == {"02": pytest.approx(1 / 3)}
 
 
+def test_gqa_does_not_count_the_last_questioning_step(tmp_path):
+    layouts.gqa(tmp_path)
+    path = next(tmp_path.rglob("*balanced_questions.json"))
+    rows = json.loads(path.read_text())
+    steps = [("select", "dog (1)"), ("relate", "red,s (2)"), ("query", "name"), ("exist", "?")]
+    rows["07"]["semantic"] = [{"operation": one, "argument": other} for one, other in steps]
+    path.write_text(json.dumps(rows))
+    assert gqa.load(tmp_path)[0].details["n_steps"] == 2
+
+
 def test_vizwiz_prepends_its_own_line_and_test_goes_to_the_server(tmp_path):
     layouts.vizwiz(tmp_path)
     rows = judged(vizwiz, vizwiz.load(tmp_path), ["Unanswerable", "unanswerable."])
@@ -68,6 +78,24 @@ def test_textvqa_ocr_words_come_from_llavas_file_too_joined_by_question(tmp_path
     layouts.put(tmp_path / "textvqa/llava_textvqa_val_v051_ocr.jsonl", layouts.lines(rows))
     words = [item.details["ocr_words"] for item in textvqa.load_with_ocr(tmp_path)]
     assert words == ["Ford, F", "1998"]
+
+
+def test_textvqa_malformed_files_are_errors(tmp_path):
+    layouts.textvqa(tmp_path)
+    path = tmp_path / "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+    next((tmp_path / "textvqa").glob("*Rosetta*")).unlink()
+    for text in ("What brand?\nAnswer", "What brand?\nReference OCR tokens\n"):
+        layouts.put(path, layouts.lines([{"question_id": "aa", "text": text}]))
+        with pytest.raises(ValueError, match=r"ocr\.jsonl row 1: question, OCR words"):
+            textvqa.load_with_ocr(tmp_path)
+    row = {"question_id": "ab", "text": "Year?\nReference OCR token: x\nAnswer"}
+    layouts.put(path, layouts.lines([row]))
+    with pytest.raises(ValueError, match=r"data\[0\]: no OCR words for picture aa"):
+        textvqa.load_with_ocr(tmp_path)
+    row = {"question_id": 7, "image_id": "aa", "question": "What?", "answers": ["red"] * 9}
+    layouts.put(tmp_path / "textvqa/TextVQA_0.5.1_val.json", {"data": [row]})
+    with pytest.raises(ValueError, match=r"data\[0\]: 9 answers, 10 expected"):
+        textvqa.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +138,15 @@ def test_mme_points_of_the_golden_pair_set(tmp_path):
     assert mme.majority(items) == 50  # always yes: half the questions, never a pair
 
 
+def test_mme_half_of_every_pair_gives_500_and_200_points(tmp_path):
+    names = (*mme.PERCEPTION, *mme.COGNITION)
+    layouts.mme(tmp_path, [(name, "a") for name in names])
+    items = mme.load(tmp_path)
+    result = mme.summarise(judged(mme, items, ["yes"] * len(items)))
+    assert (result["score"], result["cognition"]["score"]) == (500, 200)
+    assert result["maximum"] == 2000
+
+
 def test_mme_sums_perception_and_reports_cognition_beside_it(tmp_path):
     layouts.mme(tmp_path)
     items = mme.load(tmp_path)
@@ -142,7 +179,10 @@ def test_seed_scores_letters_strictly_and_shows_what_leniency_would_give(tmp_pat
     result = seed.summarise(judged(seed, items, ["B", "B. dog"]))
     assert (result["score"], result["lenient_accuracy"]) == (0.5, 1)
     assert (result["image"]["score"], result["video"]["score"]) == (1, 0)
-    assert [item.id for item in seed.load_images(tmp_path)] == ["1"]
+    images = seed.load_images(tmp_path)
+    assert [item.id for item in images] == ["1"]
+    metrics = [result["metric"], seed.summarise_images(judged(seed, images, ["B"]))["metric"]]
+    assert metrics == ["accuracy", "image_accuracy"]
     assert result["by_category"] == {"Action Recognition": 0, "Scene Understanding": 1}
 
 

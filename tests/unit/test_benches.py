@@ -73,6 +73,13 @@ def test_vqa_without_annotations_is_for_submission(tmp_path):
     ]
 
 
+def test_vqa_files_of_other_sets_are_not_taken(tmp_path):
+    write_vqa(tmp_path, [vqa_question(1)], stem="testdev_balanced")
+    write_vqa(tmp_path, [vqa_question(1)], stem="v2_MultipleChoice_mscoco_test2015")
+    with pytest.raises(FileNotFoundError, match="OpenEnded"):
+        vqav2.load(tmp_path)
+
+
 def test_vqa_majority_is_the_best_constant_of_a_question_type(tmp_path):
     answers = ["red"] * 6 + ["blue"] * 4
     write_vqa(

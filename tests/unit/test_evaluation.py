@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from eval_data import write_benches
@@ -6,10 +7,12 @@ from eval_models import build_vlm
 
 from milora_vl.eval import evaluate
 from milora_vl.eval.__main__ import main
+from milora_vl.eval.bench_run import check_parity
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.comparison import compare_folders, read_rows
 from milora_vl.eval.evaluation import bench_names
-from milora_vl.eval.items import EvaluationError
+from milora_vl.eval.items import EvaluationError, Request
+from milora_vl.eval.plain_answerer import build_answerer
 
 CONTRACT = {
     *("metric", "score", "interval_95", "blind", "majority", "n", "by_category"),
@@ -47,6 +50,7 @@ def test_results_file_is_what_is_returned_and_has_the_promised_form(done):
         assert bench["n_errors"] == 0
         assert bench["parity"]["n_different"] == 0
         assert bench["parity"]["n"] == 3
+    assert results["text_probe"]["loss_nats_per_token"] > 0
     assert results["benches"]["mmbench"]["n"] == 2
     assert results["benches"]["mmbench"]["n_rows"] == 8
 
@@ -113,6 +117,34 @@ def test_a_data_set_of_its_own_is_named_in_the_results(tmp_path):
     assert evaluate(build_vlm(), "pope", data, tmp_path, **options)["data_set"] == "StickerVQA"
 
 
+def test_a_file_or_folder_of_that_data_set_is_still_not_called_by_the_benchs_name(tmp_path):
+    data = write_benches(tmp_path / "data")
+    (data / "manifest.json").write_text('{"name": "StickerVQA"}')
+    options = {"progress": False, "blind": False, "max_new_tokens": 1, "text_probe": False}
+    for bench, place in (("mmbench", "mmbench.tsv"), ("vqav2", "vqa/questions.json")):
+        results = evaluate(build_vlm(), bench, data / place, tmp_path, **options)
+        assert results["data_set"] == "StickerVQA"
+        assert results["text_probe"] is None
+    with pytest.raises(ValueError, match=r"one file: name its bench"):
+        evaluate(build_vlm(), "all", data / "mmbench.tsv", tmp_path, **options)
+
+
+def test_parity_tells_other_words_from_other_answers(data):
+    bench = BENCHES["mmbench"]
+    items = bench.load(data)
+    answerer = build_answerer(build_vlm())
+    requests = [Request(one.id, one.prompt, one.image) for one in items]
+    answers = answerer.answer(requests, max_new_tokens=2, progress=False)
+    said = {"A": "A", "B": "The answer is B."}
+    monkey = {one.id: replace(answers[one.id], text=said["A"]) for one in items}
+    answerer.answer_one_by_one = lambda asked, max_new_tokens: {
+        one.id: replace(answers[one.id], text="A." if one.id == items[0].id else said["B"])
+        for one in asked
+    }
+    found = check_parity(bench, answerer, items, monkey, len(items), 2)
+    assert (found["n"], found["n_different"], found["n_flips"]) == (8, 8, 7)
+
+
 def test_bench_names():
     assert bench_names("all") == list(BENCHES)
     assert bench_names(" POPE, mmbench,pope") == ["pope", "mmbench"]
@@ -176,7 +208,7 @@ def test_command_line_from_a_checkpoint_folder(data, tmp_path, capsys):
     words = f"--bench pope --model {tmp_path / 'model'} --data {data} --out {tmp_path / 'out'}"
     words += " --device cpu --prompt-style chatml --limit 4 --no-blind --max-new-tokens 2"
     assert main(words.split()) == 0
-    assert "mean_f1" in capsys.readouterr().out
+    assert "mean f1" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["benches"]["pope"]["n"] == 4
     assert results["prompt_style"] == "chatml"
@@ -190,6 +222,31 @@ def test_command_line_errors_are_one_line(data, tmp_path, capsys):
     assert error.count("\n") == 1
     assert main([*words[:-1], str(tmp_path / "nothing")]) == 1
     assert "--data" in capsys.readouterr().err
+
+
+def test_slips_are_found_before_a_model_is_loaded(data, tmp_path, capsys, monkeypatch):
+    def never(arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("milora_vl.eval.__main__.load_model", never)
+    (tmp_path / "empty").mkdir()
+    for bench, folder, message in (
+        ("mmbenc", data, "unknown bench"),
+        ("gqa", data, "testdev_balanced_questions.json"),
+        ("all", tmp_path / "empty", "no files of any bench"),
+        ("all", data / "mmbench.tsv", "name its bench"),
+        ("pope", tmp_path / "absent", "no such folder"),
+        ("custom", None, "--data"),
+    ):
+        words = ["--bench", bench, "--model", "x", *(["--data", str(folder)] if folder else [])]
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    for option, value in (("--limit", "0"), ("--limit", "ten"), ("--allow-errors", "-1")):
+        with pytest.raises(SystemExit):
+            main(["--bench", "pope", option, value])
+        assert "is not a whole number" in capsys.readouterr().err
 
 
 def test_help_names_benches_files_and_examples(capsys):

@@ -1,14 +1,12 @@
-"""One-token answers, answers kept across interruptions, judges, text tasks and many runs."""
+"""One-token answers, answers kept across interruptions, text tasks and many runs."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 from eval_data import write_benches
 from eval_models import build_vlm, picture
-from official_layouts import llava_w, mmvet
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from milora_vl.eval import evaluate
@@ -16,7 +14,6 @@ from milora_vl.eval.evaluation import JOURNAL
 from milora_vl.eval.items import Answer, Request
 from milora_vl.eval.job import Job
 from milora_vl.eval.journal import AnswerJournal, fingerprint_weights
-from milora_vl.eval.judge import Judge, JudgeError
 from milora_vl.eval.run_report import compare_runs
 from milora_vl.eval.runner import Answerer
 from milora_vl.eval.runs import mcnemar
@@ -125,6 +122,19 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_results(tmp_path):
     assert not (out / JOURNAL).exists()
 
 
+@pytest.mark.parametrize("text", ["中文", "a\u2028b\x85c", "line\nbreak"])
+def test_any_text_is_kept_and_a_line_cut_within_a_character_is_dropped(tmp_path, text):
+    journal = AnswerJournal(tmp_path / "j", {"weights": "a"})
+    journal.record({"whole": Answer(text, 2, True)})
+    journal.record({"cut": Answer("中" * 9, 2, True)})
+    content = (tmp_path / "j").read_bytes()
+    for n_lost in (60, 61, 62):  # one of them within a character of three bytes
+        (tmp_path / "j").write_bytes(content[:-n_lost])
+        again = AnswerJournal(tmp_path / "j", {"weights": "a"})
+        assert again.get("whole") == Answer(text, 2, True)
+        assert again.get("cut") is None
+
+
 def test_a_journal_of_other_weights_is_not_used(tmp_path):
     first = AnswerJournal(tmp_path / "j", {"weights": "a"})
     first.record({"q": Answer("yes", 2, True, seconds=1.5), "bad": Answer(None, error="broken")})
@@ -141,74 +151,6 @@ def test_a_journal_of_other_weights_is_not_used(tmp_path):
     assert fingerprint_weights(vlm.model) != before
 
 
-@pytest.fixture
-def endpoint():
-    """A local endpoint; ``replies`` are given in turn, the last for ever."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.seen.append((self.path, body))
-            reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
-            status = reply if isinstance(reply, int) else 200
-            self.send_response(status)
-            self.end_headers()
-            value = {"choices": [{"message": {"content": reply}}]}
-            self.wfile.write(json.dumps(value).encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.replies = [], ["0.5"]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    server.judge = Judge(f"http://127.0.0.1:{server.server_port}/v1", "tester-1", wait_s=0.0)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_judged_benches_have_no_score_without_a_judge_and_its_name_with_one(tmp_path, endpoint):
-    mmvet(tmp_path)
-    llava_w(tmp_path)
-    out = tmp_path / "out"
-    plain = evaluate(build_vlm(), "mmvet,llava-w", tmp_path, out, **OPTIONS)["benches"]
-    assert [plain[name]["score"] for name in plain] == [None, None]
-    assert set(json.loads((out / "mmvet_predictions.json").read_text())) == {"v1_0"}
-    assert len((out / "llava_w_judge_prompts.jsonl").read_text().splitlines()) == 2
-    endpoint.replies = [503, "0.4", "8 6\nBecause", "8 2"]
-    options = {**OPTIONS, "judge": endpoint.judge}
-    scored = evaluate(build_vlm(), "mmvet,llava-w", tmp_path, out, **options)["benches"]
-    assert scored["mmvet"]["score"] == pytest.approx(0.4)
-    assert scored["llava-w"]["score"] == pytest.approx(0.5)
-    for bench in scored.values():
-        assert bench["judge"] == "tester-1"
-        assert "tester-1" in bench["note"]
-    path, body = endpoint.seen[0]
-    assert path == "/v1/chat/completions"
-    assert body["temperature"] == 0
-    n_asked = len(endpoint.seen)
-    evaluate(build_vlm(), "mmvet,llava-w", tmp_path, out, **options)
-    assert len(endpoint.seen) == n_asked, "replies are kept"
-
-
-@pytest.mark.parametrize("reply", ["no grade", 401, 500])
-def test_a_judge_that_fails_is_an_error_and_no_score(tmp_path, endpoint, reply):
-    mmvet(tmp_path)
-    endpoint.replies = [reply]
-    with pytest.raises(JudgeError, match="tester-1"):
-        evaluate(build_vlm(), "mmvet", tmp_path, tmp_path / "o", judge=endpoint.judge, **OPTIONS)
-    assert not (tmp_path / "o/results.json").exists()
-
-
-def test_a_judge_is_a_web_address_with_a_name():
-    with pytest.raises(ValueError, match="http"):
-        Judge("file:///etc/passwd", "x")
-    with pytest.raises(ValueError, match="name"):
-        Judge("http://127.0.0.1/v1", "")
-
-
 def test_text_tasks_ask_the_live_model(tmp_path):
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'milora-vl[text]'")
     rows = [{"q": f"{n} is", "choices": ["even", "odd"], "answer": n % 2} for n in range(6)]
@@ -220,8 +162,16 @@ def test_text_tasks_ask_the_live_model(tmp_path):
         "doc_to_target: answer\nmetric_list: [{metric: acc}]\nmetadata: {version: 3}\n"
     )
     vlm = build_vlm()
-    found = run_text_tasks(vlm, ["parity_of_numbers"], include_path=tmp_path)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = vlm.with_model(get_peft_model(vlm.model, config))
+    adapters = [m for name, m in adapted.model.named_modules() if name.endswith("lora_A.default")]
+    used = []
+    adapters[-1].register_forward_hook(lambda *args: used.append(1))
+    out = tmp_path / "out"
+    found = evaluate(adapted, "lm:parity_of_numbers", tmp_path, out, text_probe=False)["benches"]
+    assert used, "the adapter was left out"
     entry = found["lm:parity_of_numbers"]
+    assert json.loads((out / "results.json").read_text())["benches"] == found
     assert (entry["metric"], entry["n"], entry["version"]) == ("acc", 6, 3)
     assert 0 <= entry["score"] <= 1
     with pytest.raises(ValueError, match="no_such_task"):
@@ -243,7 +193,9 @@ def test_runs_are_compared_with_paired_tests_and_pictures(tmp_path):
         log = {"stage": "finetune", "step": 1, "loss_nats_per_token": 2.0}
         log["train_samples_per_second"] = 12.5
         (folder / "metrics.jsonl").write_text(json.dumps(log) + "\n")
-    (folder / "forgetting.json").write_text('{"text_perplexity_ratio": 1.07}')
+    base = json.loads((tmp_path / "runs/a/eval_after/results.json").read_text())
+    (folder / "eval_before").mkdir()
+    (folder / "eval_before/results.json").write_text(json.dumps(base))
     lines = (folder / "eval_after/predictions.jsonl").read_text().splitlines()
     right = [json.loads(line) for line in lines]
     right = [{**row, "parsed": row["answers"][0], "score": 1.0} for row in right]
@@ -263,7 +215,10 @@ def test_runs_are_compared_with_paired_tests_and_pictures(tmp_path):
     page = out.read_text()
     for part in ("McNemar", "text_perplexity_ratio", "12.5", "Where the runs disagree", "jpeg"):
         assert part in page
-    assert "bootstrap" in console.export_text()
+    shown = console.export_text()
+    assert "bootstrap" in shown
+    assert "b: text_loss_before_nats_per_token" in shown
+    assert "a: text_loss_after_nats_per_token" in shown, "without a base its loss alone"
     with pytest.raises(ValueError, match="two runs"):
         compare_runs(runs[:1], out)
     with pytest.raises(FileNotFoundError, match=r"no results\.json"):

@@ -47,6 +47,15 @@ def test_table_shows_score_interval_blind_and_majority(run_folder):
         assert with_interval(bench["blind"], bench["blind_interval_95"]) in text
         assert as_percent(bench["majority"]) in text
     assert "StickerVQA (mmbench format)" in text
+    results["benches"]["pope"] |= {"note": "first [b]; second", "published": {"full": 85.9}}
+    results["benches"]["pope"]["published"]["split"] = "mean F1"
+    text = printed(print_results, results)
+    for line in (
+        "pope: first [b]",
+        "pope: second",
+        "pope: published for LLaVA-1.5-7B: full 85.9 (m",
+    ):
+        assert f"\n{line}" in text
     results["model"] = "runs/[/red]a"  # not markup
     assert "runs/[/red]a" in printed(print_results, results)
 

@@ -1,13 +1,20 @@
+import base64
+import io
+
 import pytest
 import torch
 from eval_models import build_vlm, picture, picture_bytes
+from family_models import build_checkpoint
 from peft import LoraConfig, get_peft_model
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
+from milora_vl.data.images import build_image_transform, load_image
 from milora_vl.data.records import Turn
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
+from milora_vl.eval.plain_answerer import build_answerer
 from milora_vl.eval.runner import Answerer
+from milora_vl.model.load import load_vlm
 
 QUESTIONS = [
     "What is this?",
@@ -61,6 +68,17 @@ def test_batched_answers_equal_plain_generation_one_by_one(kind, style, tower):
     assert len({answer.n_tokens for answer in single.values()}) > 2, "all end at the same step"
 
 
+@pytest.mark.parametrize("family", ["llava", "bakllava", "vipllava"])
+def test_every_family_that_is_asked_over_trees_equals_plain_generation(family, tmp_path):
+    vlm = load_vlm(build_checkpoint(family, tmp_path / "model"), dtype=torch.float32)
+    answerer = build_answerer(vlm, batch_size=8)
+    assert isinstance(answerer, Answerer)
+    requests = mixed_requests()
+    single = answerer.answer_one_by_one(requests, max_new_tokens=5)
+    assert answerer.answer(requests, max_new_tokens=5, progress=False) == single
+    assert len(set(texts(single).values())) > 3
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3}, {"share_prefix": False}])
 def test_answers_do_not_depend_on_batching_or_sharing(options):
     vlm = build_vlm()
@@ -95,6 +113,17 @@ def test_pictures_change_the_answer_and_each_is_encoded_once():
     assert len(set(texts(answers).values())) > 1
     answerer.answer(mixed_requests(), max_new_tokens=2, progress=False)
     assert len(seen) == 4
+
+
+def test_pictures_are_padded_to_a_square_before_anything_else_as_llava_does():
+    vlm = build_vlm()
+    wide = ImageSource("wide", encoded=base64.b64encode(picture_bytes(1, (20, 40))).decode())
+    pixels = Answerer(vlm)._read_pixels(wide)
+    processor = vlm.processor.image_processor
+    image = load_image(io.BytesIO(wide.read()))
+    assert torch.equal(pixels, build_image_transform(processor, True)(image))
+    assert not torch.equal(pixels, build_image_transform(processor, False)(image))
+    assert pixels[:, 0].abs().max() < 0.02, "the border has the mean colour"
 
 
 def test_identical_requests_are_asked_once_and_all_answered(tmp_path):

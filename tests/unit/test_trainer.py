@@ -232,6 +232,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert line == {"stage": "finetune", "step": 7, "loss_nats_per_token": 1.5}
 
 
+def test_the_last_line_of_a_training_says_how_much_memory_it_took(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", "finetune")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    logs = {"train_runtime": 9.0}
+    writer.on_log(arguments, TrainerState(global_step=7), TrainerControl(), logs=logs)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["train_runtime"] == 9
+    assert 0.05 < line["peak_memory_gib"] < 100
+
+
 def test_metrics_beyond_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     rows = [("align", 9), ("finetune", 1), ("finetune", 2), ("finetune", 3)]

@@ -4,7 +4,8 @@ A bench is a module with ``VERSION``, ``METRIC``, ``MAX_NEW_TOKENS`` and the fun
 (official files, or the hub mirror -> items), ``parse`` and ``judge`` (one answer),
 ``headline_sums`` and ``headline`` (the score as a function of sums over groups, which is what the
 bootstrap needs), ``summarise`` (all rows -> numbers), ``majority`` and ``write_submission``. One
-that a judge model scores also has ``judge_prompt``, ``is_usable`` and ``with_reply``. A second
+that a judge model scores also has ``JUDGE_PROMPT`` (name and version of the wording),
+``judge_prompt``, ``is_usable`` and ``with_reply``. A second
 bench from the same files is the module with some parts exchanged.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, picture, rows_without
 from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
@@ -25,6 +25,8 @@ MIRRORS = (
 _FOLDERS = ("gqa", "gqa/data", "gqa/data/questions1.2", "gqa/questions1.2", "questions1.2", "GQA")
 _FILES = ("*testdev_balanced_questions.json",)
 _IMAGE_FOLDERS = ("images", "../images", "data/images", "../../images")
+_NO_STEPS = ("exist", "query: name", "choose name")
+"""Operations that the official scorer does not count as steps of reasoning."""
 
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
@@ -58,7 +60,7 @@ def _from_files(data_dir: Path) -> list[Item]:
 
 
 def _from_mirror() -> list[Item]:
-    questions, images = open_all(MIRRORS)
+    questions, images = (mirror.open() for mirror in MIRRORS)
     places = {row["id"]: place for place, row in enumerate(rows_without(images, "image"))}
     items = []
     for row in rows_without(questions, "image"):
@@ -87,10 +89,16 @@ def _item(key: str, row: Mapping[str, Any], image: ImageSource, where: str) -> I
             "structural": str(types.get("structural")),
             "semantic": str(types.get("semantic")),
             "n_words": len(question.split()),
-            "n_steps": len(row.get("semantic") or ()),
+            "n_steps": _count_steps(row.get("semantic") or ()),
             "answer_group": (row.get("groups") or {}).get("global"),
         },
     )
+
+
+def _count_steps(program: Sequence[Mapping[str, Any]]) -> int:
+    """Count the operations of a question's program but for those that only ask its last step."""
+    texts = [f"{one.get('operation')}: {one.get('argument')}" for one in program]
+    return sum(not any(part in text for part in _NO_STEPS) for text in texts)
 
 
 def parse(item: Item, text: str) -> str | None:

@@ -25,22 +25,26 @@ from milora_vl.eval.items import (
     split_rows,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "judge_score_over_reference"
 MAX_NEW_TOKENS = 1024
+JUDGE_PROMPT = "milora_vl llava-w 1"
 MIRRORS = (Mirror("llava-bench-in-the-wild", None, "train"),)
 
 _FOLDERS = ("llava-bench-in-the-wild", "llava-w", "llava_w")
 _GRADES = re.compile(r"(?<![\d.])(10|\d)(?:\.\d+)?(?![\d.]*\d)")
+# with any change of it or of judge_prompt, JUDGE_PROMPT gets a new number
 _INSTRUCTION = """\
 Two assistants answered a question about a picture. You cannot see it; its content is described
 below. Grade each answer from 1 to 10 for being helpful, relevant, correct and detailed; the order
 of the two must not matter. On the first line write both grades, the first answer's first,
 separated by a space, and nothing else. Then explain in short.
 """
+parse = scoring.parse_free
+majority = scoring.no_majority
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
@@ -87,11 +91,9 @@ def _read_by(path: Path, key: str, value: str) -> dict[str, str]:
 
 
 def _from_mirror() -> list[Item]:
-    (table,) = open_all(MIRRORS)
     items = []
-    for place, row in enumerate(rows_without(table, "image")):
-        image = picture(table, place, f"LLaVA-Bench mirror row {place}")
-        official = {**row, "text": row["question"], "image": row.get("image_id", str(place))}
+    for row, image, where in read_mirror(MIRRORS, "LLaVA-Bench"):
+        official = {**row, "text": row["question"], "image": row.get("image_id", where)}
         items.append(_item(official, image, str(row["caption"]), str(row["gpt_answer"])))
     return items
 
@@ -107,12 +109,6 @@ def _item(row: Mapping[str, Any], image: ImageSource, context: str, reference: s
         question=str(row["text"]),
         details={"context": context, "reference": reference},
     )
-
-
-def parse(item: Item, text: str) -> str | None:
-    """Return the answer as it is; a judge reads it."""
-    del item
-    return text.strip() or None
 
 
 def judge(item: Item, text: str | None) -> Row:
@@ -175,11 +171,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def majority(items: Sequence[Item]) -> None:
-    """Return None: there is no constant answer to compare with."""
-    del items
-
-
 def write_submission(
     items: Sequence[Item],
     texts: Mapping[str, str | None],
@@ -194,10 +185,10 @@ def write_submission(
         for item in items
         if item.id in said
     ]
-    prompts = [
+    paths = scoring.write_json_lines(out_dir / "llava_w_answers.jsonl", answers)
+    prompts = (
         {"id": item.id, "prompt": judge_prompt(item, said[item.id])}
         for item in items
         if item.id in said
-    ]
-    paths = scoring.write_json_lines(out_dir / "llava_w_answers.jsonl", answers)
+    )
     return paths + scoring.write_json_lines(out_dir / "llava_w_judge_prompts.jsonl", prompts)

@@ -15,7 +15,7 @@ import numpy as np
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_yes_no
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 
 VERSION = 1
 METRIC = "perception_points"
@@ -91,13 +91,10 @@ def _find_picture(folder: Path, file: Path) -> Path:
 
 
 def _from_mirror() -> list[Item]:
-    (table,) = open_all(MIRRORS)
     items, seen = [], {}
-    for place, row in enumerate(rows_without(table, "image")):
-        where = f"MME mirror row {place}"
+    for row, source, _ in read_mirror(MIRRORS, "MME"):
         category, stem = row["category"], str(row["question_id"]).rpartition("/")[2]
         number = seen[category, stem] = seen.get((category, stem), -1) + 1
-        source = picture(table, place, where)
         items.append(_item(category, stem, number, row["question"], row["answer"], source))
     return items
 

@@ -2,7 +2,8 @@
 
 Official layout: parquet files with ``validation`` (or ``test``) in their names, one folder a
 subject or all in one. Only the first picture of a question is shown, as its authors did for
-LLaVA; marks such as "<image 1>" stay in the text.
+LLaVA; marks such as "<image 1>" stay in the text. Options are written "A. text" as in LLaVA's other
+prompts, where the authors' own has "(A) text".
 """
 
 import ast
@@ -12,7 +13,7 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.items import Item, Row, reject_duplicates, require, take_sample
-from milora_vl.eval.mirrors import Mirror, keep_encoded, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, keep_encoded, picture, rows_without
 from milora_vl.eval.open_answers import is_open_answer_right, parse_choice
 
 VERSION = 1
@@ -42,7 +43,7 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
         ValueError: If a row is malformed.
     """
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
+        table = MIRRORS[0].open()
         label = "MMMU mirror"
     else:
         table, label = _open_files(data_dir), "MMMU"

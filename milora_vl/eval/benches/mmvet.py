@@ -16,17 +16,19 @@ import numpy as np
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "judge_score"
 MAX_NEW_TOKENS = 1024
+JUDGE_PROMPT = "milora_vl mmvet 1"
 MIRRORS = (Mirror("MMVet", None, "test"),)
 
 _FOLDERS = ("mm-vet", "mmvet", "MMVet")
 _IMAGE_FOLDERS = ("images", "mm-vet/images")
 _NUMBER = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.]*\d)")
+# with any change of it or of judge_prompt, JUDGE_PROMPT gets a new number
 _INSTRUCTION = """\
 You grade an answer to a question about a picture that you cannot see, by a reference. In the
 reference, <AND> joins parts that must all be there, <OR> joins parts of which one is enough.
@@ -34,6 +36,8 @@ Grade from 0.0 (all wrong) to 1.0 (all right) in steps of 0.1, in proportion to 
 Reply with the grade alone.
 """
 
+parse = scoring.parse_free
+majority = scoring.no_majority
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
 
@@ -51,14 +55,11 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
         ValueError: If the file is malformed.
     """
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
         items = []
-        for place, row in enumerate(rows_without(table, "image")):
-            where = f"MM-Vet mirror row {place}"
+        for row, image, where in read_mirror(MIRRORS, "MM-Vet"):
             skills = row.get("capability") or []
             row["capability"] = skills.split(",") if isinstance(skills, str) else skills
-            key = str(row.get("question_id", f"v1_{place}"))
-            items.append(_item(key, row, picture(table, place, where), where))
+            items.append(_item(str(require(row, "question_id", where)), row, image, where))
         return take_sample(items, limit)
     path = locate(data_dir, _FOLDERS, ("*mm-vet.json",), "MM-Vet questions")
     items = []
@@ -82,12 +83,6 @@ def _item(key: str, row: dict[str, Any], image: ImageSource, where: str) -> Item
         question=question,
         details={"reference": str(require(row, "answer", where)), "skills": skills},
     )
-
-
-def parse(item: Item, text: str) -> str | None:
-    """Return the answer as it is; a judge reads it."""
-    del item
-    return text.strip() or None
 
 
 def judge(item: Item, text: str | None) -> Row:
@@ -125,11 +120,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     return {**scoring.summarise_mean(rows, METRIC), "by_skill": by_skill}
 
 
-def majority(items: Sequence[Item]) -> None:
-    """Return None: there is no constant answer to compare with."""
-    del items
-
-
 def write_submission(
     items: Sequence[Item],
     texts: Mapping[str, str | None],
@@ -139,10 +129,10 @@ def write_submission(
     """Write the official prediction file (id -> text) and the judge's prompts."""
     del data_dir
     said = {item.id: answer for item in items if (answer := texts[item.id]) is not None}
-    prompts = [
+    paths = scoring.write_json(out_dir / "mmvet_predictions.json", said)
+    prompts = (
         {"id": item.id, "prompt": judge_prompt(item, said[item.id])}
         for item in items
         if item.id in said
-    ]
-    paths = scoring.write_json(out_dir / "mmvet_predictions.json", said)
+    )
     return paths + scoring.write_json_lines(out_dir / "mmvet_judge_prompts.jsonl", prompts)

@@ -26,7 +26,7 @@ from milora_vl.eval.items import (
     split_rows,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +82,12 @@ def _from_files(data_dir: Path) -> dict[str, list[Item]]:
 
 
 def _from_mirror() -> dict[str, list[Item]]:
-    (table,) = open_all(MIRRORS)
     parts: dict[str, list[Item]] = {}
-    for place, row in enumerate(rows_without(table, "image")):
-        where = f"POPE mirror row {place}"
+    for row, image, where in read_mirror(MIRRORS, "POPE"):
         official = {"question_id": row["question_id"], "text": row["question"]}
         official |= {"label": row["answer"], "image": f"{row['image_source']}.jpg"}
         category = str(row["category"])
-        item = _item(official, category, where, picture(table, place, where))
-        parts.setdefault(category, []).append(item)
+        parts.setdefault(category, []).append(_item(official, category, where, image))
     parts = {name: parts[name] for name in CATEGORIES if name in parts}
     reject_duplicates((item.id for part in parts.values() for item in part), "POPE mirror")
     return parts

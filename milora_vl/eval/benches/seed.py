@@ -19,7 +19,7 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
@@ -59,13 +59,10 @@ def load_images(data_dir: Path | None, *, limit: int | None = None) -> list[Item
 
 def _read(data_dir: Path | None) -> list[Item]:
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
-        items = []
-        for place, row in enumerate(rows_without(table, "image")):
-            where = f"SEED-Bench mirror row {place}"
-            image = picture(table, place, where, _middle_frame)
-            items.append(_item(row, image, {}, where))
-        return items
+        return [
+            _item(row, image, {}, where)
+            for row, image, where in read_mirror(MIRRORS, "SEED-Bench", _middle_frame)
+        ]
     path = locate(data_dir, _FOLDERS, ("*SEED-Bench.json",), "SEED-Bench questions")
     content = read_json_object(path)
     names = {str(number): name for name, number in content.get("question_type", {}).items()}

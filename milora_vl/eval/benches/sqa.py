@@ -20,7 +20,7 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, picture, rows_without
 from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
@@ -61,7 +61,7 @@ def load_full(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
 
 def _read(data_dir: Path | None) -> list[Item]:
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
+        table = MIRRORS[0].open()
         # the mirror has no column of ids: its row number is the id
         items = []
         for place, row in enumerate(rows_without(table, "image")):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
-from milora_vl.eval.answers import m4c, m4c_accuracy
+from milora_vl.eval.answers import m4c
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -21,7 +21,7 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
@@ -36,6 +36,8 @@ _IMAGE_FOLDERS = ("train_images", "test_images", "train_val_images/train_images"
 _OCR_LINE = "Reference OCR token: "
 _N_ANSWERS = 10
 
+parse = scoring.parse_m4c
+judge = scoring.judge_m4c
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
 
@@ -66,13 +68,10 @@ def load_with_ocr(data_dir: Path | None, *, limit: int | None = None) -> list[It
 
 def _read(data_dir: Path | None, *, with_ocr: bool) -> list[Item]:
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
-        items = []
-        for place, row in enumerate(rows_without(table, "image")):
-            where = f"TextVQA mirror row {place}"
-            words = ", ".join(row["ocr_tokens"]) if with_ocr else None
-            items.append(_item(row, picture(table, place, where), words, where))
-        return items
+        return [
+            _item(row, image, ", ".join(row["ocr_tokens"]) if with_ocr else None, where)
+            for row, image, where in read_mirror(MIRRORS, "TextVQA")
+        ]
     path = locate(data_dir, _FOLDERS, _FILES, "TextVQA questions")
     words_of = _read_ocr(path) if with_ocr else {}
     items = []
@@ -128,20 +127,6 @@ def _item(row: Mapping[str, Any], image: ImageSource, words: str | None, where: 
         question=question,
         details={"question_id": row["question_id"], "ocr_words": words},
     )
-
-
-def parse(item: Item, text: str) -> str | None:
-    """Return the answer as it is scored."""
-    del item
-    return m4c(text)
-
-
-def judge(item: Item, text: str | None) -> Row:
-    """Score one answer. ``text`` None is a failed sample, always wrong."""
-    if text is None:
-        return scoring.judged(item, None, None, 0.0, False)
-    score = m4c_accuracy(text, item.answers) if item.answers else 0.0
-    return scoring.judged(item, text, parse(item, text), score, bool(text.strip()))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
-from milora_vl.eval.answers import m4c, m4c_accuracy
+from milora_vl.eval.answers import m4c
 from milora_vl.eval.items import ImageSource, Item, Row, reject_duplicates, require, take_sample
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 from milora_vl.eval.official import locate, picture_file, read_json_list
 
 VERSION = 1
@@ -24,6 +24,8 @@ _FILES = ("val.json", "test.json")
 _IMAGE_FOLDERS = ("val", "test", "images", "../val", "../test", "../images")
 _UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
+parse = scoring.parse_m4c
+judge = scoring.judge_m4c
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
 
@@ -42,15 +44,13 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
         ValueError: If the file is malformed.
     """
     if data_dir is None:
-        (table,) = open_all(MIRRORS)
         items = []
-        for place, row in enumerate(rows_without(table, "image")):
-            where = f"VizWiz mirror row {place}"
+        for row, image, where in read_mirror(MIRRORS, "VizWiz"):
             people = [{"answer": answer} for answer in row["answers"] or ()]
             name = f"{row['question_id']}.jpg"
             official = {"image": name, "question": row["question"], "answers": people}
             official["answer_type"] = row.get("category") or "all"
-            items.append(_item(official, picture(table, place, where), where))
+            items.append(_item(official, image, where))
         return take_sample(items, limit)
     path = locate(data_dir, _FOLDERS, _FILES, "VizWiz questions")
     items = []
@@ -76,20 +76,6 @@ def _item(row: dict[str, Any], image: ImageSource, where: str) -> Item:
         category=str(row.get("answer_type", "all")),
         question=question,
     )
-
-
-def parse(item: Item, text: str) -> str | None:
-    """Return the answer as it is uploaded and scored."""
-    del item
-    return m4c(text)
-
-
-def judge(item: Item, text: str | None) -> Row:
-    """Score one answer. ``text`` None is a failed sample, always wrong."""
-    if text is None:
-        return scoring.judged(item, None, None, 0.0, False)
-    score = m4c_accuracy(text, item.answers) if item.answers else 0.0
-    return scoring.judged(item, text, parse(item, text), score, bool(text.strip()))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

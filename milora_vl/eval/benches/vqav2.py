@@ -23,7 +23,7 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, open_all, picture, rows_without
+from milora_vl.eval.mirrors import Mirror, read_mirror
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -32,8 +32,12 @@ MIRRORS = (Mirror("VQAv2", None, "validation"),)
 
 _FOLDERS = ("vqa", "vqav2", "VQAv2", ".")
 _QUESTION_FILES = (
-    *("questions.json", "*val2014_questions.json"),
-    *("*test-dev2015_questions.json", "*test2015_questions.json", "*_questions.json"),
+    *("questions.json", "*OpenEnded*val2014_questions.json"),
+    *(
+        "*OpenEnded*test-dev2015_questions.json",
+        "*OpenEnded*test2015_questions.json",
+        "*OpenEnded*_questions.json",
+    ),
 )
 _ANNOTATION_FILES = ("annotations.json", "*val2014_annotations.json", "*_annotations.json")
 _IMAGE_FOLDERS = (
@@ -42,6 +46,7 @@ _IMAGE_FOLDERS = (
 )
 _FEWEST_FOR_A_GUESS = 5
 
+parse = scoring.parse_m4c
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
 
@@ -63,14 +68,15 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     path = data_dir if data_dir.is_file() else find_file(data_dir, _FOLDERS, _QUESTION_FILES)
     if path is None:
         raise FileNotFoundError(
-            f"no questions.json or *_questions.json in {data_dir} or its folder vqa"
+            f"no questions.json or *OpenEnded*_questions.json in {data_dir} or its folder vqa"
         )
     content = read_json_object(path)
     questions = require(content, "questions", str(path))
     subset = str(content.get("data_subtype", "val2014")).replace("test-dev", "test")
     annotations = _read_annotations(path)
     root = path.parent if data_dir.is_file() else data_dir
-    folders = [root / name for name in _IMAGE_FOLDERS] + [path.parent]
+    places = (root / name for name in _IMAGE_FOLDERS)
+    folders = [place for place in places if place.is_dir()] + [path.parent]
     items = []
     for place, row in enumerate(questions):
         where = f"{path.name} questions[{place}]"
@@ -101,12 +107,10 @@ def _read_annotations(questions: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _from_mirror() -> list[Item]:
-    (table,) = open_all(MIRRORS)
     items = []
-    for place, row in enumerate(rows_without(table, "image")):
-        where = f"VQAv2 mirror row {place}"
+    for row, image, where in read_mirror(MIRRORS, "VQAv2"):
         annotations = {str(row["question_id"]): row} if row.get("answers") else None
-        items.append(_item(row, where, annotations, picture(table, place, where)))
+        items.append(_item(row, where, annotations, image))
     return items
 
 
@@ -144,12 +148,6 @@ def _item(
             "question_type": str(answer.get("question_type", "all")),
         },
     )
-
-
-def parse(item: Item, text: str) -> str | None:
-    """Return the answer as it is uploaded and scored."""
-    del item
-    return m4c(text)
 
 
 def judge(item: Item, text: str | None) -> Row:
