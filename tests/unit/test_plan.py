@@ -130,7 +130,7 @@ def test_estimates_grow_with_the_work():
     assert exact > 3 * seconds[1]
     assert cost.init_seconds([large], 32, "none", 1e11) < seconds[1]
     size = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128)
-    one, two = (cost.TrainingLoad(samples, 100, 0, 0) for samples in (1, 2))
+    one, two = (cost.TrainingLoad(samples, 1000, 0, 0) for samples in (1, 2))
     assert cost.step_flops(size, two) == 2 * cost.step_flops(size, one)
     memory = [
         cost.training_gib(size, two, 4, low=low, checkpointing=checkpointing)
@@ -142,8 +142,8 @@ def test_estimates_grow_with_the_work():
         cost.training_gib(heads, two, 4, low=False, checkpointing=False, eager=eager)
         for eager in (False, True)
     )
-    # two samples, four heads, 100 x 100 probabilities in two layers, kept twice in float32
-    assert (eager - plain) * cost.GIB == pytest.approx(2 * 4 * 100**2 * 2 * 8)
+    # two samples, four heads, 1000 x 1000 probabilities in two layers, kept twice in float32
+    assert (eager - plain) * cost.GIB == pytest.approx(2 * 4 * 1000**2 * 2 * 8)
 
 
 def test_rate_is_measured_here():
