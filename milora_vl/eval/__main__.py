@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="a seeded sample of N questions of each bench",
     )
-    add("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=positive, default=16, metavar="N", help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add(
         "--dtype",

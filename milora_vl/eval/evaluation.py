@@ -33,7 +33,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     data_dir: Path | str | None,
     out_dir: Path | str,
     *,
-    batch_size: int = 32,
+    batch_size: int = 16,
     limit: int | Mapping[str, int] | None = None,
     blind: bool = True,
     max_new_tokens: int | None = None,

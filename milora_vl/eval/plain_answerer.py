@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _FAILURES = (RuntimeError, ValueError, OSError)  # out of memory is a RuntimeError
 
 
-def build_answerer(vlm: Any, *, batch_size: int = 32) -> "Answerer | PlainAnswerer":
+def build_answerer(vlm: Any, *, batch_size: int = 16) -> "Answerer | PlainAnswerer":
     """Return the fast runner where every picture is one square of a fixed number of tokens.
 
     That is LLaVA-1.5's way, for which prefix trees are built; other families are asked by plain
@@ -47,7 +47,7 @@ class PlainAnswerer:
         batch_size: Most questions in one forward pass.
     """
 
-    def __init__(self, vlm: Any, *, batch_size: int = 32) -> None:
+    def __init__(self, vlm: Any, *, batch_size: int = 16) -> None:
         """See the class."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")

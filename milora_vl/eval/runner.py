@@ -59,7 +59,7 @@ class Answerer:
         self,
         vlm: Any,
         *,
-        batch_size: int = 32,
+        batch_size: int = 16,
         share_prefix: bool = True,
         one_forward: bool = True,
         pad_to_square: bool = True,
