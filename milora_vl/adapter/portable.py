@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ class MiloraFile(BaseModel):
     init: str = "milora"
     base: dict[str, str | None]
     processor: dict[str, str | None] | None = None
-    fingerprint: dict[str, str]
+    fingerprint: dict[Literal["exact", "bfloat16", "float16"], str] = Field(min_length=3)
     quantization_correction: str = "none"
     weights_sha256: str
     packages: dict[str, str]
@@ -204,7 +204,7 @@ def check_files(folder: Path, facts: MiloraFile) -> None:
         raise FileNotFoundError(f"{config_path} is missing; copy the adapter folder again")
     try:
         found = LoraConfig.from_pretrained(str(folder))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # of JSON and of text too
         raise ValueError(
             f"{config_path} is damaged: {error}; copy the adapter folder again"
         ) from error

@@ -127,3 +127,19 @@ def test_another_architecture_is_refused_by_name(make_tiny_vlm, tmp_path):
     del base.model.language_model.layers[1]
     with pytest.raises(ValueError, match=r"no layer .*7 of 14 are missing.*org/model"):
         load_adapter(base, folder)
+
+
+def test_a_damaged_key_is_no_riddle(make_tiny_vlm, tmp_path):
+    model, _ = attach_milora(make_tiny_vlm(), MiloraConfig(r=3), progress=False)
+    folder = save_adapter(model, tmp_path / "a")
+    for name, old, new in (
+        ("milora.json", '"float16"', '"float17"'),
+        ("adapter_config.json", '"LORA"', '"LORB"'),
+    ):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=rf"{name} is damaged.*copy the adapter folder again"):
+            load_adapter(make_tiny_vlm(), folder)
+        (folder / name).write_text(text)
+    load_adapter(make_tiny_vlm(), folder)
