@@ -6,12 +6,35 @@ from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 logger = logging.getLogger(__name__)
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PROJECTOR_NAMES: tuple[str, ...] = ("multi_modal_projector", "connector", "aligner", "mm_projector")
-TOWER_NAMES: tuple[str, ...] = ("vision_tower", "vision_model", "visual", "vision_encoder")
+PROJECTOR_NAMES: tuple[str, ...] = (
+    "multi_modal_projector",
+    "connector",
+    "aligner",
+    "mm_projector",
+    "projector",
+    "vision_projection",
+    "image_to_text_projection",
+    "language_projection",
+    "embed_vision",
+    "merger",
+)
+TOWER_NAMES: tuple[str, ...] = (
+    "vision_tower",
+    "vision_model",
+    "visual",
+    "vision_encoder",
+    "image_tower",
+    "vision_tokenizer",
+    "vqmodel",
+)
 
 TokenTypes = Literal["none", "mm_token_type_ids", "token_type_ids", "prefix"]
 
@@ -86,7 +109,11 @@ FAMILIES: dict[str, Family] = {
 
 def has_vision(config: PreTrainedConfig) -> bool:
     """Return whether a configuration describes a model that reads pictures."""
-    return getattr(config, "vision_config", None) is not None or config.model_type in FAMILIES
+    kind = config.model_type
+    if getattr(config, "vision_config", None) is not None or kind in FAMILIES:
+        return True
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    return seeing is not None and seeing != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
 
 
 def find_family(model: PreTrainedModel) -> Family:
@@ -102,6 +129,11 @@ def find_family(model: PreTrainedModel) -> Family:
     config = model.config
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
+    if "Diffusion" in type(model).__name__ or not model.can_generate():
+        raise FamilyError(
+            f"{type(model).__name__} does not predict the next token, so it is no language model "
+            "in the sense of this package"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise FamilyError(
             f"{config.model_type!r} is an encoder-decoder; only decoder language models are adapted"
@@ -148,7 +180,9 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _first_named(names: list[str], wanted: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name.rpartition(".")[2] in wanted), None)
+    """Return the outermost module of one of the names, the first of these."""
+    found = [name for name in names if name.rpartition(".")[2] in wanted]
+    return min(found, key=lambda name: name.count("."), default=None)
 
 
 def _inspect_token_types(model: Any) -> TokenTypes:
