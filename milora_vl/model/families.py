@@ -61,6 +61,8 @@ class Family:
             [T, images, tiles], and every sample of a batch has its row of pictures.
         max_images: Most pictures of one sample; None for any number.
         prefix_prompt: The prompt is pictures, BOS, question, line break (PaliGemma).
+        side_by_side: Exchanges about one picture can be learnt side by side: attention is causal
+            with one position a token, so that a mask and positions say all.
         mean_padding: Pictures are padded to a square with the processor's mean colour, as LLaVA-1.5
             does; otherwise the processor alone decides.
     """
@@ -75,6 +77,7 @@ class Family:
     max_images: int | None = None
     prefix_prompt: bool = False
     mean_padding: bool = False
+    side_by_side: bool = False
 
 
 _QWEN_VL = Family(
@@ -84,14 +87,19 @@ _QWEN_VL = Family(
     token_types="mm_token_type_ids",
 )
 _IDEFICS = Family(
-    tower="model.vision_model", projector="model.connector", language_model="model.text_model"
+    tower="model.vision_model",
+    projector="model.connector",
+    language_model="model.text_model",
+    side_by_side=True,
 )
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family(mean_padding=True),  # LLaVA-1.5, BakLLaVA; Pixtral's processor does not pad
-    "vipllava": Family(mean_padding=True),
-    "llava_next": Family(),  # LLaVA-1.6: tiles of any resolution
-    "llava_onevision": Family(),
+    "llava": Family(
+        mean_padding=True, side_by_side=True
+    ),  # LLaVA-1.5, BakLLaVA; Pixtral's processor does not pad
+    "vipllava": Family(mean_padding=True, side_by_side=True),
+    "llava_next": Family(side_by_side=True),  # LLaVA-1.6: tiles of any resolution
+    "llava_onevision": Family(side_by_side=True),
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,  # its three deepstack mergers stay frozen
@@ -99,12 +107,46 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": _IDEFICS,
     "paligemma": Family(token_types="prefix", max_images=1, prefix_prompt=True),
     "gemma3": Family(token_types="token_type_ids"),
-    "internvl": Family(),
+    "internvl": Family(side_by_side=True),
     "mllama": Family(tower="model.vision_model", cross_attention=True),
-    "aya_vision": Family(),
-    "mistral3": Family(),
+    "aya_vision": Family(side_by_side=True),
+    "mistral3": Family(side_by_side=True),
 }
 """Every tested architecture by ``config.model_type``. A new one is one more row."""
+
+
+CAUSAL_TEXT: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "olmo2")
+"""Text models whose attention is plainly causal; see ``Family.side_by_side``."""
+
+
+def check_side_by_side(model: PreTrainedModel, max_length: int | None) -> None:
+    """Check that a model computes exchanges side by side as it computes each alone.
+
+    Args:
+        model: The model, with an adapter or without.
+        max_length: Longest sample in tokens; None for no limit.
+
+    Raises:
+        FamilyError: If its attention does not follow a mask and positions alone.
+    """
+    config = model.config
+    kind, text = config.model_type, config.get_text_config()
+    reason = None
+    if not find_family(model).side_by_side:
+        reason = (
+            f"it is not known to be right for {kind!r} (attention in both directions, positions in "
+            "several axes, recurrent layers and cross attention do not follow a mask of branches)"
+        )
+    layers = getattr(text, "layer_types", None) or []
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in layers if layers else window is not None
+    if not reason and slides and window and (max_length is None or max_length > window):
+        reason = (
+            f"its attention slides over {window} tokens, which a mask of branches does not; set "
+            f"data.max_length to {window} or less"
+        )
+    if reason:
+        raise FamilyError(f"data.turns: side_by_side cannot be used: {reason}; or use running")
 
 
 def has_vision(config: PreTrainedConfig) -> bool:
@@ -140,7 +182,12 @@ def find_family(model: PreTrainedModel) -> Family:
         )
     language_model = name_of(model, model.get_decoder())
     if not has_vision(config):
-        return Family(tower=None, projector=None, language_model=language_model)
+        return Family(
+            tower=None,
+            projector=None,
+            language_model=language_model,
+            side_by_side=config.model_type in CAUSAL_TEXT,
+        )
     names = [name for name, _ in model.named_modules()]
     tower = _first_named(names, TOWER_NAMES)
     projector = _first_named(names, PROJECTOR_NAMES)
