@@ -29,6 +29,12 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
             "you trust the source, pass allow_pickle=True (config: model.allow_pickle=true; "
             f"compose: --allow-pickle), or convert the checkpoint once. {first}"
         )
+    if "trust_remote_code" in text:
+        return LoadError(
+            f"{path}: this checkpoint brings code of its own, which is not run unasked. If you "
+            "have read and trust it, pass trust_remote_code=True (config: model.trust_remote_code). "
+            f"Many such models also exist for transformers' own classes. {first}"
+        )
     if any(isinstance(one, RevisionNotFoundError) for one in chain):
         return LoadError(f"{path}: the hub has no revision {revision!r} of it. {first}")
     if Path(path).exists():
