@@ -269,7 +269,7 @@ def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionMode
         short = name.removeprefix("model.")
         if short.startswith("mm_projector."):
             index, _, kind = short.removeprefix("mm_projector.").partition(".")
-            projector[f"{_PROJECTOR[index]}.{kind}"] = value
+            projector[f"{_PROJECTOR.get(index, index)}.{kind}"] = value
         elif short.startswith("vision_tower."):
             seen[name.rpartition("vision_model.")[2]] = value
         elif name.startswith("model.") and "rotary_emb" not in name:
