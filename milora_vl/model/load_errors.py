@@ -32,8 +32,8 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
     if "trust_remote_code" in text:
         return LoadError(
             f"{path}: this checkpoint brings code of its own, which is not run unasked. If you "
-            "have read and trust it: trust_remote_code=True (config: model.trust_remote_code=true). "
-            f"Many such models also exist for transformers' own classes. {first}"
+            "have read and trust it: trust_remote_code=True (config: model.trust_remote_code: true)."
+            f" Many such models also exist for transformers' own classes. {first}"
         )
     if any(isinstance(one, RevisionNotFoundError) for one in chain):
         return LoadError(f"{path}: the hub has no revision {revision!r} of it. {first}")
