@@ -32,7 +32,7 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
     if "trust_remote_code" in text:
         return LoadError(
             f"{path}: this checkpoint brings code of its own, which is not run unasked. If you "
-            "have read and trust it: trust_remote_code=True (config: model.trust_remote_code: true)."
+            "have read and trust it: trust_remote_code=True (model.trust_remote_code in a config)."
             f" Many such models also exist for transformers' own classes. {first}"
         )
     if any(isinstance(one, RevisionNotFoundError) for one in chain):
