@@ -69,7 +69,8 @@ def check_names(config: Config) -> None:
             "not; set model.attn_implementation to sdpa or eager"
         )
     try:
-        bench_names(config.eval.benches)
+        if config.eval.benches:
+            bench_names(config.eval.benches)
         for name in (config.model.prompt_style, config.alignment and config.alignment.prompt_style):
             if name and name != "chat_template":
                 get_style(name)

@@ -148,6 +148,8 @@ def test_stage_1_moves_a_bfloat16_projector_as_far_as_a_float32_one(
     for dtype in (torch.float32, torch.bfloat16):
         vlm = load_vlm(tiny_checkpoint, dtype=dtype, prompt_style="chatml")
         projector = vlm.model.model.multi_modal_projector
+        with torch.no_grad():
+            projector.linear_1.weight.mul_(10)
         before = {name: value.float().clone() for name, value in projector.state_dict().items()}
         folder = tmp_path / str(dtype)
         align_projector(
