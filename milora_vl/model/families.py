@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "paligemma": Family(token_types="prefix", max_images=1, prefix_prompt=True),
     "gemma3": Family(token_types="token_type_ids"),
     "internvl": Family(side_by_side=True),
-    "mllama": Family(tower="model.vision_model", cross_attention=True),
+    "mllama": Family(tower="model.vision_model", cross_attention=True, side_by_side=True),
     "aya_vision": Family(side_by_side=True),
     "mistral3": Family(side_by_side=True),
 }
@@ -135,7 +135,7 @@ def check_side_by_side(model: PreTrainedModel, max_length: int | None) -> None:
     if not find_family(model).side_by_side:
         reason = (
             f"it is not known to be right for {kind!r} (attention in both directions, positions in "
-            "several axes, recurrent layers and cross attention do not follow a mask of branches)"
+            "several axes and recurrent layers do not follow a mask of branches)"
         )
     layers = getattr(text, "layer_types", None) or []
     window = getattr(text, "sliding_window", None)

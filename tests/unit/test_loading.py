@@ -9,8 +9,12 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
+from quantised_models import build_whole_checkpoint
 from safetensors.torch import load_file
 
+from milora_vl.adapter.checkpoint import save_adapter
+from milora_vl.adapter.milora import attach_milora
+from milora_vl.config import MiloraConfig
 from milora_vl.inference import ask, load_for_inference
 from milora_vl.model.load import LoadError, load_vlm
 from milora_vl.model.load_errors import explain, explained_memory
@@ -125,12 +129,24 @@ def test_code_of_a_checkpoint_is_not_run_unasked(tiny_checkpoint: Path, tmp_path
     assert not ran.exists()
 
 
-def test_answers_in_4_bits_are_those_of_the_4_bit_model(tiny_checkpoint: Path) -> None:
+def test_answers_in_4_bits_are_those_of_the_4_bit_model(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    vlm = load_for_inference(tiny_checkpoint, device="cpu", quantization="nf4")
+    folder = build_whole_checkpoint(tmp_path / "model")
+    vlm = load_for_inference(folder, device="cpu", quantization="nf4")
     assert vlm.float_weights is not None
     kinds = {type(module).__name__ for module in vlm.model.model.language_model.modules()}
     assert "Linear4bit" in kinds
     picture = Image.new("RGB", (40, 30), "red")
-    expected = load_vlm(tiny_checkpoint, quantization="nf4")
+    expected = load_vlm(folder, quantization="nf4")
     assert ask(vlm, picture, "What?", 4) == ask(expected, picture, "What?", 4)
+    peft_model, _ = attach_milora(
+        expected.model, MiloraConfig(r=4), weights=expected.float_weights, progress=False
+    )
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_B.milora" in name:
+                value.add_(0.1)
+    save_adapter(peft_model, tmp_path / "adapter")
+    trained = ask(expected.with_model(peft_model.eval()), picture, "What?", 4)
+    again = load_for_inference(folder, tmp_path / "adapter", "cpu", "nf4")
+    assert ask(again, picture, "What?", 4) == trained
