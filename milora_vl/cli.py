@@ -11,7 +11,6 @@ import yaml
 
 from milora_vl.config import Config, ConfigError, load_config
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 OVERRIDES_HELP = "section.key=value, for example training.max_steps=10 adapter.r=64"
 
 
@@ -171,7 +170,7 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
         "--merge-onto", choices=["original", "dequantised"], help="for an adapter of a 4-bit base"
     )
     verb.add_argument("--device", default="cpu")
-    verb.add_argument("--dtype", choices=DTYPES, default="auto")
+    verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     verb.add_argument("--image", type=Path, help="picture for the check (default: from the run)")
     verb.add_argument("--question", help="question for the check")
     verb.set_defaults(run_verb=export)

@@ -82,7 +82,7 @@ def input_moments(
         bar = tqdm(batches, desc=f"inputs of {len(group)} layers", disable=not progress)
         with evaluating(model), torch.no_grad():
             for batch in bar:
-                with _recording(chosen, moments, _real_tokens(batch.get("attention_mask"))):
+                with _recording(chosen, moments, batch.get("attention_mask")):
                     model(**batch)
         for name in group:
             if name not in moments:
@@ -115,15 +115,6 @@ def _recording(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _real_tokens(mask: Tensor | None) -> Tensor | None:
-    """Return which tokens are no padding, [B, T]; of exchanges side by side padding sees itself."""
-    if mask is None or mask.dim() == 2:
-        return mask
-    real = (mask[:, 0] == 0).sum(dim=-1) > 1
-    real[:, 0] = True
-    return real
 
 
 def _groups(layers: Mapping[str, nn.Module]) -> list[Sequence[str]]:
