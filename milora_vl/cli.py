@@ -260,9 +260,7 @@ def add_model_verbs(verbs: Any) -> None:
     verb.add_argument("--out", type=Path, required=True, help="folder to write")
     verb.add_argument("--image-size", type=int, help="side in px (default: the tower's own)")
     verb.add_argument("--feature-layer", type=int, default=-2, help="hidden state of the tower")
-    verb.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="default: the language model's"
-    )
+    verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     verb.add_argument("--allow-pickle", action="store_true", help="also weights that can run code")
     verb.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
     verb.set_defaults(run_verb=compose)
