@@ -3,8 +3,11 @@
 import argparse
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from milora_vl.config import Config, ConfigError, load_config
 
@@ -50,13 +53,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def ask(arguments: argparse.Namespace) -> int:
     """Answer one question about one picture."""
+    from milora_vl import inference
     from milora_vl.adapter.source import base_of
-    from milora_vl.inference import ask as ask_model
-    from milora_vl.inference import load_for_inference
 
-    model = arguments.model or base_of(arguments.adapter)
-    vlm = load_for_inference(model, arguments.adapter, device=arguments.device)
-    print(ask_model(vlm, arguments.image, arguments.question, arguments.max_new_tokens))
+    settings = (arguments.adapter, arguments.device, arguments.quantization)
+    vlm = inference.load_for_inference(arguments.model or base_of(arguments.adapter), *settings)
+    print(inference.ask(vlm, arguments.image, arguments.question, arguments.max_new_tokens))
     return 0
 
 
@@ -117,8 +119,6 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def convert_llava(arguments: argparse.Namespace) -> int:
     """Turn an original LLaVA-1.5 checkpoint into a plain transformers one."""
-    import torch
-
     from milora_vl.model.convert_llava import convert_llava as convert
 
     out = convert(
@@ -126,7 +126,7 @@ def convert_llava(arguments: argparse.Namespace) -> int:
         arguments.out,
         base=arguments.base,
         vision=arguments.vision,
-        dtype=getattr(torch, arguments.dtype),
+        dtype=arguments.dtype,
     )
     print(f"checkpoint: {out}")
     return 0
@@ -136,13 +136,14 @@ def compose(arguments: argparse.Namespace) -> int:
     """Join a vision tower and a language model into a LLaVA checkpoint with a new projector."""
     from milora_vl.model.compose import compose_from_names
 
+    parts = (arguments.vision, arguments.language, arguments.out)
     out = compose_from_names(
-        arguments.vision,
-        arguments.language,
-        arguments.out,
+        *parts,
         projector=arguments.projector,
         image_size_px=arguments.image_size,
         vision_feature_layer=arguments.feature_layer,
+        dtype=arguments.dtype,
+        allow_pickle=arguments.allow_pickle,
         seed=arguments.seed,
     )
     print(f"checkpoint: {out}; next: configs/compose_pretrain.yaml with model.path={out}")
@@ -151,8 +152,6 @@ def compose(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Check a config and print it with everything filled in."""
-    import yaml
-
     from milora_vl.pipeline import check_names
 
     config, _ = read_config(arguments)
@@ -180,8 +179,6 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
 
 def cache(arguments: argparse.Namespace) -> int:
     """Show or clear the SVD factors that are kept for the next start."""
-    from collections import Counter
-
     from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 
     factors = FactorCache(factors_folder())
@@ -238,6 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", help="hub id or folder (default: the base the adapter names)")
     verb.add_argument("--adapter", type=Path, help="adapter folder of a run")
     verb.add_argument("--device", default="auto")
+    verb.add_argument("--quantization", choices=["nf4"], help="language model in 4 bits")
     verb.add_argument("--max-new-tokens", type=int, default=128)
     verb.set_defaults(run_verb=ask)
     add_model_verbs(verbs)
@@ -254,14 +252,17 @@ def add_model_verbs(verbs: Any) -> None:
     verb.add_argument("--vision", help="CLIP tower: id or folder (default: as the config says)")
     verb.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     verb.set_defaults(run_verb=convert_llava)
-    text = "vision tower + language model to a LLaVA checkpoint"
-    verb = verbs.add_parser("compose", help=text, description=compose.__doc__)
+    verb = verbs.add_parser(
+        "compose", help="make a LLaVA of two parts", description=compose.__doc__
+    )
     verb.add_argument("--vision", required=True, help="open_clip:NAME/TAG or hf:ID_OR_FOLDER")
     verb.add_argument("--language", required=True, help="causal language model: id or folder")
     verb.add_argument("--projector", default="mlp2x_gelu", help="mlp2x_gelu is the one there is")
     verb.add_argument("--out", type=Path, required=True, help="folder to write")
     verb.add_argument("--image-size", type=int, help="side in px (default: the tower's own)")
     verb.add_argument("--feature-layer", type=int, default=-2, help="hidden state of the tower")
+    verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    verb.add_argument("--allow-pickle", action="store_true", help="also weights that can run code")
     verb.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
     verb.set_defaults(run_verb=compose)
 

@@ -69,6 +69,22 @@ def replace_folder(temporary: Path, final: Path) -> None:
         temporary.replace(final)
 
 
+def check_new_folder(folder: Path | str) -> Path:
+    """Return the absolute path of a folder that is to be written, if nothing would be lost by it.
+
+    Raises:
+        FileExistsError: If it is a file, or a folder that holds something.
+    """
+    folder = Path(folder).resolve()
+    if folder.is_dir() and not any(folder.iterdir()):
+        return folder
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} exists already and nothing in it is overwritten; remove it, or name another"
+        )
+    return folder
+
+
 def sha256_of(path: Path | str) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()

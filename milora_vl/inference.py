@@ -1,6 +1,7 @@
 """Ask a model a question about a picture."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -12,16 +13,31 @@ from milora_vl.model.load import VLM, load_vlm
 
 
 def load_for_inference(
-    model: Path | str, adapter: Path | str | None = None, device: str = "auto"
+    model: Path | str,
+    adapter: Path | str | None = None,
+    device: str = "auto",
+    quantization: Literal["nf4"] | None = None,
 ) -> VLM:
     """Load a model, with its adapter if one is given, ready to answer.
+
+    Args:
+        model: Hub id or checkpoint folder.
+        adapter: Folder of a saved adapter.
+        device: "cpu", "cuda", ... or "auto".
+        quantization: "nf4" brings the language model to 4 bits; an adapter that was trained so
+            answers as it did in training.
+
+    Returns:
+        Model and processor.
 
     Raises:
         milora_vl.model.load.LoadError: If the model cannot be loaded.
         ValueError: If the adapter belongs to another model.
     """
-    vlm = load_vlm(model, device=device)
-    return vlm.with_model(load_adapter(vlm.model, adapter).eval()) if adapter else vlm
+    vlm = load_vlm(model, device=device, quantization=quantization)
+    if not adapter:
+        return vlm
+    return vlm.with_model(load_adapter(vlm.model, adapter, weights=vlm.float_weights).eval())
 
 
 @torch.inference_mode()

@@ -58,13 +58,20 @@ def claim_run_folder(config: Config, folder: Path) -> None:
 
 
 def check_names(config: Config) -> None:
-    """Check names that the config's own types do not know: benches and the prompt style.
+    """Check names that the config's own types do not know: benches, prompt style, attention.
 
     Raises:
-        ConfigError: If one is unknown; the message lists the known ones.
+        ConfigError: If one is unknown or does not fit; the message lists the known ones.
     """
+    attention = config.model.attn_implementation
+    if config.data.turns == "side_by_side" and attention not in (None, "eager", "sdpa"):
+        raise ConfigError(
+            f"data.turns: side_by_side needs attention that takes a mask, which {attention!r} does "
+            "not; set model.attn_implementation to sdpa or eager"
+        )
     try:
-        bench_names(config.eval.benches)
+        if config.eval.benches:
+            bench_names(config.eval.benches)
         for name in (config.model.prompt_style, config.alignment and config.alignment.prompt_style):
             if name and name != "chat_template":
                 get_style(name)

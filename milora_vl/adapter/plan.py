@@ -20,6 +20,7 @@ from milora_vl.adapter.state import PLAIN_INITS
 from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets
 from milora_vl.config import Config, MiloraConfig, ModelSection
 from milora_vl.model.embedded import demo_config
+from milora_vl.model.families import has_vision
 from milora_vl.model.load import LoadError, resolve_device
 
 
@@ -207,7 +208,7 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
                 "needs that one file: without a network connection, download it elsewhere and set "
                 f"model.path to its folder. {str(error).strip().splitlines()[0]}"
             ) from error
-    sees = hasattr(config, "vision_config")
+    sees = has_vision(config)
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with init_empty_weights():
         model = auto.from_config(config, trust_remote_code=section.trust_remote_code)

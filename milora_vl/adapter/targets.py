@@ -10,19 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.minor_svd import check_weight
+from milora_vl.adapter.projections import holds_experts, kind_of
 from milora_vl.adapter.quantize import is_quantised
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES, find_family
 
 ALL_LINEAR = "all-linear"
-FUSED_NAMES: tuple[str, ...] = (
-    "qkv_proj",
-    "qkv",
-    "Wqkv",
-    "c_attn",
-    "query_key_value",
-    "gate_up_proj",
-)
-ROUTER_NAMES: tuple[str, ...] = ("gate", "router")
 
 
 @dataclass(frozen=True)
@@ -157,35 +149,65 @@ def outside_refusal(model: nn.Module, name: str, module: nn.Module) -> str | Non
 
 
 def _all_linear(model: nn.Module, language_model: str) -> tuple[list[str], dict[str, str]]:
-    modules: list[str] = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kinds: dict[str, str] = {}
     skipped: dict[str, str] = {}
+    problems: list[str] = []
     for name, module in _inside(model, language_model):
-        short = name.rpartition(".")[2]
-        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            raise ValueError(
-                f"{name}: {type(module).__name__} keeps the weights of all experts in one tensor, "
-                "not in linear layers, so 'all-linear' cannot adapt them; list the attention "
-                "projections in target_modules, for example ['q_proj', 'k_proj', 'v_proj', "
-                "'o_proj']"
-            )
-        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        kind = kind_of(name)
+        problem = _problem(name, module, kind)
+        if problem:
+            problems.append(f"{name}: {problem}")
+        elif not isinstance(module, nn.Linear):
             continue
-        if short in ROUTER_NAMES:
-            skipped[name] = "it routes tokens to experts"
-            continue
-        if short == "lm_head":
+        elif module is head or name.rpartition(".")[2] == "lm_head":
             skipped[name] = "it is the output head"
-            continue
-        reason = refusal(name, module)
-        if short in FUSED_NAMES:
-            reason = "it fuses several projections, whose minor components would mix"
-        if reason:
-            raise ValueError(
-                f"{name}: {reason}. 'all-linear' does not adapt such a layer; list the layers to "
-                "adapt in target_modules (naming a fused layer there decomposes it as one matrix)"
-            )
-        modules.append(name)
-    return modules, skipped
+        elif kind in _LEFT_OUT:
+            skipped[name] = _LEFT_OUT[kind]
+        else:
+            kinds[name] = kind
+    missing = {"attention", "mlp"} - set(kinds.values())
+    if missing:
+        others = sorted({name.rpartition(".")[2] for name in skipped})
+        problems.append(
+            f"{type(model).__name__}: no known {' and no known '.join(sorted(missing))} projection "
+            f"in {language_model or 'it'}; other linear layers are named {others}"
+        )
+    if problems:
+        raise ValueError(
+            f"{problems[0]}, so 'all-linear' does not adapt this model; "
+            + _alternative(language_model, list(kinds))
+        )
+    return list(kinds), skipped
+
+
+_LEFT_OUT = {
+    "router": "it routes tokens to experts",
+    None: "its name is no known attention or MLP projection",
+}
+
+
+def _problem(name: str, module: nn.Module, kind: str | None) -> str | None:
+    """Return why a module of the language model stands in the way of 'all-linear', or None."""
+    if holds_experts(name, module):
+        kept = f"{type(module).__name__} keeps the weights of all experts in one tensor"
+        return f"{kept}, not in linear layers"
+    if type(module).__name__ == "Conv1D":
+        return refusal(name, module)
+    if isinstance(module, nn.Linear) and kind == "fused":
+        return "it fuses several projections, whose minor components would mix"
+    return None
+
+
+def _alternative(language_model: str, modules: Sequence[str]) -> str:
+    names = sorted({name.rpartition(".")[2] for name in modules})
+    if not names:
+        return "list the layers to adapt in target_modules"
+    return (
+        "list the layers to adapt in target_modules, for example those that can be adapted as "
+        f"they are: target_modules={_narrowed(language_model, names)!r} (naming a fused layer "
+        "there decomposes it as one matrix)"
+    )
 
 
 def _matching(
@@ -227,10 +249,10 @@ def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
 
 
 def _narrowed(language_model: str, target_modules: str | Sequence[str]) -> str:
-    prefix = re.escape(language_model)
+    prefix = rf"{re.escape(language_model)}\." if language_model else ""
     if isinstance(target_modules, str):
-        return rf"{prefix}\..*(q_proj|v_proj)"
-    return rf"{prefix}\..*\.({'|'.join(re.escape(t) for t in target_modules)})"
+        return rf"{prefix}.*(q_proj|v_proj)"
+    return rf"{prefix}.*\.({'|'.join(re.escape(t) for t in target_modules)})"
 
 
 def _inside(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:

@@ -4,28 +4,30 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    SiglipVisionModel,
 )
 
 from milora_vl.constants import IMAGE_TOKEN
-from milora_vl.files import replace_folder
+from milora_vl.files import check_new_folder, replace_folder
 from milora_vl.model.convert_llava import VICUNA_TEMPLATE
 from milora_vl.model.load_errors import explain
-from milora_vl.model.open_clip_towers import Tower, load_open_clip_tower
+from milora_vl.model.open_clip_towers import check_open_clip_name
+from milora_vl.model.plain_vit import TowerError
+from milora_vl.model.towers import (
+    count_extra_tokens,
+    load_tower,
+    resize_tower,
+    split_vision_name,
+)
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -72,14 +74,23 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
     Returns:
         ``folder``.
 
+    The checkpoint has the language model's dtype.
+
     Raises:
-        ValueError: If ``image_size_px`` is no multiple of the patch size, the tower puts more than
-            a class token beside its patches, or the output head has a bias.
+        ValueError: If ``image_size_px`` is no multiple of the patch size, the tower has no such
+            hidden state or puts more than a class token beside its patches, or the output head has
+            a bias.
     """
     patch_size = vision_tower.config.patch_size
     if image_size_px % patch_size:
         raise ValueError(f"image size {image_size_px} px is no multiple of the patch, {patch_size}")
     n_extra = count_extra_tokens(vision_tower, image_size_px)
+    depth = vision_tower.config.num_hidden_layers
+    layers = (
+        [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+    )
+    if wrong := [layer for layer in layers if not -depth - 1 <= layer <= depth]:
+        raise ValueError(f"the tower has hidden states 0 to {depth}, no {wrong[0]}")
     strategy = "default" if n_extra else "full"
     head = language_model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
@@ -101,7 +112,7 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
         image_seq_length=(image_size_px // patch_size) ** 2,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config).to(language_model.dtype)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     model.model.language_model.load_state_dict(language_model.base_model.state_dict())
     model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
@@ -128,7 +139,7 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
     return folder
 
 
-def compose_from_names(
+def compose_from_names(  # noqa: PLR0913  all but the two parts and the folder by keyword
     vision: str,
     language: str,
     out: Path,
@@ -136,18 +147,22 @@ def compose_from_names(
     projector: str = "mlp2x_gelu",
     image_size_px: int | None = None,
     vision_feature_layer: int = -2,
+    dtype: torch.dtype | str = "auto",
+    allow_pickle: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Compose a checkpoint from named parts; ``out`` appears, or is replaced, whole.
+    """Compose a checkpoint from named parts; ``out`` appears whole or not at all.
 
     Args:
         vision: ``open_clip:NAME/TAG``, or ``hf:`` and the id or folder of a transformers model.
         language: Id or folder of a causal language model.
-        out: Where the checkpoint goes.
+        out: Where the checkpoint goes; an empty folder or none.
         projector: "mlp2x_gelu", the one that transformers' LLaVA has.
         image_size_px: Side of the pictures; position embeddings are interpolated to it. None: the
             tower's own.
         vision_feature_layer: Index into the tower's hidden states.
+        dtype: Dtype of all weights; "auto": that of the language model's checkpoint.
+        allow_pickle: Also read weights that are not safetensors. Pickles can run code.
         seed: Seed of the projector's initial weights.
 
     Returns:
@@ -155,14 +170,23 @@ def compose_from_names(
 
     Raises:
         ValueError: If a part is unknown or does not fit.
+        FileExistsError: If ``out`` holds something.
         milora_vl.model.load_errors.LoadError: If a part cannot be loaded.
     """
+    out = check_new_folder(out)
     if projector != "mlp2x_gelu":
         raise ValueError(f"projector {projector!r}: transformers' LLaVA has mlp2x_gelu alone")
-    tower = load_tower(vision)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
+    source, name = split_vision_name(vision)
+    if source == "open_clip":
+        check_open_clip_name(name)
+    safe = None if allow_pickle else True
+    try:  # the small files first: a wrong name is told before anything large is fetched
+        AutoConfig.from_pretrained(language)
         tokenizer = AutoTokenizer.from_pretrained(language)
+        tower = load_tower(vision, allow_pickle=allow_pickle)
+        model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, use_safetensors=safe)
+    except TowerError:
+        raise
     except (OSError, ValueError) as error:
         raise explain(language, error) from error
     side = image_size_px or tower.image_size_px
@@ -181,78 +205,6 @@ def compose_from_names(
         )
         replace_folder(made, out)
     return out
-
-
-def load_tower(name: str) -> Tower:
-    """Load a tower by ``open_clip:NAME/TAG`` or ``hf:ID_OR_FOLDER``.
-
-    Raises:
-        ValueError: If the name has neither form, or the tower cannot be used.
-        milora_vl.model.load_errors.LoadError: If it cannot be found.
-    """
-    source, _, rest = name.partition(":")
-    if source == "open_clip":
-        return load_open_clip_tower(rest)
-    if source != "hf" or not rest:
-        raise ValueError(f"vision {name!r}: write open_clip:NAME/TAG or hf:ID_OR_FOLDER")
-    try:
-        config = AutoConfig.from_pretrained(rest)
-        halves = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-        kind = config.model_type.removesuffix("_vision_model")
-        model = halves.get(kind, AutoModel).from_pretrained(rest, dtype=torch.float32)
-        pictures = AutoImageProcessor.from_pretrained(rest)
-    except (OSError, ValueError) as error:
-        raise explain(rest, error) from error
-    side = getattr(model.config, "image_size", None)
-    if not isinstance(side, int) or not isinstance(getattr(model.config, "patch_size", None), int):
-        raise ValueError(f"{rest}: {config.model_type!r} is no ViT with one image and patch size")
-    return Tower(model.eval(), side, list(pictures.image_mean), list(pictures.image_std))
-
-
-@torch.no_grad()
-def count_extra_tokens(tower: PreTrainedModel, image_size_px: int) -> int:
-    """Count the tokens that a tower puts beside its patches, by looking: 0 or 1.
-
-    Raises:
-        ValueError: If there are more (register tokens), which LLaVA cannot drop.
-    """
-    pixel_values = torch.zeros(1, 3, image_size_px, image_size_px, dtype=tower.dtype)
-    n_tokens = tower(pixel_values.to(tower.device)).last_hidden_state.shape[1]
-    n_extra = n_tokens - (image_size_px // tower.config.patch_size) ** 2
-    if n_extra not in (0, 1):
-        raise ValueError(
-            f"the tower gives {n_extra} tokens beside its patches; LLaVA can drop one at most"
-        )
-    return n_extra
-
-
-@torch.no_grad()
-def resize_tower(tower: PreTrainedModel, image_size_px: int) -> PreTrainedModel:
-    """Return a tower for pictures of another size, its position embeddings interpolated.
-
-    Bicubic, as transformers' ``interpolate_pos_encoding``. Towers that interpolate by themselves
-    (DINOv2) come back as they are.
-    """
-    config = tower.config
-    if image_size_px == config.image_size or config.model_type.startswith("dinov2"):
-        return tower
-    config = type(config).from_dict({**config.to_dict(), "image_size": image_size_px})
-    resized = type(tower)(config)
-    weights = tower.state_dict()
-    target = resized.state_dict()
-    for name, value in weights.items():
-        if "position_embedding" not in name:
-            continue
-        table = value.reshape(-1, value.shape[-1])
-        old = round(len(table) ** 0.5)
-        first = table[: len(table) - old**2]  # the class token's
-        grid = table[len(first) :].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        side = image_size_px // config.patch_size
-        grid = functional.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-        patches = grid.permute(0, 2, 3, 1).reshape(side**2, -1)
-        weights[name] = torch.cat([first, patches]).reshape(target[name].shape)
-    resized.load_state_dict({k: v for k, v in weights.items() if k in target})
-    return resized.eval()
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from milora_vl.constants import IMAGE_TOKEN
-from milora_vl.files import replace_folder
+from milora_vl.files import check_new_folder, replace_folder
 from milora_vl.model.load_errors import LoadError, explain
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ def convert_llava(
     *,
     base: str | None = None,
     vision: str | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | str = torch.float16,
 ) -> Path:
     """Convert a checkpoint in the original layout.
 
     Args:
         source: Folder with ``config.json`` and the weights.
-        out: Where the transformers checkpoint goes; replaced whole.
+        out: Where the transformers checkpoint goes; an empty folder or none.
         base: Id or folder of the language model that a projector or LoRA belongs to.
         vision: Id or folder of the CLIP tower; None: ``mm_vision_tower`` of the config.
         dtype: Dtype of the written weights. A LoRA is merged in float32.
@@ -78,7 +78,9 @@ def convert_llava(
     Raises:
         LoadError: If a part is missing, a file is no plain tensor file, or the model has something
             that ``LlavaForConditionalGeneration`` cannot express.
+        FileExistsError: If ``out`` holds something.
     """
+    out = check_new_folder(out)
     settings = _read_settings(source)
     language = Path(base) if base and Path(base).exists() else base or source
     trained = _read_first(source, _PROJECTOR_FILES)
@@ -267,7 +269,7 @@ def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionMode
         short = name.removeprefix("model.")
         if short.startswith("mm_projector."):
             index, _, kind = short.removeprefix("mm_projector.").partition(".")
-            projector[f"{_PROJECTOR[index]}.{kind}"] = value
+            projector[f"{_PROJECTOR.get(index, index)}.{kind}"] = value
         elif short.startswith("vision_tower."):
             seen[name.rpartition("vision_model.")[2]] = value
         elif name.startswith("model.") and "rotary_emb" not in name:

@@ -83,6 +83,20 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def _check_quantisable(path: str, stored_quantised: bool, allow_pickle: bool) -> None:
+    if stored_quantised:
+        raise LoadError(
+            f"{path} is stored quantised, its float weights are not there; leave quantization=None "
+            "(the adapter then uses residual='anchor'), or give the float checkpoint"
+        )
+    if allow_pickle:
+        raise LoadError(
+            f"{path}: quantization='nf4' reads safetensors alone, one tensor at a time, so "
+            "allow_pickle has no effect on it. Leave it out; if the checkpoint holds pickles, load "
+            "it once with allow_pickle and without quantization, and save it with save_pretrained"
+        )
+
+
 def load_vlm(  # noqa: PLR0913  all but the path by keyword
     path: Path | str,
     *,
@@ -108,7 +122,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
         prompt_style: A name in ``PROMPT_STYLES`` or "chat_template"; None: see
             ``choose_prompt_style``.
         trust_remote_code: Run code that comes with the checkpoint.
-        allow_pickle: Also read weights that are not safetensors. Pickles can run code.
+        allow_pickle: Also read weights that are not safetensors, which can run code; not with
+            ``quantization``.
 
     Raises:
         LoadError: If it cannot be found or read, needs a login, does not fit into memory, is an
@@ -134,11 +149,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     sees = has_vision(config)
     model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     stored_quantised = getattr(config, "quantization_config", None) is not None
-    if stored_quantised and quantization:
-        raise LoadError(
-            f"{path} is stored quantised, its float weights are not there; leave quantization=None "
-            "(the adapter then uses residual='anchor'), or give the float checkpoint"
-        )
+    if quantization:
+        _check_quantisable(path, stored_quantised, allow_pickle)
     if stored_quantised:
         options["device_map"] = {"": str(place)}
     weights = None

@@ -26,8 +26,14 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
     if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
         return LoadError(
             f"{path}: no safetensors weights. Pickle files can run code of whoever made them; if "
-            "you trust the source, pass allow_pickle=True (config: model.allow_pickle=true), or "
-            f"convert the checkpoint once. {first}"
+            "you trust the source, pass allow_pickle=True (config: model.allow_pickle=true; "
+            f"compose: --allow-pickle), or convert the checkpoint once. {first}"
+        )
+    if "trust_remote_code" in text:
+        return LoadError(
+            f"{path}: this checkpoint brings code of its own, which is not run unasked. If you "
+            "have read and trust it: trust_remote_code=True (model.trust_remote_code in a config)."
+            f" Many such models also exist for transformers' own classes. {first}"
         )
     if any(isinstance(one, RevisionNotFoundError) for one in chain):
         return LoadError(f"{path}: the hub has no revision {revision!r} of it. {first}")

@@ -25,6 +25,7 @@ from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, read_records
 from milora_vl.files import write_json_atomic
+from milora_vl.model.families import check_side_by_side
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.trainer import (
     MetricsWriter,
@@ -74,8 +75,11 @@ def build_dataset(
     """Bind conversations to a model's processor and prompt style.
 
     Raises:
-        ValueError: If records have pictures and the model is a text model.
+        ValueError: If records have pictures and the model is a text model, or exchanges are to be
+            learnt side by side and the model's attention does not allow it.
     """
+    if section.turns == "side_by_side":
+        check_side_by_side(vlm.model, section.max_length)
     with_image = next((one for one in conversations if one.images), None)
     if with_image and not vlm.sees:
         raise ValueError(f"{with_image.where}: has images, but {vlm.path} is a text model")

@@ -11,6 +11,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from milora_vl.adapter.master import (
+    keep_master_weights_,
+    load_trained_state_,
+    remove_master_weights_,
+    trained_state,
+)
 from milora_vl.adapter.targets import find_projector
 from milora_vl.config import AlignmentSection, DataSection, ModelSection, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
@@ -90,9 +96,10 @@ def align_projector(
         raise ValueError(f"{vlm.path} has no projector, so there is nothing to align")
     projector = model.get_submodule(name)
     projector.requires_grad_(True)
+    keep_master_weights_(projector)
     checkpoint = last_checkpoint(Path(arguments.output_dir))
     if checkpoint:
-        projector.load_state_dict(load_file(checkpoint / "adapter" / WEIGHTS_FILE))
+        load_trained_state_(projector, load_file(checkpoint / "adapter" / WEIGHTS_FILE))
     elif section.patch_steps:
         pictures = [
             picture for file in section.train or data.train for picture in read_objects(data, file)
@@ -115,7 +122,8 @@ def align_projector(
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary) / "adapter"
             made.mkdir()
-            weights = {name: value.contiguous() for name, value in projector.state_dict().items()}
+            state = trained_state(projector)
+            weights = {name: value.contiguous() for name, value in state.items()}
             save_file(weights, made / WEIGHTS_FILE, metadata={"format": "pt"})
             replace_folder(made, folder)
 
@@ -131,6 +139,7 @@ def align_projector(
             stage="align",
             projector=ProjectorSection(),
         )
+    remove_master_weights_(projector)
     model.requires_grad_(False)
 
 

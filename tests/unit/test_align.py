@@ -1,5 +1,6 @@
 """Laws of patch alignment: which patch is which, and only the projector learns."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from milora_vl.config import AlignmentSection, DataSection, ModelSection
 from milora_vl.data.images import BadImageError, build_image_transform, load_image
+from milora_vl.data.records import read_records
 from milora_vl.model.load import load_vlm
 from milora_vl.training.align import (
     BACKGROUND,
@@ -16,7 +18,8 @@ from milora_vl.training.align import (
     align_patches_,
     label_patches,
 )
-from milora_vl.training.stage1 import aligned_base_folder, read_objects
+from milora_vl.training.run import build_arguments, build_dataset
+from milora_vl.training.stage1 import align_projector, aligned_base_folder, read_objects
 
 
 def test_patches_take_the_class_of_the_box_over_their_centre() -> None:
@@ -127,3 +130,37 @@ def test_an_aligned_base_is_that_of_its_own_model(tmp_path: Path) -> None:
     (first / "model.safetensors").write_bytes(b"another")
     assert len(names | {folder(first)}) == 4
     assert before in names
+
+
+def test_stage_1_moves_a_bfloat16_projector_as_far_as_a_float32_one(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Steps of 1e-4 are below what bfloat16 weights of this size can hold."""
+    Image.new("RGB", (40, 20), "blue").save(tmp_path / "a.png")
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Blue."}]
+    (tmp_path / "t.json").write_text(json.dumps([{"image": "a.png", "conversations": talk}] * 2))
+    data = DataSection(train=[str(tmp_path / "t.json")], image_folder=str(tmp_path))
+    settings = {"max_steps": 40, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
+                "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
+    section = AlignmentSection(train=data.train, training=settings)
+    conversations, _ = read_records(tmp_path / "t.json", tmp_path)
+    steps = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        vlm = load_vlm(tiny_checkpoint, dtype=dtype, prompt_style="chatml")
+        projector = vlm.model.model.multi_modal_projector
+        with torch.no_grad():
+            projector.linear_1.weight.mul_(10)
+        before = {name: value.float().clone() for name, value in projector.state_dict().items()}
+        folder = tmp_path / str(dtype)
+        align_projector(
+            vlm, section, data, build_dataset(vlm, data, conversations),
+            build_arguments(settings, folder, 0), metrics_file=folder / "metrics.jsonl",
+        )  # fmt: skip
+        after = projector.state_dict()
+        assert {value.dtype for value in after.values()} == {dtype}
+        assert set(after) == set(before)
+        weight = next(name for name in before if name.endswith("linear_1.weight"))
+        moved = after[weight].float() - before[weight]
+        steps[dtype] = moved[before[weight].abs() > 0.1].abs().mean()
+    assert steps[torch.float32] > 1e-3
+    assert steps[torch.bfloat16] > 0.7 * steps[torch.float32]

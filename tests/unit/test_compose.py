@@ -5,24 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_tokenizers import build_byte_level, build_llama_like
+from composed_parts import build_tower, write_language_model
 from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
+from milora_vl.adapter.checkpoint import load_adapter
+from milora_vl.adapter.convert import merge_adapter
 from milora_vl.adapter.milora import attach_milora
 from milora_vl.cli import main
 from milora_vl.config import MiloraConfig, parse_config
@@ -32,24 +27,11 @@ from milora_vl.eval.plain_generation import build_prompt, generate
 from milora_vl.model.compose import (
     choose_template,
     compose_from_names,
-    count_extra_tokens,
-    load_tower,
-    resize_tower,
 )
-from milora_vl.model.load import LoadError, load_vlm
-from milora_vl.pipeline import prepare_base
-
-SHAPE = {
-    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": 28, "patch_size": 14, "initializer_range": 0.2,
-}  # fmt: skip
-
-
-def build_tower(kind: str):
-    torch.manual_seed(0)
-    if kind == "clip":
-        return CLIPVisionModel(CLIPVisionConfig(**SHAPE)).eval()
-    return SiglipVisionModel(SiglipVisionConfig(**SHAPE, vision_use_head=False)).eval()
+from milora_vl.model.load import load_vlm
+from milora_vl.model.open_clip_towers import Tower, convert_open_clip_tower
+from milora_vl.model.towers import count_extra_tokens, resize_tower
+from milora_vl.pipeline import run_pipeline
 
 
 @pytest.fixture(params=["clip", "siglip"])
@@ -58,19 +40,6 @@ def tower_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     build_tower(request.param).save_pretrained(folder)
     classes = {"clip": CLIPImageProcessor, "siglip": SiglipImageProcessor}
     classes[request.param]().save_pretrained(folder)
-    return folder
-
-
-def write_language_model(folder: Path, kind: str, tied: bool) -> Path:
-    tokenizer = build_byte_level() if kind == "byte_level" else build_llama_like(kind)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, tie_word_embeddings=tied, initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -132,7 +101,7 @@ def test_a_tokenizer_without_chatml_gets_vicunas_prompt_with_its_own_end_token()
     assert style.bos
 
 
-def test_stage_1_trains_the_projector_of_a_composed_model_alone(
+def test_both_stages_run_on_a_composed_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
@@ -142,38 +111,68 @@ def test_stage_1_trains_the_projector_of_a_composed_model_alone(
     base = compose_from_names(f"hf:{tmp_path / 'tower'}", str(language), tmp_path / "base")
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "a.png")
     caption = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": "Blue."}]
-    (tmp_path / "captions.json").write_text(
-        json.dumps([{"image": "a.png", "conversations": caption}] * 4)
-    )
+    question = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Blue"}]
+    for name, talk in {"captions": caption, "train": question}.items():
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps([{"image": "a.png", "conversations": talk}] * 4)
+        )
+    stage = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     config = parse_config(
         {
             "model": {"path": str(base), "device": "cpu", "prompt_style": "chatml"},
-            "data": {"train": str(tmp_path / "captions.json"), "image_folder": str(tmp_path)},
+            "data": {"train": str(tmp_path / "train.json"), "image_folder": str(tmp_path)},
             "alignment": {
+                "train": [str(tmp_path / "captions.json")],
                 "prompt_style": "plain",
-                "training": {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"},
+                "training": stage,
             },
+            "adapter": {"r": 4},
+            "projector": {"learning_rate": 1e-3},
+            "training": {**stage, "per_device_train_batch_size": 2},
         }
     )
+    results = run_pipeline(config, tmp_path / "run")
     before = load_vlm(base).model.state_dict()
-    aligned = load_vlm(prepare_base(config, tmp_path / "run")).model.state_dict()
-    changed = {name for name, value in aligned.items() if not torch.equal(value, before[name])}
+    aligned = load_vlm(results["base"])
+    state = {name: value.clone() for name, value in aligned.model.state_dict().items()}
+    changed = {name for name, value in state.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "multi_modal_projector" in name}
+    # stage 2 goes on from there: adapters on the language model, the projector once more
+    peft_model = load_adapter(aligned.model, tmp_path / "run" / "adapter")
+    merged = merge_adapter(peft_model).state_dict()
+    moved = {name for name, value in merged.items() if not torch.equal(value, state[name])}
+    assert {name for name in moved if "multi_modal_projector" in name} == changed
+    rest = moved - changed
+    assert rest
+    assert all(name.startswith("model.language_model.layers.") for name in rest)
 
 
-def test_what_cannot_be_composed_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="write open_clip:NAME/TAG or hf:ID_OR_FOLDER"):
-        load_tower("ViT-B-16")
-    with pytest.raises(ValueError, match="mlp2x_gelu alone"):
-        compose_from_names("hf:x", "y", tmp_path / "out", projector="linear")
-    with pytest.raises(LoadError, match="neither a folder here"):
-        load_tower("hf:no-such-owner/no-such-tower")
-    registers = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(
-            hidden_size=24, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28,
-            patch_size=14, num_register_tokens=4,
-        )
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="5 tokens beside its patches"):
-        count_extra_tokens(registers, 28)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vit"])
+def test_a_converted_open_clip_tower_becomes_a_llava_with_its_features(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    shape = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    form = {
+        "clip": {"pre_norm": True, "norm_layer": torch.nn.LayerNorm, "global_pool": "token"},
+        "siglip": {"class_token": False, "global_pool": "map"},
+        "vit": {"global_pool": "token", "init_values": 0.5},
+    }[kind]
+    torch.manual_seed(0)
+    visual = timm.models.VisionTransformer(**shape, num_classes=0, **form).eval()
+    tower = Tower(convert_open_clip_tower(visual), 28, [0.5] * 3, [0.25] * 3)
+    monkeypatch.setattr("milora_vl.model.towers.load_open_clip_tower", lambda name: tower)
+    language = write_language_model(tmp_path / "language", "byte_level", tied=True)
+    name = "open_clip:ViT-B-16/laion2b_s34b_b88k"
+    vlm = load_vlm(compose_from_names(name, str(language), tmp_path / "out"))
+    assert vlm.tokens_per_image == 4
+    pixel_values = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    caught = []
+    visual.blocks[-2].register_forward_hook(lambda module, inputs, out: caught.append(out))
+    with torch.no_grad():
+        visual(pixel_values)
+        features = caught[0][:, 0 if kind == "siglip" else 1 :]
+        expected = vlm.model.model.multi_modal_projector(features)[0]
+        found = vlm.model.model.get_image_features(pixel_values)
+    found = getattr(found, "pooler_output", found)[0]
+    torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-4, rtol=0)

@@ -6,6 +6,7 @@ import pytest
 from transformers import TrainingArguments
 
 from milora_vl.config import ConfigError, dump_config, load_config, parse_config
+from milora_vl.pipeline import check_names
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 MINIMAL = """
@@ -96,3 +97,26 @@ def test_the_published_recipe_is_kept() -> None:
 def test_unknown_section_values_are_explained() -> None:
     with pytest.raises(ConfigError, match="model"):
         parse_config({"data": {"train": "x", "image_folder": "y"}})
+
+
+@pytest.mark.parametrize("setting", ["math", "commonsense", "instruct"])
+def test_text_recipes_are_the_authors_math_script_and_say_what_is_assumed(setting):
+    file = Path(f"configs/llama2_7b_{setting}_milora.yaml")
+    config = load_config(file)
+    adapter, training = config.adapter, config.training
+    r, length = {"math": (64, 2048), "commonsense": (32, 512), "instruct": (64, 2048)}[setting]
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (r, r, 0.05)
+    assert set(adapter.target_modules) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert config.data.max_length == length
+    assert training["per_device_train_batch_size"] * 8 == 16
+    known = {"learning_rate": 3e-4, "num_train_epochs": 3, "warmup_steps": 100, "weight_decay": 0.0}
+    known |= {"lr_scheduler_type": "linear", "bf16": True, "tf32": True}
+    assert {key: training[key] for key in known} == known
+    text = file.read_text(encoding="utf-8")
+    assert ("ASSUMPTION throughout" in text) == (setting != "math")
+    assert "assumption" in text.lower()
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_passes_the_checks_of_a_start(path):
+    check_names(load_config(path))

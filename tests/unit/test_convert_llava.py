@@ -192,3 +192,10 @@ def test_the_command_says_that_a_projector_needs_its_base(
     assert "--base" in capsys.readouterr().err
     assert main([*words, "--base", options["base"], "--dtype", "float32"]) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
+    source, options = Original(tmp_path).write("projector")
+    with pytest.raises(FileExistsError, match="nothing in it is overwritten"):
+        convert_llava(source, source, **options)
+    assert (source / "mm_projector.bin").exists()

@@ -214,7 +214,7 @@ def test_experts_in_one_tensor_are_refused_and_attention_alone_is_adapted() -> N
         moe_intermediate_size=16, decoder_sparse_step=1,
     )  # fmt: skip
     model = tf.Qwen3MoeForCausalLM(config)
-    with pytest.raises(ValueError, match=r"all experts in one tensor.*list the attention"):
+    with pytest.raises(ValueError, match=r"all experts in one tensor.*list the layers to adapt"):
         find_targets(model, "all-linear")
     modules = find_targets(model, ["q_proj", "k_proj", "v_proj", "o_proj"]).modules
     assert len(modules) == 8

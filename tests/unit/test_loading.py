@@ -1,5 +1,6 @@
 """Laws of loading: what is passed through, what is refused, and what the messages say to do."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,14 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
+from PIL import Image
+from quantised_models import build_whole_checkpoint
 from safetensors.torch import load_file
 
+from milora_vl.adapter.checkpoint import save_adapter
+from milora_vl.adapter.milora import attach_milora
+from milora_vl.config import MiloraConfig
+from milora_vl.inference import ask, load_for_inference
 from milora_vl.model.load import LoadError, load_vlm
 from milora_vl.model.load_errors import explain, explained_memory
 
@@ -102,3 +109,44 @@ def test_a_template_that_cannot_be_used_is_refused_with_the_reason(
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(LoadError, match=r"cannot be used: it fails.*prompt_style"):
         load_vlm(folder, prompt_style="chat_template")
+
+
+def test_4_bits_and_pickles_exclude_each_other(tiny_checkpoint: Path) -> None:
+    with pytest.raises(LoadError, match=r"reads safetensors alone.*allow_pickle has no effect"):
+        load_vlm(tiny_checkpoint, quantization="nf4", allow_pickle=True)
+
+
+def test_code_of_a_checkpoint_is_not_run_unasked(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.ForeignConfig"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    with pytest.raises(LoadError, match="trust_remote_code"):
+        load_vlm(folder)
+    assert not ran.exists()
+
+
+def test_answers_in_4_bits_are_those_of_the_4_bit_model(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = build_whole_checkpoint(tmp_path / "model")
+    vlm = load_for_inference(folder, device="cpu", quantization="nf4")
+    assert vlm.float_weights is not None
+    kinds = {type(module).__name__ for module in vlm.model.model.language_model.modules()}
+    assert "Linear4bit" in kinds
+    picture = Image.new("RGB", (40, 30), "red")
+    expected = load_vlm(folder, quantization="nf4")
+    assert ask(vlm, picture, "What?", 4) == ask(expected, picture, "What?", 4)
+    peft_model, _ = attach_milora(
+        expected.model, MiloraConfig(r=4), weights=expected.float_weights, progress=False
+    )
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_B.milora" in name:
+                value.add_(0.1)
+    save_adapter(peft_model, tmp_path / "adapter")
+    trained = ask(expected.with_model(peft_model.eval()), picture, "What?", 4)
+    again = load_for_inference(folder, tmp_path / "adapter", "cpu", "nf4")
+    assert ask(again, picture, "What?", 4) == trained

@@ -1,0 +1,241 @@
+"""A plain ViT of open_clip or timm, read into named tensors: the same names for both libraries.
+
+Plain is: patches through one convolution, a class token or none, one table of positions, blocks of
+norm, attention, norm, two-layer MLP. Layer scale is folded into the matrices before it. Whatever
+else takes part in the arithmetic is told and refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_KINDS = {
+    "open_clip.VisionTransformer": ("ResidualAttentionBlock", "MultiheadAttention"),
+    "timm.VisionTransformer": ("Block", "Attention"),
+    "timm.Eva": ("EvaBlock", "EvaAttention"),
+}
+_FOREIGN = {
+    "q_norm": "norms of queries and keys",
+    "k_norm": "norms of queries and keys",
+    "reg_token": "register tokens",
+    "fc1_g": "a gated MLP",
+    "w12": "a gated MLP",
+    "backbone": "convolutions before the patches",
+}
+
+
+class TowerError(ValueError):
+    """A tower that no transformers class computes; the text says what stands in the way."""
+
+
+@dataclass(frozen=True)
+class PlainViT:
+    """Weights and shape of a plain ViT.
+
+    Attributes:
+        stem: ``patch.weight`` [D, 3, p, p], ``positions`` [1 + P, D] or [P, D], ``post_norm.*``; if
+            there are such: ``patch.bias``, ``class`` [D], ``pre_norm.*``.
+        layers: For each block ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``fc1``, ``fc2``,
+            ``norm1`` and ``norm2``, each with ``.weight`` and ``.bias``.
+        heads: Attention heads.
+        activation: transformers' name of the MLP's activation.
+        eps: Of all norms.
+    """
+
+    stem: dict[str, Tensor]
+    layers: list[dict[str, Tensor]]
+    heads: int
+    activation: str
+    eps: float
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch."""
+        return self.stem["patch.weight"].shape[-1]
+
+    @property
+    def side_px(self) -> int:
+        """Side of the pictures that the table of positions is for."""
+        n_patches = len(self.stem["positions"]) - ("class" in self.stem)
+        side = round(n_patches**0.5)
+        refuse({f"{n_patches} patches, which are no square": side * side != n_patches})
+        return side * self.patch_px
+
+
+def read_plain_vit(visual: nn.Module) -> PlainViT:
+    """Read ``model.visual`` of an open_clip model, or a timm ViT.
+
+    Raises:
+        TowerError: If it is no plain ViT; the message says why.
+    """
+    trunk: Any = getattr(visual, "trunk", visual)
+    kind = f"{type(trunk).__module__.partition('.')[0]}.{type(trunk).__name__}"
+    if kind not in _KINDS:
+        raise TowerError(f"{kind} is no plain ViT: transformers' vision classes do not compute it")
+    is_native = kind.startswith("open_clip")
+    blocks = list(trunk.transformer.resblocks if is_native else trunk.blocks)
+    first, (block_class, attention_class) = blocks[0], _KINDS[kind]
+    found = (type(first).__name__, type(first.attn).__name__)
+    refuse(
+        {
+            f"blocks of another kind ({', '.join(found)})": found != (block_class, attention_class),
+            "rotary positions": getattr(trunk, "rope", None) is not None,
+        }
+    )
+    stem, used = (_native_stem if is_native else _timm_stem)(trunk)
+    layers = []
+    for block in blocks:
+        layer, parts = (_native_layer if is_native else _timm_layer)(block)
+        layers.append(layer)
+        used |= {id(part) for part in parts}
+    _refuse_unread(trunk, used)
+    mlp = first.mlp
+    norms = [m for m in (*blocks, getattr(trunk, "ln_pre", None), getattr(trunk, "norm_pre", None),
+                         _final_norm(trunk)) if m is not None]  # fmt: skip
+    eps = {m.eps for part in norms for m in part.modules() if isinstance(m, nn.LayerNorm)}
+    refuse({f"norms with different epsilons {sorted(eps)}": len(eps) != 1})
+    return PlainViT(
+        stem,
+        layers,
+        heads=first.attn.num_heads,
+        activation=_activation(mlp.gelu if is_native else mlp.act),
+        eps=eps.pop(),
+    )
+
+
+def refuse(reasons: dict[str, bool]) -> None:
+    """Raise a ``TowerError`` that names every reason which holds."""
+    found = list(dict.fromkeys(reason for reason, is_there in reasons.items() if is_there))
+    if found:
+        raise TowerError(f"the tower has {', '.join(found)}: no transformers class computes that")
+
+
+def _native_stem(trunk: Any) -> tuple[dict[str, Tensor], set[int]]:
+    # behind an attention pool (CoCa) the last norm is of the pooled width, not of the tokens
+    pooled = trunk.attn_pool is not None
+    last = nn.LayerNorm(trunk.conv1.out_channels) if pooled else trunk.ln_post
+    stem = {
+        **_pair("patch", trunk.conv1),
+        "class": trunk.class_embedding,
+        "positions": trunk.positional_embedding,
+        **(_pair("pre_norm", trunk.ln_pre) if isinstance(trunk.ln_pre, nn.LayerNorm) else {}),
+        **_pair("post_norm", last),
+    }
+    return stem, {id(value) for value in stem.values()}
+
+
+def _native_layer(block: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+    attention, mlp = block.attn, block.mlp
+    scales = [getattr(scale, "gamma", None) for scale in (block.ls_1, block.ls_2)]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    layer = {
+        **_split(weight, bias),
+        **_scaled("out_proj", attention.out_proj, scales[0]),
+        **_pair("fc1", mlp.c_fc),
+        **_scaled("fc2", mlp.c_proj, scales[1]),
+        **_pair("norm1", block.ln_1),
+        **_pair("norm2", block.ln_2),
+    }
+    modules = (attention.out_proj, mlp.c_fc, mlp.c_proj, block.ln_1, block.ln_2)
+    return layer, [weight, bias, *scales, *(p for m in modules for p in m.parameters())]
+
+
+def _timm_stem(trunk: Any) -> tuple[dict[str, Tensor], set[int]]:
+    convolution = getattr(trunk.patch_embed, "proj", None)
+    refuse({"convolutions before the patches": not isinstance(convolution, nn.Conv2d)})
+    positions, token = trunk.pos_embed, trunk.cls_token
+    refuse({"no table of positions": positions is None})
+    used = {id(positions), id(token), *(id(p) for p in convolution.parameters())}
+    positions = positions[0]
+    if token is not None and getattr(trunk, "no_embed_class", False):
+        positions = torch.cat([torch.zeros_like(positions[:1]), positions])
+    before = getattr(trunk, "norm_pre", None)
+    stem = {
+        **_pair("patch", convolution),
+        "positions": positions,
+        **({} if token is None else {"class": token.flatten()}),
+        **(_pair("pre_norm", before) if isinstance(before, nn.LayerNorm) else {}),
+        **_pair("post_norm", _final_norm(trunk)),
+    }
+    return stem, used | {id(value) for value in stem.values()}
+
+
+def _timm_layer(block: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+    attention, mlp = block.attn, block.mlp
+    refuse({"a gated MLP": not (hasattr(mlp, "fc1") and hasattr(mlp, "act")) or hasattr(mlp, "gate")
+            or mlp.fc2.in_features != mlp.fc1.out_features})  # fmt: skip
+    bias = attention.qkv.bias
+    parts: list[Any] = [attention.qkv.weight, bias]
+    if getattr(attention, "q_bias", None) is not None:  # EVA: keys have none
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        parts += [attention.q_bias, attention.v_bias]
+    scales = [getattr(block, name, None) for name in ("gamma_1", "gamma_2")]
+    for place, name in enumerate(("ls1", "ls2")):
+        scales[place] = getattr(getattr(block, name, None), "gamma", scales[place])
+    layer = {
+        **_split(attention.qkv.weight, bias),
+        **_scaled("out_proj", attention.proj, scales[0]),
+        **_pair("fc1", mlp.fc1),
+        **_scaled("fc2", mlp.fc2, scales[1]),
+        **_pair("norm1", block.norm1),
+        **_pair("norm2", block.norm2),
+    }
+    modules = (attention.proj, mlp.fc1, mlp.fc2, block.norm1, block.norm2)
+    return layer, [*parts, *scales, *(p for m in modules for p in m.parameters())]
+
+
+def _refuse_unread(trunk: nn.Module, used: set[int]) -> None:
+    """Refuse parameters before or in the blocks that nothing above has read."""
+    behind = ("attn_pool", "fc_norm", "norm.", "head", "ln_post", "proj", "mask_token")
+    unread = [
+        name
+        for name, value in trunk.named_parameters()
+        if id(value) not in used and not name.startswith(behind)
+    ]
+    reasons = {}
+    for name in unread:
+        known = next((why for part, why in _FOREIGN.items() if part in name.split(".")), None)
+        reasons[known or f"weights that a plain ViT lacks ({name})"] = True
+    refuse(dict(list(reasons.items())[:3]))
+
+
+def _final_norm(trunk: Any) -> nn.Module | None:
+    """Return the norm after the blocks; timm may keep it behind the pooling."""
+    for name in ("ln_post", "norm", "fc_norm"):
+        norm = getattr(trunk, name, None)
+        if isinstance(norm, nn.LayerNorm):
+            return norm
+    return None
+
+
+def _activation(module: nn.Module) -> str:
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
+    known = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
+    name = type(module).__name__
+    refuse({f"activation {name}": name not in known})
+    return known[name]
+
+
+def _pair(name: str, module: Any) -> dict[str, Tensor]:
+    refuse({f"no {name}": module is None})
+    weights = {f"{name}.weight": module.weight}
+    return weights if module.bias is None else {**weights, f"{name}.bias": module.bias}
+
+
+def _scaled(name: str, module: nn.Linear, scale: Tensor | None) -> dict[str, Tensor]:
+    """Return a linear layer with the layer scale [D] behind it folded in."""
+    pair = _pair(name, module)
+    if scale is None:
+        return pair
+    return {key: (scale * value.T).T for key, value in pair.items()}
+
+
+def _split(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    names = ("q_proj", "k_proj", "v_proj")
+    parts = {f"{n}.weight": part for n, part in zip(names, weight.chunk(3), strict=True)}
+    if bias is not None:
+        parts |= {f"{n}.bias": part for n, part in zip(names, bias.chunk(3), strict=True)}
+    return parts
