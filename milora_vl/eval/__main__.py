@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.files import cache_folder
+from milora_vl.memory import keep_freed_memory
 
 DESCRIPTION = """\
 Score a LLaVA-style model on benches in their official file formats. Writes results.json and
@@ -232,4 +233,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

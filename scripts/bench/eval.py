@@ -23,6 +23,7 @@ from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.items import Item, Request
 from milora_vl.eval.runner import Answerer
 from milora_vl.files import cache_folder
+from milora_vl.memory import keep_freed_memory
 from milora_vl.model.load import load_vlm
 
 DEMO_ADAPTER = Path("runs/demo/adapter")
@@ -146,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as python -m milora_vl.eval does; both ways profit
     main()
