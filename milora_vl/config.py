@@ -203,7 +203,7 @@ class EvalSection(Section):
 
     benches: list[str] = []
     data_dir: str = ""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     blind: bool = True
     limit: int | None = Field(default=None, ge=1)
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate, certify_layer
 from milora_vl.adapter.fingerprint import weight_digests
+from milora_vl.adapter.layer import naming
 from milora_vl.adapter.minor_svd import check_weight
 from milora_vl.adapter.null_space import input_moments, null_space_triplets
 from milora_vl.adapter.quantize import dense_weight, is_quantised, stored_values
@@ -67,10 +68,8 @@ def init_baseline(
         base_layer = lora_layer(peft_model, name).get_base_layer()
         # [d_out, d_in] float32
         weight = read(name).float() if read is not None else dense_weight(base_layer)
-        try:
+        with naming(name):
             check_weight(weight, state.r)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
         energy = None
         if moment is not None:
             (U, S, Vh), energy = null_space_triplets(weight, moment, state.r)

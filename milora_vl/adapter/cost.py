@@ -44,19 +44,17 @@ def measure_flops(
 
     ``packed``: of the product that decompositions use, see ``milora_vl.adapter.gram``.
 
-    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, on the
-    CPU that of the processors' clocks, so that other work on the machine disturbs little.
+    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, so
+    that other work on the machine disturbs little.
     """
     left = torch.randn(PROBE_SIDE, PROBE_SIDE, device=device).to(dtype)
     right = pack(left) if packed else left
-    threads = torch.get_num_threads() if left.device.type == "cpu" else 0
     best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
     while best == float("inf") or time.perf_counter() < end:
-        started, started_clocks = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
         product = multiply(right, left) if packed else left @ right
         float(product[0, 0])  # waits for an accelerator
-        taken, clocks = time.perf_counter() - started, time.process_time() - started_clocks
-        best = min(best, clocks / threads if threads and clocks > 0 else taken)
+        best = min(best, time.perf_counter() - started)
     return 2 * PROBE_SIDE**3 / best
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 
@@ -20,6 +20,7 @@ from milora_vl.adapter.layer import (
     Prepared,
     Recipe,
     decompose_layer,
+    naming,
     prepare_layer,
 )
 from milora_vl.memory import give_back_memory
@@ -59,11 +60,11 @@ def decompose_layers(
     names = shares[own_rank]
 
     def prepare(name: str) -> Prepared:
-        with _named(name):
+        with naming(name):
             return prepare_layer(name, layers[name], recipe, cache, read)
 
     def decompose(prepared: Prepared) -> Decomposition:
-        with _named(prepared.name):
+        with naming(prepared.name):
             return decompose_layer(prepared, recipe, cache)
 
     title = f"SVD ({recipe.slice}, r={recipe.r})"
@@ -83,16 +84,6 @@ def decompose_layers(
         except Exception as error:  # the others must hear of it, or they would wait for ever
             failure = str(error) or type(error).__name__
     yield from _exchange(layers, recipe.r, shares, own, failure)
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """Name the layer in whatever goes wrong."""
-    try:
-        yield
-    except (ValueError, RuntimeError, LookupError, OSError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise ValueError(f"{layer}: {reason}") from error
 
 
 def _cost(layer: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """One layer: its weight read and recognised, decomposed into start factors, and certified."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -146,3 +147,13 @@ def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[T
     """Return lora_A [r, d_in], lora_B [d_out, r]: scaling * lora_B @ lora_A = U diag(S) Vh."""
     root = (S / scaling).sqrt()
     return root[:, None] * Vh, U * root
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Name the layer in whatever goes wrong."""
+    try:
+        yield
+    except (ValueError, RuntimeError, LookupError, OSError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(f"{layer}: {reason}") from error

@@ -217,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     arguments = build_parser().parse_args(argv)
+    keep_freed_memory()
     from milora_vl.eval.report import print_results
 
     try:
@@ -233,5 +234,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())
