@@ -7,16 +7,16 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "add_adapter_from": "milora_vl.adapter.several",
+    "add_adapter_from": "milora_vl.adapter.checkpoint",
     "MiloraConfig": "milora_vl.config",
-    "attach_milora": "milora_vl.adapter.milora",
+    "attach_milora": "milora_vl.adapter.attach",
     "load_adapter": "milora_vl.adapter.checkpoint",
     "load_vlm": "milora_vl.model.load",
-    "merge_adapter": "milora_vl.adapter.convert",
+    "merge_adapter": "milora_vl.export.merge",
     "minor_svd": "milora_vl.adapter.minor_svd",
-    "remove_adapter": "milora_vl.adapter.several",
+    "remove_adapter": "milora_vl.adapter.checkpoint",
     "save_adapter": "milora_vl.adapter.checkpoint",
-    "use_adapter": "milora_vl.adapter.several",
+    "use_adapter": "milora_vl.adapter.checkpoint",
 }
 
 __all__ = [  # noqa: RUF022  in the order in which they are used

@@ -54,7 +54,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def ask(arguments: argparse.Namespace) -> int:
     """Answer one question about one picture."""
     from milora_vl import inference
-    from milora_vl.adapter.source import base_of
+    from milora_vl.export.source import base_of
 
     settings = (arguments.adapter, arguments.device, arguments.quantization)
     vlm = inference.load_for_inference(arguments.model or base_of(arguments.adapter), *settings)
@@ -77,8 +77,8 @@ def export(arguments: argparse.Namespace) -> int:
     """
     import torch
 
-    from milora_vl.adapter.export import export_adapter
     from milora_vl.data.images import load_image
+    from milora_vl.export.forms import export_adapter
 
     dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     exported = export_adapter(
@@ -101,7 +101,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Say what a run would adapt, train, take and need, before any weight is read."""
-    from milora_vl.adapter.plan import plan_run
+    from milora_vl.plan import plan_run
 
     config, _ = read_config(arguments)
     print(plan_run(config).summary())

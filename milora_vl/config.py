@@ -48,7 +48,7 @@ class MiloraConfig(Section):
         lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
         init: Method that gives the first values: "milora"; "pissa", "slice:middle" and
             "slice:random" (other parts of the spectrum); PEFT's "lora", "rslora", "dora", "olora"
-            and "mica"; "null_space" (see ``milora_vl.adapter.null_space``).
+            and "mica"; "null_space" (see ``milora_vl.adapter.baselines``).
         slice: With init "milora", where in the spectrum to start: minor (MiLoRA), principal
             (PiSSA), middle, random.
         residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
@@ -64,7 +64,7 @@ class MiloraConfig(Section):
             head of its own weights; otherwise such a pattern is refused.
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
         quantization_correction: What is done about the error of NF4, see
-            ``milora_vl.adapter.residual_nf4``.
+            ``milora_vl.adapter.nf4``.
     """
 
     r: int = Field(default=128, ge=1)

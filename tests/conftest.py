@@ -71,7 +71,7 @@ def factors_of_shared_fixtures(tmp_path_factory) -> Iterator[None]:
     """Keep factors of fixtures that outlive a test away from the user's cache too."""
     folder = tmp_path_factory.mktemp("shared_factors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("milora_vl.adapter.milora.factors_folder", lambda: folder)
+        patch.setattr("milora_vl.adapter.attach.factors_folder", lambda: folder)
         yield
 
 
@@ -79,7 +79,7 @@ def factors_of_shared_fixtures(tmp_path_factory) -> Iterator[None]:
 def factors_of_this_test(tmp_path_factory, monkeypatch) -> Path:
     """Keep SVD factors in a folder of the test, away from the user's cache; return it."""
     folder = tmp_path_factory.mktemp("factors")
-    monkeypatch.setattr("milora_vl.adapter.milora.factors_folder", lambda: folder)
+    monkeypatch.setattr("milora_vl.adapter.attach.factors_folder", lambda: folder)
     return folder
 
 

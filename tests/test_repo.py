@@ -10,20 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A layer may import itself and those before it; files of the package's top level count as layers.
 ORDER = [
-    {"constants", "files", "memory", "one_ahead", "yaml_values"},
+    {"constants", "files", "runtime"},
     {"config"},
     {"data", "model"},
     {"adapter"},
+    {"export", "plan"},
     {"training"},
     {"eval"},
     {"inference", "pipeline"},
     {"cli"},
 ]
-CODE = sorted(
-    path
-    for folder in ("milora_vl", "data_prep", "scripts", "tests")
-    for path in (ROOT / folder).rglob("*.py")
-)
 PACKAGE = sorted((ROOT / "milora_vl").rglob("*.py"))
 
 
@@ -55,11 +51,6 @@ def test_imports_go_one_way(path: Path) -> None:
         used = layer_of(module)
         assert used is not None, f"{path.name} imports {module}, which is in no layer"
         assert used <= own, f"{path.name} imports {module}, a later layer"
-
-
-@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_stay_small(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
 
 
 def test_conventions_are_written_once() -> None:

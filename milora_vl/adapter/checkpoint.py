@@ -2,51 +2,288 @@
 
 With ``lora_A = [A; A0]``, ``lora_B = [B, -B0]`` and both r and lora_alpha doubled, the stock LoRA
 layer computes ``W x + s B A x - s B0 A0 x``, which is what training produced.
+
+Check a saved adapter against the base model it is to go on, before anything is changed.
+
+Several adapters on one base at the same time: add, switch, remove.
+
+All of them leave the base weights alone (residual "anchor"), so that none changes what another
+computes, and the base is bit for bit the same when they are gone.
 """
 
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.base_check import check_adapter, check_name
+from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint
+from milora_vl.adapter.nf4 import quantise_residual_
 from milora_vl.adapter.portable import (
     FORMAT_VERSION,
     MILORA_FILE,
     PEFT_CONFIG_FILE,
     WEIGHTS_FILE,
     MiloraFile,
+    check_files,
+    check_shapes,
     installed_versions,
     portable_config,
     portable_tensors,
     processor_reference,
+    read_milora_file,
     read_tensors_,
 )
-from milora_vl.adapter.quantize import is_quantised
-from milora_vl.adapter.residual_nf4 import quantise_residual_
+from milora_vl.adapter.quantized import is_quantised
 from milora_vl.adapter.state import (
     MILORA,
     MiloraState,
     Residual,
     activate,
+    adapter_states,
     add_adapters,
+    add_more_adapters_,
+    anchor_of,
+    current_adapter,
+    forget,
     lora_layer,
     recall,
     remember,
     subtract_anchor_,
+    trains,
+    unload_,
 )
+from milora_vl.adapter.targets import find_projector, resolve_residual
 from milora_vl.files import replace_folder, sha256_of, write_json_atomic, write_text_atomic
 from milora_vl.model.shards import ShardedWeights
 
 logger = logging.getLogger(__name__)
+
+
+def check_adapter(
+    model: nn.Module,
+    folder: Path,
+    residual: Residual | None,
+    *,
+    strict_base: bool,
+    weights: ShardedWeights | None = None,
+) -> MiloraState:
+    """Check a saved adapter against a base model, which stays as it is.
+
+    Args:
+        model: The original base; its layers may already be wrapped by PEFT.
+        folder: Written by ``save_adapter``.
+        residual: As for ``load_adapter``.
+        strict_base: As for ``load_adapter``.
+        weights: As for ``load_adapter``.
+
+    Returns:
+        What the model will have to remember of the adapter.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file is damaged, the base is another one, or shapes do not fit.
+    """
+    facts = read_milora_file(folder)
+    check_files(folder, facts)
+    _check_layers_exist(model, facts, folder)
+    weights = _check_base(model, facts, folder, strict_base, weights)
+    if not facts.state().has_anchor:
+        residual = "anchor"  # nothing to subtract: the base weights stay
+    elif residual is None:
+        # a low-precision base would lose part of the slice to rounding, see the certificate
+        possible = resolve_residual(model, facts.modules, "auto", weights is not None)
+        residual = facts.residual if possible == "subtract" else "anchor"
+    state = facts.state(resolve_residual(model, facts.modules, residual, weights is not None))
+    check_shapes(model, state, folder)
+    return state
+
+
+def check_name(adapter_name: str, taken: Collection[str] = ()) -> None:
+    """Refuse a name that PEFT cannot give to an adapter of ours.
+
+    Raises:
+        ValueError: If it is taken, empty, or would hide something of the modules that hold it.
+    """
+    hidden = hasattr(nn.ModuleDict(), adapter_name) or hasattr(nn.ParameterDict(), adapter_name)
+    clash = {adapter_name, anchor_of(adapter_name)} & {*taken}
+    if clash or hidden or "." in adapter_name or not adapter_name:
+        raise ValueError(
+            f"{adapter_name!r} cannot name a new adapter: choose a name without a dot that is none "
+            f"of {sorted(taken)} and no attribute of a torch module, as 'half' or 'train' are"
+        )
+
+
+def _check_layers_exist(model: nn.Module, facts: MiloraFile, folder: Path) -> None:
+    present = {name for name, _ in model.named_modules()}
+    missing = [name for name in facts.modules if name not in present]
+    if missing:
+        raise ValueError(
+            f"{folder}: the model has no layer {missing[0]} ({len(missing)} of "
+            f"{len(facts.modules)} are missing); the adapter was made on {facts.base}"
+        )
+    if facts.projector and find_projector(model) != facts.projector:
+        raise ValueError(f"{folder}: the model has no projector {facts.projector}")
+
+
+def _check_base(
+    model: nn.Module,
+    facts: MiloraFile,
+    folder: Path,
+    strict_base: bool,
+    weights: ShardedWeights | None,
+) -> ShardedWeights | None:
+    """Compare fingerprints; return the float weights, unless those in memory are the right ones."""
+    found = fingerprint(model, facts.modules, weights)["exact"]
+    match = [precision for precision in PRECISIONS if facts.fingerprint[precision] == found]
+    if match and match[0] != "exact":
+        logger.info("%s: same base, its weights rounded to %s", folder, match[0])
+    if match:
+        return weights
+    quantised = any(is_quantised(model.get_submodule(name).weight) for name in facts.modules)
+    if weights is not None and facts.fingerprint == fingerprint(model, facts.modules):
+        return None  # made on the 4-bit weights as they are
+    message = (
+        f"{folder} was made on other weights: base {facts.base['name_or_path']} (revision "
+        f"{facts.base['revision']}) has fingerprint {facts.fingerprint['exact'][:16]}, this model "
+        f"({getattr(model, 'name_or_path', '') or type(model).__name__}"
+        f"{', quantised' if quantised else ''}) has {found[:16]}. Load the original base"
+        f"{', or pass weights=vlm.float_weights of load_vlm' if quantised and not weights else ''}"
+    )
+    if strict_base:
+        raise ValueError(
+            f"{message}; strict_base=False loads it all the same, and then the model computes "
+            "something else than it was trained to"
+        )
+    logger.warning(message)
+    return weights
+
+
+def add_adapter_from(
+    peft_model: PeftModel,
+    folder: Path | str,
+    adapter_name: str,
+    *,
+    trainable: bool = False,
+    strict_base: bool = True,
+    weights: ShardedWeights | None = None,
+) -> None:
+    """Load a saved adapter beside those a model already has, and make it the active one.
+
+    Args:
+        peft_model: From ``load_adapter`` or ``attach_milora`` with residual "anchor".
+        folder: Written by ``save_adapter``.
+        adapter_name: Name of the new adapter on this model.
+        trainable: Whether the new adapter trains.
+        strict_base: Refuse a base whose weights are not those the adapter was made on.
+        weights: Float weights on disk of a base that ``load_vlm`` quantised
+            (``vlm.float_weights``), which tell whether it is the right one.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If the name is taken, another adapter changed the base weights, a file is
+            damaged, the base is another one, or shapes do not fit. The model is then as before.
+    """
+    before = current_adapter(peft_model)
+    mode, trained = peft_model.training, trains(peft_model, before)
+    _check_shared_base(peft_model)
+    check_name(adapter_name, set(peft_model.peft_config))
+    base = peft_model.get_base_model()
+    state = check_adapter(base, Path(folder), "anchor", strict_base=strict_base, weights=weights)
+    try:
+        add_more_adapters_(peft_model, state, adapter_name)
+        read_tensors_(peft_model, state, Path(folder), adapter_name)
+    except BaseException:
+        _delete(peft_model, adapter_name, before, trainable=trained)
+        peft_model.train(mode)
+        raise
+    remember(peft_model, state, adapter_name)
+    use_adapter(peft_model, adapter_name, trainable=trainable)
+
+
+def use_adapter(peft_model: PeftModel, adapter_name: str, *, trainable: bool = False) -> None:
+    """Make one of the adapters, with its projector, the active one; the others rest.
+
+    Args:
+        peft_model: A model with several adapters.
+        adapter_name: Which.
+        trainable: Whether it trains; all others are frozen.
+
+    Raises:
+        ValueError: If there is no such adapter.
+    """
+    _check_known(peft_model, adapter_name)
+    state = recall(peft_model, adapter_name)
+    activate(peft_model, state.residual, trainable=trainable, adapter_name=adapter_name)
+    for name in set(peft_model.peft_config) - {adapter_name}:
+        peft_model.set_requires_grad(name, requires_grad=False)
+    if not trainable:
+        peft_model.eval()
+
+
+def remove_adapter(peft_model: PeftModel, adapter_name: str) -> None:
+    """Take one adapter off the model; if it was active, the oldest other one becomes active.
+
+    An active adapter that stays goes on training if it did.
+
+    Raises:
+        ValueError: If there is no such adapter, or it is the last one.
+    """
+    _check_known(peft_model, adapter_name)
+    others = [name for name in adapter_states(peft_model) if name != adapter_name]
+    if not others:
+        raise ValueError(
+            f"{adapter_name!r} is the last adapter; unload_adapters(peft_model) gives the base back"
+        )
+    current = current_adapter(peft_model)
+    following = others[0] if current == adapter_name else current
+    trainable = current != adapter_name and trains(peft_model, current)
+    forget(peft_model, adapter_name)
+    _delete(peft_model, adapter_name, following, trainable=trainable)
+
+
+def unload_adapters(peft_model: PeftModel) -> PreTrainedModel:
+    """Take all adapters off and return the base model, its projector included, as it was.
+
+    Raises:
+        ValueError: If an adapter changed the base weights (residual "subtract").
+    """
+    _check_shared_base(peft_model)
+    return unload_(peft_model, [state.projector for state in adapter_states(peft_model).values()])
+
+
+def _delete(
+    peft_model: PeftModel, adapter_name: str, following: str, *, trainable: bool = False
+) -> None:
+    """Delete an adapter and its anchor, and make another one active."""
+    peft_model.set_adapter(following, inference_mode=True)  # PEFT deletes beside a single one only
+    for name in (anchor_of(adapter_name), adapter_name):
+        if name in peft_model.peft_config:
+            peft_model.delete_adapter(name)
+    use_adapter(peft_model, following, trainable=trainable)
+
+
+def _check_known(peft_model: PeftModel, adapter_name: str) -> None:
+    known = list(adapter_states(peft_model))
+    if adapter_name not in known:
+        raise ValueError(f"there is no adapter {adapter_name!r}; this model has {known}")
+
+
+def _check_shared_base(peft_model: PeftModel) -> None:
+    for name, state in adapter_states(peft_model).items():
+        if state.residual == "subtract":
+            raise ValueError(
+                f"adapter {name!r} changed the base weights (residual='subtract'), so they are no "
+                "base for others; load it with load_adapter(..., residual='anchor')"
+            )
 
 
 def save_adapter(
@@ -193,7 +430,7 @@ def load_adapter(
         residual: "subtract" or "anchor"; default: as recorded, or "anchor" where the weights of
             ``model`` are neither float32 nor quantised from ``weights``.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
-        adapter_name: Its name on the model, see ``milora_vl.adapter.several``.
+        adapter_name: Its name on the model, see ``milora_vl.adapter.checkpoint``.
         weights: Float weights on disk of a ``model`` that ``load_vlm`` quantised
             (``vlm.float_weights``): W_p is formed from them and quantised again.
 

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from milora_vl.adapter.quantize import stored_values
+from milora_vl.adapter.quantized import stored_values
 from milora_vl.model.shards import ShardedWeights
 
 PRECISIONS: dict[str, torch.dtype] = {

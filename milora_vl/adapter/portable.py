@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from milora_vl.adapter.master import load_trained_state_, trained_state
 from milora_vl.adapter.state import (
     MILORA,
     MiloraState,
@@ -22,9 +21,11 @@ from milora_vl.adapter.state import (
     anchor_of,
     current_adapter,
     factors,
+    load_trained_state_,
     magnitude,
     recall,
     trained_projector,
+    trained_state,
 )
 from milora_vl.files import sha256_of
 

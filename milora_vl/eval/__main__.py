@@ -168,9 +168,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the options say; returns the results."""
     import torch
 
-    from milora_vl.adapter.source import base_of
     from milora_vl.eval.evaluation import bench_names, evaluate, load_items
     from milora_vl.eval.judge import Judge
+    from milora_vl.export.source import base_of
 
     benches = "all" if arguments.bench.strip().lower() == "all" else arguments.bench
     bench_names(benches)

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.portable import installed_versions
 from milora_vl.config import DataSection, MiloraConfig, ModelSection, ProjectorSection
 from milora_vl.data.collate import pad_batch

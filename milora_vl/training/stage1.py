@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from milora_vl.adapter.master import (
+from milora_vl.adapter.state import (
     keep_master_weights_,
     load_trained_state_,
     remove_master_weights_,

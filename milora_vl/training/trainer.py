@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_vl.adapter.quantize import evaluating
+from milora_vl.adapter.quantized import evaluating
 from milora_vl.constants import IGNORE_INDEX
 from milora_vl.data.sampling import group_by_length
 from milora_vl.files import write_text_atomic

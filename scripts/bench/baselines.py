@@ -20,8 +20,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora_vl import MiloraConfig, attach_milora, save_adapter
-from milora_vl.adapter.export import export_adapter
-from milora_vl.adapter.milora import compute_logits
+from milora_vl.adapter.attach import compute_logits
+from milora_vl.export.forms import export_adapter
 from milora_vl.model.embedded import load_smollm2
 
 INITS = (

@@ -31,7 +31,7 @@ from transformers import (
     LlavaConfig,
 )
 
-from milora_vl.adapter.milora import attach_milora
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.config import MiloraConfig
 from milora_vl.model.nf4 import load_nf4
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
-from milora_vl.adapter import decompose, milora
+from milora_vl.adapter import attach, decompose
 from milora_vl.config import MiloraConfig
 from milora_vl.model.embedded import cached_demo_base
 
@@ -34,7 +34,7 @@ def start(name: str, r: int, *, factor_cache: bool) -> dict[str, object]:
     if dist.is_initialized():
         dist.barrier()  # loading is not what is timed
     wall, cpu = time.perf_counter(), time.process_time()
-    _, certificate = milora.attach_milora(model, config, progress=False)
+    _, certificate = attach.attach_milora(model, config, progress=False)
     return {
         "start": name,
         "layers": len(certificate.layers),
@@ -74,7 +74,7 @@ def main() -> None:
     count = (lambda layers: workers) if workers else decompose.count_workers
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(milora, "factors_folder", lambda: Path(folder)),
+        patch.object(attach, "factors_folder", lambda: Path(folder)),
         patch.object(decompose, "count_workers", count),
     ):
         for name, kept in (("no cache", False), ("first", True), ("second", True)):

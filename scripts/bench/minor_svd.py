@@ -24,8 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from milora_vl.adapter.gram import multiply, pack
-from milora_vl.adapter.minor_svd import minor_svd
+from milora_vl.adapter.minor_svd import minor_svd, multiply, pack
 from milora_vl.model.embedded import load_smollm2
 
 SMALL = ((576, 576, 32), (1536, 576, 32))

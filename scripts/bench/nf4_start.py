@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from milora_vl.adapter.milora import attach_milora
-from milora_vl.adapter.quantize import evaluating
+from milora_vl.adapter.attach import attach_milora
+from milora_vl.adapter.quantized import evaluating
 from milora_vl.config import MiloraConfig
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.nf4 import load_nf4

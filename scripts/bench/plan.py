@@ -15,14 +15,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from milora_vl import attach_milora
-from milora_vl.adapter import cost
+from milora_vl import attach_milora, plan
 from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.minor_svd import minor_svd
-from milora_vl.adapter.plan import plan_run
 from milora_vl.config import load_config
 from milora_vl.data.sampling import group_by_length
 from milora_vl.model.embedded import cached_demo_base
+from milora_vl.plan import plan_run
 from milora_vl.training.run import build_collate, build_dataset, load_conversations, load_model
 from milora_vl.training.trainer import token_loss_sum
 
@@ -33,11 +32,11 @@ SHAPES = ((576, 576), (1536, 576), (4096, 4096))
 def measure_layer(layer: torch.nn.Linear, r: int, method: str, rounds: int) -> str:
     """Return one line: seconds, share of the product rate, and what the rest costs a weight."""
     d_out, d_in = layer.weight.shape
-    flops = cost.decomposition_flops(cost.Shape(d_out, d_in, 1), r, method == "krylov")
+    flops = plan.decomposition_flops(plan.Shape(d_out, d_in, 1), r, method == "krylov")
     recipe = Recipe(r, "minor", method, 1.0, subtracted=True)
     svd, share, rest = [], [], []
     for _ in range(rounds):
-        rate = cost.measure_flops(torch.float32, packed=True)
+        rate = plan.measure_flops(torch.float32, packed=True)
         started = time.perf_counter()
         minor_svd(layer.weight, r, method)
         between = time.perf_counter()
@@ -61,9 +60,9 @@ def measure_start(rounds: int) -> None:
         for method in ("krylov", "exact"):
             print(measure_layer(layer, 128 if min(d_out, d_in) > 2048 else 32, method, rounds))
     print(
-        f"plan takes: krylov {cost.KRYLOV_EFFICIENCY} and {cost.KRYLOV_SECONDS} s a layer, exact "
-        f"{cost.EXACT_EFFICIENCY}, rest "
-        f"{1e9 * cost.VALUE_SECONDS:.1f} ns a weight"
+        f"plan takes: krylov {plan.KRYLOV_EFFICIENCY} and {plan.KRYLOV_SECONDS} s a layer, exact "
+        f"{plan.EXACT_EFFICIENCY}, rest "
+        f"{1e9 * plan.VALUE_SECONDS:.1f} ns a weight"
     )
 
 
@@ -100,12 +99,12 @@ def measure_training(rounds: int) -> None:
     seconds, tokens, rates = [], [], []
     dtype = torch.bfloat16 if config.training.get("bf16") else torch.float32
     for number in tqdm(range(2, 2 + rounds), desc="steps"):
-        rates.append(cost.measure_flops(dtype))
+        rates.append(plan.measure_flops(dtype))
         started = time.perf_counter()
         tokens.append(step(number))
         seconds.append(time.perf_counter() - started)
     mean, rate = statistics.mean(seconds), statistics.median(rates)
-    work = plan.step_seconds * cost.CPU_TRAINING_EFFICIENCY * 1e9 * plan.gflops[1]
+    work = plan.step_seconds * plan.CPU_TRAINING_EFFICIENCY * 1e9 * plan.gflops[1]
     print(
         f"trainable parameters: {certificate.trainable_parameters:,} attached, "
         f"{plan.trainable:,} planned"
@@ -117,9 +116,9 @@ def measure_training(rounds: int) -> None:
     )
     print(
         f"share of {rate / 1e9:.0f} GFLOP/s: {work / (mean * rate):.2f}; plan takes "
-        f"{cost.CPU_TRAINING_EFFICIENCY}"
+        f"{plan.CPU_TRAINING_EFFICIENCY}"
     )
-    middle, most = statistics.median(resident) / cost.GIB, max(resident) / cost.GIB
+    middle, most = statistics.median(resident) / plan.GIB, max(resident) / plan.GIB
     print(
         f"resident memory after a forward pass: median {middle:.2f} GiB, most {most:.2f}; planned "
         f"{plan.training_gib:.2f}"

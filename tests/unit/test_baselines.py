@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.state import MILORA, factors, magnitude, pretrained_function, recall
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import merge_adapter
 
 INITS = [
     "milora", "pissa", "slice:middle", "slice:random", "olora", "null_space",

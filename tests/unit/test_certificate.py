@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.certificate import Certificate, certify_layer
-from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.config import MiloraConfig
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.adapter.state import ANCHOR, MILORA, factors, recall
 from milora_vl.config import MiloraConfig
 from milora_vl.files import sha256_of

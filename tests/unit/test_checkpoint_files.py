@@ -5,8 +5,8 @@ import resource
 
 import pytest
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.state import MILORA, factors, recall
 from milora_vl.config import MiloraConfig
 

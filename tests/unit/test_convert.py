@@ -5,10 +5,10 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import merge_adapter
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 

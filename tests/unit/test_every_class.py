@@ -11,8 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from milora_vl.adapter.projections import kind_of
-from milora_vl.adapter.targets import find_targets
+from milora_vl.adapter.targets import find_targets, kind_of
 from milora_vl.model.families import FAMILIES, find_family, has_vision
 
 DEPTHS = ("num_hidden_layers", "num_layers", "depth", "n_layer")

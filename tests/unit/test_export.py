@@ -20,13 +20,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from milora_vl.adapter import export as export_file
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.export import ExportError, export_adapter
-from milora_vl.adapter.logits_check import check_batches, drawn_picture
-from milora_vl.adapter.milora import attach_milora, compute_logits
 from milora_vl.cli import main
 from milora_vl.config import MiloraConfig
+from milora_vl.export import forms as export_file
+from milora_vl.export.forms import ExportError, export_adapter
+from milora_vl.export.logits_check import check_batches, drawn_picture
 from milora_vl.model.compose import compose_llava
 from milora_vl.model.load import load_vlm
 
@@ -227,7 +227,7 @@ def test_the_check_uses_the_runs_own_picture(run, tmp_path, monkeypatch):
     }
     found = export_file.example_of_run(folder / "adapter")
     assert found is None  # the run's config names no data
-    monkeypatch.setattr("milora_vl.adapter.source.load_config", lambda _: parse(config))
+    monkeypatch.setattr("milora_vl.export.source.load_config", lambda _: parse(config))
     picture, question = export_file.example_of_run(folder / "adapter")
     assert picture.size == (40, 30)
     assert question == "Which colour is it?"

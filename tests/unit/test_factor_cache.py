@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.adapter import layer as layer_file
+from milora_vl.adapter import decompose as layer_file
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.factor_cache import FactorCache, FactorKey
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.adapter.state import ANCHOR, MILORA, factors, recall
 from milora_vl.cli import main
@@ -118,8 +118,8 @@ def test_one_changed_value_is_another_weight(make_tiny_vlm, factors_of_this_test
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(tiny_vlm, monkeypatch, caplog):
-    monkeypatch.setattr("milora_vl.adapter.milora.factors_folder", lambda: __file__ + "/x")
-    monkeypatch.setattr("milora_vl.adapter.milora.FactorCache", lambda f: FactorCache(Path(f)))
+    monkeypatch.setattr("milora_vl.adapter.attach.factors_folder", lambda: __file__ + "/x")
+    monkeypatch.setattr("milora_vl.adapter.attach.FactorCache", lambda f: FactorCache(Path(f)))
     with caplog.at_level(logging.WARNING, logger="milora_vl"):
         start(tiny_vlm)
     assert "cannot be written" in caplog.text
@@ -157,7 +157,7 @@ def test_two_processes_at_once_never_see_half_an_entry(tmp_path):
 
 def test_the_verb_shows_and_clears(tiny_vlm, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
-    monkeypatch.setattr("milora_vl.adapter.milora.factors_folder", lambda: tmp_path / "factors")
+    monkeypatch.setattr("milora_vl.adapter.attach.factors_folder", lambda: tmp_path / "factors")
     start(tiny_vlm)
     assert main(["cache", "show"]) == 0
     shown = capsys.readouterr().out

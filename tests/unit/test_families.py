@@ -13,9 +13,8 @@ from family_models import BUILDERS, TEXT, build_checkpoint
 from peft import PeftModel
 from PIL import Image
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.targets import find_targets
 from milora_vl.config import DataSection, MiloraConfig
 from milora_vl.data.dataset import ConversationDataset
@@ -25,6 +24,7 @@ from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.eval.plain_answerer import PlainAnswerer, build_answerer
 from milora_vl.eval.plain_generation import build_prompt, generate
 from milora_vl.eval.runner import Answerer
+from milora_vl.export.merge import merge_adapter
 from milora_vl.model.families import FAMILIES, FamilyError, find_family
 from milora_vl.model.load import VLM, LoadError, load_vlm
 from milora_vl.training.run import build_collate, build_dataset

@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from milora_vl.adapter.gram import ShiftedGram, Tall, factorise
-from milora_vl.adapter.krylov_svd import NotConvergedError, krylov_minor_svd
-from milora_vl.adapter.minor_svd import full_precision, minor_svd
+from milora_vl.adapter.minor_svd import (
+    NotConvergedError,
+    ShiftedGram,
+    Tall,
+    factorise,
+    full_precision,
+    krylov_minor_svd,
+    minor_svd,
+)
 
 
 def weight_with(values, d_out, d_in, seed=0):

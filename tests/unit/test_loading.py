@@ -12,8 +12,8 @@ from PIL import Image
 from quantised_models import build_whole_checkpoint
 from safetensors.torch import load_file
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import save_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.config import MiloraConfig
 from milora_vl.inference import ask, load_for_inference
 from milora_vl.model.load import LoadError, load_vlm

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.master import (
+from milora_vl.adapter.state import (
     keep_master_weights_,
     load_trained_state_,
     remove_master_weights_,
+    trained_projector,
     trained_state,
 )
-from milora_vl.adapter.milora import attach_milora, compute_logits
-from milora_vl.adapter.state import trained_projector
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import merge_adapter
 
 PROJECTOR = "model.multi_modal_projector"
 

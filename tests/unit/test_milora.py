@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.adapter.milora import attach_milora, compute_logits
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -210,7 +210,7 @@ def test_bad_weight_is_named_and_leaves_the_base_whole(tiny_vlm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_interrupted_decomposition_leaves_the_base_whole(tiny_vlm, monkeypatch, dtype):
-    from milora_vl.adapter import layer as layer_file
+    from milora_vl.adapter import decompose as layer_file
 
     calls = []
 

@@ -9,10 +9,9 @@ from quantised_models import build_saved_base, load_float
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora, compute_logits
-from milora_vl.adapter.quantize import dense_weight, is_quantised
+from milora_vl.adapter.quantized import dense_weight, is_quantised
 from milora_vl.adapter.state import (
     ANCHOR,
     CORRECTION,
@@ -23,6 +22,7 @@ from milora_vl.adapter.state import (
     recall,
 )
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import merge_adapter
 from milora_vl.model.nf4 import build_nf4_config, load_nf4, quantise_nf4
 from milora_vl.model.shards import ShardedWeights
 

@@ -8,20 +8,21 @@ from chat_tokenizers import build_byte_level
 from quantised_models import build_whole_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.adapter import layer as layer_file
-from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.export import export_adapter
-from milora_vl.adapter.logits_check import check_batches, drawn_picture
-from milora_vl.adapter.milora import attach_milora, compute_logits
-from milora_vl.adapter.quantize import is_quantised
-from milora_vl.adapter.several import (
+from milora_vl.adapter import decompose as layer_file
+from milora_vl.adapter.attach import attach_milora, compute_logits
+from milora_vl.adapter.checkpoint import (
     add_adapter_from,
+    load_adapter,
     remove_adapter,
+    save_adapter,
     unload_adapters,
     use_adapter,
 )
+from milora_vl.adapter.quantized import is_quantised
 from milora_vl.adapter.state import ANCHOR, factors, recall
 from milora_vl.config import MiloraConfig
+from milora_vl.export.forms import export_adapter
+from milora_vl.export.logits_check import check_batches, drawn_picture
 from milora_vl.model.load import load_vlm
 
 pytest.importorskip("bitsandbytes")

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from milora_vl.adapter import null_space
-from milora_vl.adapter.milora import attach_milora
-from milora_vl.adapter.null_space import input_moments, null_space_triplets, real_positions
+from milora_vl.adapter import baselines
+from milora_vl.adapter.attach import attach_milora
+from milora_vl.adapter.baselines import input_moments, null_space_triplets, real_positions
 from milora_vl.config import MiloraConfig
 from milora_vl.data.side_by_side import compute_branch_inputs
 
@@ -66,8 +66,8 @@ def test_moments_are_those_of_real_positions_only(monkeypatch):
     batches = [{"x": x, "attention_mask": mask}, {"x": 2 * x, "attention_mask": mask}]
     layers = {"first": model.first, "second": model.second}
     real = x[mask.bool()]
-    for limit in (null_space.MOMENT_BYTES, 1):  # together, and one group a layer
-        monkeypatch.setattr(null_space, "MOMENT_BYTES", limit)
+    for limit in (baselines.MOMENT_BYTES, 1):  # together, and one group a layer
+        monkeypatch.setattr(baselines, "MOMENT_BYTES", limit)
         found = dict(input_moments(model, layers, iter(batches), progress=False))
         assert list(found) == ["first", "second"]
         assert_close(found["first"], 5 * real.T @ real)

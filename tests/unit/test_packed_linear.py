@@ -22,7 +22,7 @@ def test_products_are_the_same(bias, shape):
 
 
 def test_layers_are_packed_in_the_block_only_also_below_an_adapter(tiny_vlm):
-    from milora_vl.adapter.milora import attach_milora
+    from milora_vl.adapter.attach import attach_milora
     from milora_vl.config import MiloraConfig
 
     model, _ = attach_milora(tiny_vlm, MiloraConfig(r=4), progress=False)

@@ -7,14 +7,14 @@ import torch
 import yaml
 from quantised_models import build_whole_checkpoint
 
-from milora_vl.adapter import cost
-from milora_vl.adapter.milora import attach_milora
-from milora_vl.adapter.plan import empty_model, plan_run
+from milora_vl import plan
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.cli import main
 from milora_vl.config import parse_config
 from milora_vl.files import cache_folder
 from milora_vl.model.embedded import demo_config
 from milora_vl.model.load import LoadError, load_vlm
+from milora_vl.plan import empty_model, plan_run
 
 
 def config_of(path, adapter=None, training=None, **data):
@@ -123,31 +123,31 @@ def test_steps_come_from_the_records(only_config, tmp_path):
 
 
 def test_estimates_grow_with_the_work():
-    small, large = cost.Shape(512, 512, 1), cost.Shape(2048, 2048, 1)
-    seconds = [cost.init_seconds([s], 32, "auto", 1e11) for s in (small, large)]
+    small, large = plan.Shape(512, 512, 1), plan.Shape(2048, 2048, 1)
+    seconds = [plan.init_seconds([s], 32, "auto", 1e11) for s in (small, large)]
     assert seconds[0] < seconds[1]
-    exact = cost.init_seconds([large], 32, "exact", 1e11)
+    exact = plan.init_seconds([large], 32, "exact", 1e11)
     assert exact > 3 * seconds[1]
-    assert cost.init_seconds([large], 32, "none", 1e11) < seconds[1]
-    size = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128)
-    one, two = (cost.TrainingLoad(samples, 1000, 0, 0) for samples in (1, 2))
-    assert cost.step_flops(size, two) == 2 * cost.step_flops(size, one)
+    assert plan.init_seconds([large], 32, "none", 1e11) < seconds[1]
+    size = plan.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128)
+    one, two = (plan.TrainingLoad(samples, 1000, 0, 0) for samples in (1, 2))
+    assert plan.step_flops(size, two) == 2 * plan.step_flops(size, one)
     memory = [
-        cost.training_gib(size, two, 4, low=low, checkpointing=checkpointing)
+        plan.training_gib(size, two, 4, low=low, checkpointing=checkpointing)
         for low, checkpointing in ((False, False), (True, False), (True, True))
     ]
     assert memory == sorted(memory, reverse=True)
-    heads = cost.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128, heads=4)
+    heads = plan.ModelSize(10**6, 0, 10**6, 10**4, 0, 0, 2, 64, 128, heads=4)
     plain, eager = (
-        cost.training_gib(heads, two, 4, low=False, checkpointing=False, eager=eager)
+        plan.training_gib(heads, two, 4, low=False, checkpointing=False, eager=eager)
         for eager in (False, True)
     )
     # two samples, four heads, 1000 x 1000 probabilities in two layers, kept twice in float32
-    assert (eager - plain) * cost.GIB == pytest.approx(2 * 4 * 1000**2 * 2 * 8)
+    assert (eager - plain) * plan.GIB == pytest.approx(2 * 4 * 1000**2 * 2 * 8)
 
 
 def test_rate_is_measured_here():
-    rate = cost.measure_flops(torch.float32)
+    rate = plan.measure_flops(torch.float32)
     assert 1e8 < rate < 1e16
 
 

@@ -6,12 +6,12 @@ from quantised_models import build_saved_base
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
+from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora, compute_logits
-from milora_vl.adapter.quantize import dense_weight, evaluating, is_quantised, stored_values
+from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantised, stored_values
 from milora_vl.adapter.state import MILORA, factors, recall
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import merge_adapter
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -6,16 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from milora_vl.adapter.milora import attach_milora
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.portable import portable_tensors
-from milora_vl.adapter.recompress import (
-    recompress,
-    recompress_tensors,
-    summarise,
-    truncation_report,
-)
 from milora_vl.adapter.state import recall
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import recompress, recompress_tensors, summarise, truncation_report
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(24, 16), (16, 24), (6, 40), (40, 6), (3, 3)])

@@ -8,10 +8,10 @@ import torch
 from quantised_models import build_whole_checkpoint
 from safetensors.torch import load_file
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.adapter.portable import read_milora_file
-from milora_vl.adapter.quantize import is_quantised
+from milora_vl.adapter.quantized import is_quantised
 from milora_vl.adapter.state import lora_layer, recall
 from milora_vl.config import MiloraConfig, ModelSection, ProjectorSection, parse_config
 from milora_vl.data.dataset import ConversationDataset

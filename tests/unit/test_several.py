@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora, compute_logits
-from milora_vl.adapter.several import (
+from milora_vl.adapter.attach import attach_milora, compute_logits
+from milora_vl.adapter.checkpoint import (
     add_adapter_from,
+    load_adapter,
     remove_adapter,
+    save_adapter,
     unload_adapters,
     use_adapter,
 )
 from milora_vl.adapter.state import adapter_states, current_adapter, pretrained_function, recall
 from milora_vl.config import MiloraConfig
+from milora_vl.export.merge import merge_adapter
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -168,7 +169,7 @@ def test_what_trains_goes_on_training_when_another_fails_or_goes(make_tiny_vlm, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("milora_vl.adapter.several.read_tensors_", interrupted)
+    monkeypatch.setattr("milora_vl.adapter.checkpoint.read_tensors_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         add_adapter_from(model, saved["wide"][0], "second")
     assert "second" not in model.peft_config

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from milora_vl.adapter.krylov_svd import NotConvergedError, krylov_minor_svd
-from milora_vl.adapter.minor_svd import minor_svd
+from milora_vl.adapter.minor_svd import NotConvergedError, krylov_minor_svd, minor_svd
 
 EPSILON = torch.finfo(torch.float32).eps
 EDGE = (

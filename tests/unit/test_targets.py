@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
-from milora_vl.adapter.quantize import is_quantised
+from milora_vl.adapter.quantized import is_quantised
 from milora_vl.adapter.targets import check_layers, find_targets, resolve_residual
 
 

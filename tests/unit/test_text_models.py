@@ -10,14 +10,14 @@ from chat_tokenizers import build_byte_level
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import save_adapter
-from milora_vl.adapter.convert import merge_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.config import DataSection, MiloraConfig, ProjectorSection
 from milora_vl.data.fetch import FetchError
 from milora_vl.data.records import RecordError, parse_record, read_records
 from milora_vl.eval.items import EvaluationError
 from milora_vl.eval.plain_answerer import build_answerer
+from milora_vl.export.merge import merge_adapter
 from milora_vl.inference import ask
 from milora_vl.model.embedded import load_smollm2
 from milora_vl.model.load import VLM, load_vlm

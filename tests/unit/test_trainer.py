@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.milora import attach_milora
 from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset

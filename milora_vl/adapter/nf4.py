@@ -20,15 +20,8 @@ from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate
 from milora_vl.adapter.minor_svd import full_precision
-from milora_vl.adapter.quantize import unpack_
-from milora_vl.adapter.state import (
-    CORRECTION,
-    MILORA,
-    MiloraState,
-    anchor_of,
-    factors,
-    lora_layer,
-)
+from milora_vl.adapter.quantized import unpack_
+from milora_vl.adapter.state import CORRECTION, MILORA, MiloraState, anchor_of, factors, lora_layer
 from milora_vl.memory import give_back_memory
 from milora_vl.model.nf4 import quantise_nf4
 from milora_vl.model.shards import ShardedWeights

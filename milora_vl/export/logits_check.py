@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from milora_vl.adapter.milora import compute_logits
+from milora_vl.adapter.attach import compute_logits
 from milora_vl.constants import IMAGE_TOKEN
 
 TOLERANCES: dict[torch.dtype, float] = {

@@ -17,8 +17,8 @@ from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 from milora_vl.adapter.fingerprint import combine_digests
 from milora_vl.adapter.minor_svd import full_precision
-from milora_vl.adapter.quantize import count_parameters, evaluating
-from milora_vl.adapter.residual_nf4 import noise_warnings, quantise_residual_, with_errors
+from milora_vl.adapter.nf4 import noise_warnings, quantise_residual_, with_errors
+from milora_vl.adapter.quantized import count_parameters, evaluating
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,

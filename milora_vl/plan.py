@@ -1,0 +1,586 @@
+"""What a run would adapt, train, take and need, before any weight is read.
+
+What starting and training an adapter will take: formulas, and one short measurement.
+
+What a training batch will hold, judged from the texts of the records.
+"""
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from milora_vl.adapter.baselines import MOMENT_BYTES
+from milora_vl.adapter.minor_svd import KRYLOV_MAX_RANK_RATIO, KRYLOV_MIN_SIDE, multiply, pack
+from milora_vl.adapter.state import PLAIN_INITS
+from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets
+from milora_vl.config import Config, DataSection, MiloraConfig, ModelSection
+from milora_vl.model.embedded import demo_config
+from milora_vl.model.families import has_vision
+from milora_vl.model.load import LoadError, resolve_device
+
+GIB = 1024**3
+PROBE_SIDE = 1024
+PROBE_SECONDS = 0.3
+NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
+LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imported
+# Shares of the measured matrix-product rate, and seconds beside it: `scripts/bench/plan.py` prints
+# them as measured, docs/decisions.md says what was found.
+KRYLOV_EFFICIENCY = 0.65
+KRYLOV_SECONDS = 0.017  # a layer, whatever its size: many steps that are too small for the products
+EXACT_EFFICIENCY = 0.35
+CPU_TRAINING_EFFICIENCY = 0.35
+ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
+VALUE_SECONDS = 10e-9  # a weight: digests, certificate, copies
+NF4_SECONDS = 22e-9  # a weight: read, W_p, quantised
+
+
+Method = Literal["auto", "exact", "krylov", "none"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of linear layer: d_out, d_in and how many of it the model has."""
+
+    d_out: int
+    d_in: int
+    count: int
+
+
+def measure_flops(
+    dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False
+) -> float:
+    """Return floating-point operations per second of a square matrix product, here and now.
+
+    ``packed``: of the product that decompositions use, see ``milora_vl.adapter.minor_svd``.
+
+    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, so
+    that other work on the machine disturbs little.
+    """
+    left = torch.randn(PROBE_SIDE, PROBE_SIDE, device=device).to(dtype)
+    right = pack(left) if packed else left
+    best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        started = time.perf_counter()
+        product = multiply(right, left) if packed else left @ right
+        float(product[0, 0])  # waits for an accelerator
+        best = min(best, time.perf_counter() - started)
+    return 2 * PROBE_SIDE**3 / best
+
+
+def uses_krylov(shape: Shape, r: int, method: Method) -> bool:
+    """Return whether ``minor_svd`` takes the Krylov method for a layer."""
+    side = min(shape.d_out, shape.d_in)
+    worthwhile = side >= KRYLOV_MIN_SIDE and r <= side * KRYLOV_MAX_RANK_RATIO
+    return method == "krylov" or (method == "auto" and worthwhile)
+
+
+def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
+    """Return operations to start one layer, with M >= N its sides.
+
+    Exact: 4 M N^2 + 22 N^3 for the full decomposition (Golub and Van Loan's count with both sets of
+    vectors). Krylov, width w = r + max(16, r / 4), a space of d = 4 w: Gram 1.25 M N^2 (panels of
+    the upper triangle), two Cholesky factors 2 N^3 / 3, six solves 24 N^2 w, and products and
+    orthogonalisation 4 M N d + 4 M d^2. Both: 6 M N r for products that the certificate checks.
+    """
+    m, n = max(shape.d_out, shape.d_in), min(shape.d_out, shape.d_in)
+    checks = 6 * m * n * r
+    if not krylov:
+        return 4 * m * n**2 + 22 * n**3 + checks
+    width = r + max(16, r // 4)
+    space = 4 * width
+    gram = 1.25 * m * n**2 + 2 * n**3 / 3
+    return gram + 24 * n**2 * width + 4 * m * n * space + 4 * m * space**2 + checks
+
+
+def init_seconds(
+    shapes: list[Shape], r: int, method: Method, flops: float, *, quantised: bool = False
+) -> float:
+    """Estimate the seconds to start all layers.
+
+    Args:
+        shapes: Of the layers.
+        r: Adapter rank.
+        method: Of decomposition; "none": nothing is decomposed.
+        flops: Operations per second of a packed float32 matrix product.
+        quantised: Whether the residual is quantised afterwards.
+    """
+    seconds = 0.0
+    for shape in shapes:
+        krylov = uses_krylov(shape, r, method)
+        work = decomposition_flops(shape, r, krylov) if method != "none" else 0.0
+        efficiency = KRYLOV_EFFICIENCY if krylov else EXACT_EFFICIENCY
+        rest = shape.d_out * shape.d_in * (VALUE_SECONDS + NF4_SECONDS * quantised)
+        if krylov and work:
+            rest += KRYLOV_SECONDS
+        seconds += shape.count * (work / (efficiency * flops) + rest)
+    return seconds
+
+
+def init_workspace_gib(shapes: list[Shape], r: int) -> float:
+    """Estimate the largest workspace beside the model: one layer at a time, float32.
+
+    Three copies of the weight (itself, the slice, W_p), its three short-side squares (Gram, factor,
+    shifted factor) or singular vectors, and a Krylov space on both sides.
+    """
+    largest = 0
+    for shape in shapes:
+        m, n = max(shape.d_out, shape.d_in), min(shape.d_out, shape.d_in)
+        largest = max(largest, 4 * (3 * m * n + 3 * n * n + 8 * r * (m + n)))
+    return largest / GIB
+
+
+@dataclass(frozen=True)
+class TrainingLoad:
+    """What one micro-batch holds.
+
+    Attributes:
+        samples: Samples in it.
+        tokens: Tokens a sample, image tokens included.
+        images: Pictures a sample, 0 to 1 or more.
+        patches: Patches the tower computes for one picture.
+    """
+
+    samples: int
+    tokens: float
+    images: float
+    patches: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters and sides that the estimates need.
+
+    Attributes:
+        language_model: Parameters of the decoder's layers (no embeddings, no head).
+        tower: Parameters of the vision tower.
+        total: All parameters.
+        adapter: Trainable parameters of the adapter.
+        frozen: Those of an anchor that takes part.
+        projector: Trainable parameters of the projector.
+        layers: Decoder layers.
+        hidden: Hidden size D.
+        intermediate: MLP size I.
+        heads: Attention heads.
+    """
+
+    language_model: int
+    tower: int
+    total: int
+    adapter: int
+    frozen: int
+    projector: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int = 0
+
+
+def bytes_per_weight(size: ModelSize, float_bytes: int, in_4_bits: bool) -> float:
+    """Return bytes of a base weight, on average; 4 bits are for the decoder's layers alone."""
+    decoder = NF4_BYTES if in_4_bits else float_bytes
+    rest = size.total - size.language_model
+    return (size.language_model * decoder + rest * float_bytes) / size.total
+
+
+def step_flops(size: ModelSize, load: TrainingLoad) -> float:
+    """Return operations of one micro-batch, forward and backward.
+
+    A token costs 2 operations a parameter forward and 2 backward through frozen weights (the
+    gradient of the input), 6 through trained ones; attention adds 6 T D a layer (causal, both
+    ways); the tower runs forward only. The output layer sees answer tokens alone and is left out.
+    """
+    per_token = 4 * (size.language_model + size.frozen) + 6 * size.adapter
+    per_token += 6 * load.tokens * size.hidden * size.layers
+    per_picture = 2 * size.tower * load.patches + 6 * size.projector * load.patches
+    return load.samples * (load.tokens * per_token + load.images * per_picture)
+
+
+def training_gib(
+    size: ModelSize,
+    load: TrainingLoad,
+    weight_bytes: float,
+    *,
+    low: bool,
+    checkpointing: bool,
+    eager: bool = False,
+) -> float:
+    """Estimate the memory of training.
+
+    Weights; float32 adapters, their gradients and two Adam moments (16 bytes a trained number, 4
+    for the anchor); and activations: 14 D + 5 I numbers a token and layer (norms, projections,
+    attention, gate and up), in the dtype of the products; with gradient checkpointing 1 D a layer
+    and one layer in full. Eager attention keeps its T^2 probabilities a head and layer, in float32
+    and in the dtype of the products. Autocast keeps copies of the decoder's float32 weights.
+
+    Args:
+        size: Of the model.
+        load: Of one micro-batch.
+        weight_bytes: Bytes of one base weight.
+        low: Whether products run in 16 bits.
+        checkpointing: Whether activations are computed again in the backward pass.
+        eager: Whether attention is the eager one.
+    """
+    fixed = size.total * weight_bytes + 16 * (size.adapter + size.projector)
+    fixed += 4 * size.frozen
+    width = 14 * size.hidden + 5 * size.intermediate
+    layers = size.layers * (size.hidden if checkpointing else width) + width * checkpointing
+    narrow = 2 if low else 4
+    activations = load.samples * load.tokens * layers * narrow
+    if eager:
+        kept = 1 if checkpointing else size.layers
+        activations += load.samples * size.heads * load.tokens**2 * kept * (4 + narrow)
+    if low and weight_bytes == 4:
+        fixed += size.language_model * narrow
+    return (fixed + activations) / GIB + LIBRARIES_GIB
+
+
+CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_TURN = 5  # marks of the prompt style
+
+
+def guess_load(
+    data: DataSection, config: PreTrainedConfig, training: dict[str, Any]
+) -> tuple[TrainingLoad, int | None, list[str]]:
+    """Guess what a micro-batch holds.
+
+    Args:
+        data: Names the record files, which may be absent.
+        config: Of the model.
+        training: Keys of ``TrainingArguments``.
+
+    Returns:
+        The load, the number of samples (None without records), and notes for people.
+    """
+    vision = getattr(config, "vision_config", None)
+    image_tokens = getattr(config, "image_seq_length", 0) if vision else 0
+    patch = getattr(vision, "patch_size", 14)
+    side = image_tokens**0.5 if image_tokens else getattr(vision, "image_size", 0) / patch
+    per_device = training.get("per_device_train_batch_size", 8)
+    files = [Path(name) for name in data.train]
+    if not all(file.exists() for file in files):
+        notes = [f"the records are not here: every sample counted as {data.max_length} tokens long"]
+        load = TrainingLoad(per_device, data.max_length, float(bool(vision)), int(side**2))
+        return load, None, notes
+    texts = [text for file in files for text in _read_texts(file)[: data.limit]]
+    characters = sum(len(text) for text, _, _ in texts)
+    turns, pictures = sum(n for _, n, _ in texts), sum(has for _, _, has in texts)
+    mean = (characters / CHARACTERS_PER_TOKEN + TOKENS_PER_TURN * turns) / max(len(texts), 1)
+    mean += image_tokens * pictures / max(len(texts), 1)
+    tokens = min(mean, data.max_length)
+    notes = [
+        f"{len(texts):,} samples of about {tokens:.0f} tokens ({CHARACTERS_PER_TOKEN} characters a "
+        "token); seconds and memory are good to about a factor of two, for one process"
+    ]
+    load = TrainingLoad(per_device, tokens, pictures / max(len(texts), 1), int(side**2))
+    return load, len(texts), notes
+
+
+def _read_texts(file: Path) -> list[tuple[str, int, bool]]:
+    """Return all text, the number of turns and whether there is a picture, for every record."""
+    content = file.read_text(encoding="utf-8")
+    is_list = content.lstrip().startswith("[")
+    lines = [] if is_list else content.splitlines()
+    records = json.loads(content) if is_list else [json.loads(x) for x in lines if x.strip()]
+    found = []
+    for record in records:
+        turns = record.get("conversations") or record.get("messages") or []
+        text = "".join(str(turn.get("value") or turn.get("content") or "") for turn in turns)
+        found.append((text, len(turns), bool(record.get("image") or record.get("images"))))
+    return found
+
+
+def count_steps(training: dict[str, Any], samples: int | None, batch: int) -> int | None:
+    """Return the optimiser steps of one process, or None if the number of samples is unknown."""
+    if training.get("max_steps", -1) > 0:
+        return training["max_steps"]
+    if samples is None:
+        return None
+    return int(-(-samples // batch) * training.get("num_train_epochs", 3))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one kind that get an adapter.
+
+    Attributes:
+        part: "language model", "vision tower" or "output head".
+        kind: Last name of the layers, for example "q_proj".
+        shape: How large, and how many.
+        parameters: Trainable numbers of all their adapters.
+    """
+
+    part: str
+    kind: str
+    shape: Shape
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run; estimates are good to about a factor of two.
+
+    Attributes:
+        groups: Layers that get adapters.
+        skipped: Full name -> reason, for layers of the language model left out.
+        r: Adapter rank.
+        init: Method.
+        residual: "subtract" or "anchor".
+        projector: Full name of the projector and its parameters, if it trains.
+        trainable: Trainable parameters.
+        total: Parameters of the base model.
+        gflops: Measured rate of matrix products: of decompositions, and in the dtype of training.
+        init_seconds: To start the adapters.
+        init_gib: Memory while starting.
+        steps: Optimiser steps.
+        step_seconds: Of one optimiser step.
+        training_gib: Memory while training.
+        notes: What the estimates assume.
+    """
+
+    groups: tuple[Group, ...]
+    skipped: dict[str, str]
+    r: int
+    init: str
+    residual: str
+    projector: tuple[str, int] | None
+    trainable: int
+    total: int
+    gflops: tuple[float, float]
+    init_seconds: float
+    init_gib: float
+    steps: int | None
+    step_seconds: float
+    training_gib: float
+    notes: tuple[str, ...]
+
+    def summary(self) -> str:
+        """Return the table and the totals."""
+        lines = [
+            f"init={self.init} r={self.r} residual={self.residual}",
+            f"{'part':<16}{'layers':<12}{'n':>5}  {'d_out x d_in':>15}  {'trainable':>13}",
+        ]
+        for group in self.groups:
+            shape = f"{group.shape.d_out} x {group.shape.d_in}"
+            lines.append(
+                f"{group.part:<16}{group.kind:<12}{group.shape.count:>5}  {shape:>15}  "
+                f"{group.parameters:>13,}"
+            )
+        if self.projector:
+            name, parameters = self.projector
+            kind = name.rpartition(".")[2]
+            lines.append(f"{'projector':<16}{kind:<34}  {parameters:>13,}  (in full)")
+        for reason, count in Counter(self.skipped.values()).items():
+            lines.append(f"left out: {count} layers, because {reason}")
+        share = 100 * self.trainable / self.total
+        lines += [
+            f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)",
+            f"matrix products here: {self.gflops[0]:.0f} GFLOP/s as decomposed (float32), "
+            f"{self.gflops[1]:.0f} as trained",
+            f"start: about {_duration(self.init_seconds)}, {self.init_gib:.1f} GiB",
+        ]
+        whole = ""
+        if self.steps:
+            whole = f", {_duration(self.steps * self.step_seconds)} for {self.steps:,} steps"
+        lines.append(
+            f"training: about {self.step_seconds:.2g} s a step{whole}, {self.training_gib:.1f} GiB"
+        )
+        return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
+
+
+def plan_run(config: Config) -> Plan:
+    """Plan a run from its config; no weight file is opened.
+
+    The model is built without memory (meta device). Seconds come from operation counts, see
+    ``milora_vl.plan``, and a matrix product timed on this machine.
+
+    Raises:
+        milora_vl.model.load.LoadError: If the model's config cannot be found.
+        ValueError: If ``target_modules`` reaches something that may not be adapted, or r is too
+            large for a layer.
+    """
+    model = empty_model(config.model)
+    adapter, training = config.adapter, config.training
+    targets = find_targets(
+        model, adapter.target_modules, allow_outside=adapter.allow_outside_language_model
+    )
+    groups = _groups(model, targets, adapter)
+    shapes = [group.shape for group in groups]
+    dtype = config.model.dtype
+    weights = getattr(torch, dtype) if dtype != "auto" else model.config.dtype or torch.float32
+    stored = getattr(model.config, "quantization_config", None) is not None
+    residual = _residual(adapter, weights, config.model.quantization, stored)
+    size = _size(model, targets, adapter, groups, residual)
+    load, samples, notes = guess_load(config.data, model.config, training)
+    low = bool(training.get("bf16") or training.get("fp16")) or weights != torch.float32
+    device = resolve_device(config.model.device)
+    flops = measure_flops(torch.float32, device, packed=True)
+    trained_flops = measure_flops(torch.bfloat16 if low else torch.float32, device)
+    accumulated = training.get("gradient_accumulation_steps", 1)
+    on_cpu = device.type == "cpu"
+    share = CPU_TRAINING_EFFICIENCY if on_cpu else ACCELERATOR_TRAINING_EFFICIENCY
+    micro_step = step_flops(size, load) / (share * trained_flops)
+    start_gib = init_workspace_gib(shapes, adapter.r) + LIBRARIES_GIB
+    in_4_bits = bool(config.model.quantization) or stored
+    weight_bytes = bytes_per_weight(size, weights.itemsize, in_4_bits)
+    start_gib += (size.total * weight_bytes + 4 * (size.adapter + size.frozen)) / GIB
+    if adapter.init == "null_space":
+        moments = sum(4 * shape.count * shape.d_in**2 for shape in shapes)
+        start_gib += min(moments, MOMENT_BYTES) / GIB
+        notes.append(
+            f"null_space also runs {adapter.calibration_batches} batches forward before it starts"
+        )
+    return Plan(
+        groups=groups,
+        skipped=targets.skipped,
+        r=adapter.r,
+        init=adapter.init,
+        residual=residual,
+        projector=(targets.projector, size.projector) if size.projector else None,
+        trainable=size.adapter + size.projector,
+        total=size.total,
+        gflops=(flops / 1e9, trained_flops / 1e9),
+        init_seconds=init_seconds(
+            shapes,
+            adapter.r,
+            _method(adapter),
+            flops,
+            quantised=bool(config.model.quantization) and residual == "subtract",
+        ),
+        init_gib=start_gib,
+        steps=count_steps(training, samples, load.samples * accumulated),
+        step_seconds=accumulated * micro_step,
+        training_gib=training_gib(
+            size,
+            load,
+            weight_bytes,
+            low=low,
+            checkpointing=bool(training.get("gradient_checkpointing")),
+            eager=config.model.attn_implementation == "eager",
+        ),
+        notes=tuple(notes),
+    )
+
+
+def empty_model(section: ModelSection) -> PreTrainedModel:
+    """Build the model that a config names on the meta device: names and shapes, no values.
+
+    Raises:
+        milora_vl.model.load.LoadError: If its ``config.json`` cannot be found.
+    """
+    if section.path == "demo":
+        config = demo_config(section.image_size_px, section.vision_feature_layer)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                section.path,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            raise LoadError(
+                f"{section.path}: no config.json, neither in a folder here nor on the hub. A plan "
+                "needs that one file: without a network connection, download it elsewhere and set "
+                f"model.path to its folder. {str(error).strip().splitlines()[0]}"
+            ) from error
+    sees = has_vision(config)
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with init_empty_weights():
+        model = auto.from_config(config, trust_remote_code=section.trust_remote_code)
+    model.tie_weights()  # shared weights count once
+    return model
+
+
+def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[Group, ...]:
+    counted: Counter[tuple[str, str, int, int]] = Counter()
+    for name in targets.modules:
+        layer, parts = model.get_submodule(name), name.split(".")
+        if adapter.r > min(layer.in_features, layer.out_features):
+            raise ValueError(
+                f"{name}: r={adapter.r} is out of range for shape "
+                f"({layer.out_features}, {layer.in_features}); use 1 to "
+                f"{min(layer.in_features, layer.out_features)}"
+            )
+        is_tower = any(part in TOWER_NAMES for part in parts)
+        part = "output head" if parts[-1] == "lm_head" else "language model"
+        key = ("vision tower" if is_tower else part, parts[-1])
+        counted[(*key, layer.out_features, layer.in_features)] += 1
+    groups = []
+    for (part, kind, d_out, d_in), count in counted.items():
+        each = adapter.r * (d_in if adapter.init == "mica" else d_out + d_in)
+        each += d_out if adapter.init == "dora" else 0
+        groups.append(Group(part, kind, Shape(d_out, d_in, count), count * each))
+    return tuple(groups)
+
+
+def _residual(
+    adapter: MiloraConfig, weights: torch.dtype, quantization: str | None, stored: bool
+) -> str:
+    """Return the residual mode; ``stored``: the checkpoint itself is quantised."""
+    if adapter.init in PLAIN_INITS:
+        return "anchor"
+    if adapter.residual != "auto":
+        return adapter.residual
+    if quantization or stored:
+        return "anchor" if stored else "subtract"
+    return "subtract" if weights == torch.float32 else "anchor"
+
+
+def _method(adapter: MiloraConfig) -> Method:
+    if adapter.init in ("lora", "rslora", "dora"):
+        return "none"
+    if adapter.spectrum == "minor":
+        return adapter.svd
+    return "exact"
+
+
+def _size(
+    model: PreTrainedModel,
+    targets: Targets,
+    adapter: MiloraConfig,
+    groups: tuple[Group, ...],
+    residual: str,
+) -> ModelSize:
+    text = model.config.get_text_config()
+    decoder = model.get_decoder()
+    embeddings = count(model.get_input_embeddings())
+    towers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in TOWER_NAMES]
+    trained = sum(group.parameters for group in groups)
+    has_anchor = residual == "anchor" and adapter.init not in PLAIN_INITS
+    with_projector = targets.projector and adapter.train_projector
+    return ModelSize(
+        language_model=count(decoder) - embeddings,
+        tower=count(towers[0]) if towers else 0,
+        total=count(model),
+        adapter=trained,
+        frozen=trained if has_anchor else 0,
+        projector=count(model.get_submodule(targets.projector)) if with_projector else 0,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+    )
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
