@@ -27,10 +27,11 @@ from milora_vl.export.merge import merge_adapter
 from milora_vl.model.compose import (
     choose_template,
     compose_from_names,
+    count_extra_tokens,
+    resize_tower,
 )
 from milora_vl.model.load import load_vlm
-from milora_vl.model.open_clip_towers import Tower, convert_open_clip_tower
-from milora_vl.model.towers import count_extra_tokens, resize_tower
+from milora_vl.model.open_clip import Tower, convert_open_clip_tower
 from milora_vl.pipeline import run_pipeline
 
 
@@ -161,7 +162,7 @@ def test_a_converted_open_clip_tower_becomes_a_llava_with_its_features(
     torch.manual_seed(0)
     visual = timm.models.VisionTransformer(**shape, num_classes=0, **form).eval()
     tower = Tower(convert_open_clip_tower(visual), 28, [0.5] * 3, [0.25] * 3)
-    monkeypatch.setattr("milora_vl.model.towers.load_open_clip_tower", lambda name: tower)
+    monkeypatch.setattr("milora_vl.model.compose.load_open_clip_tower", lambda name: tower)
     language = write_language_model(tmp_path / "language", "byte_level", tied=True)
     name = "open_clip:ViT-B-16/laion2b_s34b_b88k"
     vlm = load_vlm(compose_from_names(name, str(language), tmp_path / "out"))

@@ -11,10 +11,9 @@ from transformers import CLIPImageProcessor
 
 from milora_vl.cli import main
 from milora_vl.eval.plain_generation import build_prompt, generate
-from milora_vl.model.compose import compose_from_names
+from milora_vl.model.compose import compose_from_names, load_tower
 from milora_vl.model.load import LoadError, load_vlm
-from milora_vl.model.plain_vit import TowerError
-from milora_vl.model.towers import load_tower
+from milora_vl.model.open_clip import TowerError
 
 TRANSFORMERS_TOWERS = {
     "dinov2": tf.Dinov2Config(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from milora_vl.model.open_clip_towers import (
+from milora_vl.model.open_clip import (
     TowerError,
     check_open_clip_name,
     convert_open_clip_tower,
