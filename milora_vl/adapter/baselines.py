@@ -143,7 +143,7 @@ def _recording(
 def real_positions(batch: Mapping[str, Any]) -> Tensor | None:
     """Return which positions of a batch are no padding, bool [B, T]; None if all may be.
 
-    Where every token has a mask of its own ([B, 1, T, T], see ``milora_vl.data.side_by_side``),
+    Where every token has a mask of its own ([B, 1, T, T], see ``milora_vl.data.encode``),
     padding is what sees itself alone; so does the first token, which is real.
     """
     mask = batch.get("attention_mask")

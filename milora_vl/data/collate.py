@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.constants import IGNORE_INDEX
-from milora_vl.data.side_by_side import compute_branch_inputs
+from milora_vl.data.encode import compute_branch_inputs
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from milora_vl.data.pictures import ProcessorPictures
+from milora_vl.data.images import ProcessorPictures
 from milora_vl.data.prompts import PromptStyle
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.load_errors import LoadError, explain, explained_memory

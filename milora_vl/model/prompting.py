@@ -6,9 +6,15 @@ from typing import Any
 
 from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from milora_vl.data.chat_template import STYLE_NAME, ChatTemplateError, derive_style
-from milora_vl.data.pictures import ProcessorPictures
-from milora_vl.data.prompts import PROMPT_STYLES, PromptStyle, prefix_style
+from milora_vl.data.images import ProcessorPictures
+from milora_vl.data.prompts import (
+    PROMPT_STYLES,
+    STYLE_NAME,
+    ChatTemplateError,
+    PromptStyle,
+    derive_style,
+    prefix_style,
+)
 from milora_vl.model.families import Family
 from milora_vl.model.load_errors import LoadError
 

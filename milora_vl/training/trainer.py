@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from milora_vl.adapter.quantized import evaluating
 from milora_vl.constants import IGNORE_INDEX
-from milora_vl.data.sampling import group_by_length
+from milora_vl.data.dataset import group_by_length
 from milora_vl.files import write_text_atomic
 
 

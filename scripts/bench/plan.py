@@ -19,7 +19,7 @@ from milora_vl import attach_milora, plan
 from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.config import load_config
-from milora_vl.data.sampling import group_by_length
+from milora_vl.data.dataset import group_by_length
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.plan import plan_run
 from milora_vl.training.run import build_collate, build_dataset, load_conversations, load_model

@@ -3,8 +3,7 @@
 import pytest
 from chat_tokenizers import build_extended
 
-from milora_vl.data.chat_template import ChatTemplateError, derive_style
-from milora_vl.data.prompts import render_segments
+from milora_vl.data.prompts import ChatTemplateError, derive_style, render_segments
 from milora_vl.data.records import Turn
 
 TURNS = [

@@ -18,7 +18,7 @@ from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.targets import find_targets
 from milora_vl.config import DataSection, MiloraConfig
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.pictures import PictureError
+from milora_vl.data.images import PictureError
 from milora_vl.data.records import read_records
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.eval.plain_answerer import PlainAnswerer, build_answerer

@@ -11,7 +11,7 @@ from milora_vl.adapter import baselines
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.baselines import input_moments, null_space_triplets, real_positions
 from milora_vl.config import MiloraConfig
-from milora_vl.data.side_by_side import compute_branch_inputs
+from milora_vl.data.encode import compute_branch_inputs
 
 
 def made(seed=0, d_out=24, d_in=16, rank=10, n=200):

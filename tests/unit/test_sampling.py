@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from milora_vl.data.sampling import group_by_length
+from milora_vl.data.dataset import group_by_length
 
 
 def sample_set(n=1000, seed=0):

@@ -7,9 +7,8 @@ from torch.testing import assert_close
 
 from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
 from milora_vl.data.collate import pad_batch
-from milora_vl.data.encode import encode
+from milora_vl.data.encode import encode, encode_side_by_side
 from milora_vl.data.records import Turn
-from milora_vl.data.side_by_side import encode_side_by_side
 from milora_vl.training.trainer import token_loss_sum
 
 N_IMAGE = 4
