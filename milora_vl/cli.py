@@ -110,7 +110,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare runs: scores with paired tests, training, memory, pictures where they disagree."""
-    from milora_vl.eval.run_report import compare_runs
+    from milora_vl.eval.comparison import compare_runs
 
     compare_runs(arguments.runs, arguments.out)
     print(f"page: {arguments.out}")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.data.images import load_image
-from milora_vl.eval.plain_generation import build_prompt, generate
+from milora_vl.eval.generate_plain import build_prompt, generate
 from milora_vl.model.load import VLM, load_vlm
 
 

@@ -14,7 +14,7 @@ from milora_vl.adapter.portable import installed_versions
 from milora_vl.config import Config, ConfigError, dump_config, load_config
 from milora_vl.data.dataset import mixture
 from milora_vl.data.prompts import get_style
-from milora_vl.eval import probe_texts
+from milora_vl.eval import forgetting
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.evaluation import bench_names, evaluate
 from milora_vl.eval.report import write_report
@@ -186,7 +186,7 @@ def evaluate_before(
     facts = [base.name, config.eval.model_dump(), config.model.model_dump(), sha256_of(manifest)]
     facts += [arguments.bf16, arguments.fp16, installed_versions()]
     facts += [BENCHES[name].VERSION for name in bench_names(config.eval.benches)]
-    facts.append(probe_texts.VERSION)
+    facts.append(forgetting.VERSION)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     kept = cache_folder() / "evaluations" / f"{base.name}-{digest[:12]}"
     if not (folder / "results.json").exists():

@@ -9,7 +9,7 @@ import yaml
 
 from data_prep.stickervqa import build_stickervqa
 from milora_vl.cli import main
-from milora_vl.eval.runs import read_runs
+from milora_vl.eval.comparison import read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

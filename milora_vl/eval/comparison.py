@@ -1,13 +1,40 @@
-"""What changed between two evaluations of the same questions, paired question by question."""
+"""What changed between two evaluations of the same questions, paired question by question.
+
+Runs to compare: what a run or evaluation folder holds, and paired tests between two.
+
+Several runs side by side: a terminal table and one HTML page.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import statistics
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from milora_vl.adapter.certificate import Certificate
+from milora_vl.eval import plots, statistics
 from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
 from milora_vl.eval.items import Row, read_json_lines, read_json_object
+from milora_vl.eval.pages import (
+    bench_title,
+    figure,
+    metric_text,
+    page,
+    read_items,
+    scale_of,
+    thumbnail,
+    with_interval,
+)
+from milora_vl.files import write_text_atomic
 
 
 def read_rows(folder: Path | str) -> dict[str, list[Row]]:
@@ -91,3 +118,374 @@ def read_comparison(run_folder: Path | str) -> dict[str, Any] | None:
         return None
     before, after = (read_json_object(folder / "results.json") for folder in folders)
     return {"before": before, "after": after, "changes": compare_folders(*folders)}
+
+
+_SPEED = ("train_samples_per_second", "train_tokens_per_second", "train_runtime")
+_MEMORY = ("peak_memory_gib", "peak_cuda_memory_gib")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, or one evaluation alone.
+
+    Attributes:
+        name: Unique among the runs compared.
+        folder: The folder named by the user.
+        eval_folder: Where its ``results.json`` and ``predictions.jsonl`` are.
+        results: Content of ``results.json``.
+        rows: Judged answers by bench.
+        metrics: Lines of ``metrics.jsonl``; empty without a training log.
+        certificate: The init certificate, or None.
+        before: Content of ``eval_before/results.json`` of the same run, or None.
+    """
+
+    name: str
+    folder: Path
+    eval_folder: Path
+    results: dict[str, Any]
+    rows: dict[str, list[Row]]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    certificate: Certificate | None = None
+    before: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, float]:
+        """Return throughput and memory, as far as the run recorded them; units in the keys."""
+        facts: dict[str, float] = {}
+        for entry in self.metrics:
+            facts |= {key: entry[key] for key in (*_SPEED, *_MEMORY) if entry.get(key) is not None}
+        if self.certificate is not None:
+            facts["trainable_parameters"] = self.certificate.trainable_parameters
+            facts["init_seconds"] = self.certificate.seconds
+            facts["init_peak_memory_gib"] = self.certificate.peak_memory_gib
+        return facts
+
+    def forgetting(self) -> dict[str, Any]:
+        """Return the loss on fixed texts, and against the base model if it was measured too."""
+        probe = self.results.get("text_probe")
+        if not probe:
+            return {}
+        base = (self.before or {}).get("text_probe")
+        change = compare_text_loss(base, probe) if base else None
+        return change or {"text_loss_after_nats_per_token": probe["loss_nats_per_token"]}
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders (``eval_after/``, else ``eval_before/``) or evaluation folders.
+
+    Raises:
+        FileNotFoundError: If a folder holds no evaluation; says what was looked for.
+        ValueError: If a file is damaged.
+    """
+    return [
+        _read(Path(folder), name) for folder, name in zip(folders, _names(folders), strict=True)
+    ]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the shortest tails of the paths that tell them apart; repeats get a number."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{one[-1]} ({place})" for place, one in enumerate(parts, start=1)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    choices = [folder / "eval_after", folder / "eval_before", folder]
+    place = next((one for one in choices if _is_evaluation(one)), None)
+    if place is None:
+        raise FileNotFoundError(
+            f"{folder}: no results.json of an evaluation there or in its eval_after/; run "
+            "milora-vl train or python -m milora_vl.eval --out first"
+        )
+    root = folder.parent if folder.name in ("eval_after", "eval_before") else folder
+    metrics, certificate = root / "metrics.jsonl", root / "certificate.json"
+    before = root / "eval_before/results.json"
+    is_after = place.name == "eval_after" and before.is_file()
+    text = certificate.read_text(encoding="utf-8") if certificate.is_file() else None
+    return Run(
+        name=name,
+        folder=folder,
+        eval_folder=place,
+        results=read_json_object(place / "results.json"),
+        rows=read_rows(place),
+        metrics=read_json_lines(metrics) if metrics.is_file() else [],
+        certificate=None if text is None else Certificate.from_json(text),
+        before=read_json_object(before) if is_after else None,
+    )
+
+
+def _is_evaluation(folder: Path) -> bool:
+    file = folder / "results.json"
+    return file.is_file() and "benches" in read_json_object(file)
+
+
+def bench_order(runs: Sequence[Run]) -> list[str]:
+    """Return the benches that any run holds, in the order of first appearance."""
+    return list(dict.fromkeys(name for run in runs for name in run.results["benches"]))
+
+
+def compare_pair(first: Run, second: Run, bench: str) -> dict[str, Any]:
+    """Compare two runs on one bench, question by question.
+
+    Returns:
+        ``difference`` of the scores (second minus first), ``interval_95`` and ``p_bootstrap`` of
+        the paired bootstrap over groups, ``n_better`` and ``n_worse`` units (questions; MMBench:
+        with all their rotations) and ``p_mcnemar`` where units are right or wrong; or ``why_not``.
+    """
+    entries = [run.results["benches"].get(bench) for run in (first, second)]
+    if any(entry is None or entry["score"] is None for entry in entries):
+        return {"why_not": "no score in both"}
+    if entries[0]["version"] != entries[1]["version"]:
+        return {"why_not": "scored by different versions"}
+    if judge_of(entries[0]) != judge_of(entries[1]):
+        return {"why_not": "scored by different judges or with different prompts"}
+    pair = [sorted(run.rows.get(bench, []), key=lambda row: row.id) for run in (first, second)]
+    if not pair[0] or [row.id for row in pair[0]] != [row.id for row in pair[1]]:
+        return {"why_not": "different questions, or no answers kept"}
+    module = BENCHES[bench]
+    sums = [module.headline_sums(rows) for rows in pair]
+    scores = [float(module.headline(one.sum(axis=0, keepdims=True))[0]) for one in sums]
+    low, high, p_value = statistics.paired_bootstrap(*sums, module.headline)
+    result = {
+        "difference": scores[1] - scores[0],
+        "interval_95": [low, high],
+        "p_bootstrap": p_value,
+    }
+    return result | _count_changes(bench, entries[0], sums, pair)
+
+
+def _count_changes(
+    bench: str, entry: Mapping[str, Any], sums: Sequence[Any], pair: Sequence[Sequence[Row]]
+) -> dict[str, Any]:
+    if entry["metric"] == "circular_accuracy":  # the rotations of a question stand or fall together
+        units = [one[:, 0] for one in sums]
+    else:
+        units = [np.array([row.score for row in rows]) for rows in pair]
+    n_better, n_worse = int((units[1] > units[0]).sum()), int((units[1] < units[0]).sum())
+    changes: dict[str, Any] = {"n_better": n_better, "n_worse": n_worse, "n_units": len(units[0])}
+    if all(set(np.unique(one)) <= {0.0, 1.0} for one in units):
+        changes["p_mcnemar"] = mcnemar(n_better, n_worse)
+    return changes
+
+
+def mcnemar(n_better: int, n_worse: int) -> float:
+    """Return the two-sided exact McNemar p-value of two counts of discordant pairs.
+
+    If neither run is better, each discordant pair goes either way like a fair coin.
+    """
+    n = n_better + n_worse
+    if n == 0:
+        return 1.0
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+        for k in range(min(n_better, n_worse) + 1)
+    ]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def disagreements(runs: Sequence[Run], bench: str, n: int) -> list[str]:
+    """Return ids of questions that some runs answer right and others wrong, spread over the bench.
+
+    Args:
+        runs: Two or more.
+        bench: Name of the bench.
+        n: Most ids returned.
+    """
+    tables = [{row.id: row.score >= 0.5 for row in run.rows.get(bench, [])} for run in runs]
+    tables = [table for table in tables if table]
+    if len(tables) < 2:
+        return []
+    differing = [
+        key
+        for key in tables[0]
+        if all(key in table for table in tables) and len({table[key] for table in tables}) > 1
+    ]
+    step = max(1, len(differing) // n)
+    return differing[::step][:n]
+
+
+_PICTURES_A_BENCH = 8
+
+
+def compare_runs(
+    folders: Sequence[Path], out: Path, console: Console | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compare runs with the first one: print a table, write an HTML page.
+
+    Args:
+        folders: Run folders or evaluation folders, two or more.
+        out: The HTML file.
+        console: Where the table goes; None: standard output.
+
+    Returns:
+        Bench -> name of a run -> ``compare_pair`` of the first run and it.
+
+    Raises:
+        ValueError: If fewer than two are given, or a file is damaged.
+        FileNotFoundError: If a folder holds no evaluation.
+    """
+    if len(folders) < 2:
+        raise ValueError("name two runs or more")
+    runs = read_runs(folders)
+    changes = {
+        bench: {run.name: compare_pair(runs[0], run, bench) for run in runs[1:]}
+        for bench in bench_order(runs)
+    }
+    console = console or Console()
+    console.print(runs_table(runs, changes))
+    for run in runs:
+        if found := forgetting_text(run.forgetting()):
+            console.print(f"{run.name}: {', '.join(map(' '.join, found.items()))}", markup=False)
+    write_text_atomic(out, render_comparison(runs, changes))
+    return changes
+
+
+def runs_table(
+    runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> Table:
+    """Build the terminal table: a row a bench and run."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("bench")
+    table.add_column("run", overflow="fold")
+    for heading in ("score (95 %)", "against the first", "p", "n"):
+        table.add_column(heading, justify="right")
+    for bench, of_runs in changes.items():
+        for place, run in enumerate(runs):
+            entry = run.results["benches"].get(bench)
+            if entry is None:
+                continue
+            title = escape(_title(bench, run, entry))
+            change, p_value = _change_cells(of_runs.get(run.name), scale_of(entry))
+            score = with_interval(entry["score"], entry["interval_95"], scale_of(entry))
+            shown = title if place == 0 else ""
+            table.add_row(shown, escape(run.name), score, change, p_value, str(entry["n"]))
+        table.add_section()
+    return table
+
+
+def _title(bench: str, run: Run, entry: Mapping[str, Any]) -> str:
+    return f"{bench_title(bench, run.results)}, {metric_text(entry)}"
+
+
+def _change_cells(change: Mapping[str, Any] | None, scale: float) -> tuple[str, str]:
+    """Return the difference with its interval, and the p-values; empty for the first run."""
+    if change is None:
+        return "", ""
+    if "why_not" in change:
+        return change["why_not"], ""
+    low, high = change["interval_95"]
+    text = f"{scale * change['difference']:+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
+    p_value = f"bootstrap {change['p_bootstrap']:.3g}"
+    if "p_mcnemar" in change:
+        p_value += f", McNemar {change['p_mcnemar']:.3g}"
+    return text, p_value
+
+
+def render_comparison(
+    runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> str:
+    """Build the HTML page; parts that no run has are left out."""
+    names = [run.name for run in runs]
+    parts = [f"<h1>{html.escape(' · '.join(names))}</h1>", "<h2>Scores</h2>"]
+    parts.append(
+        "<p>Per cent (MME: points) with 95 % intervals. Differences are to the first run, paired"
+        " question by question: bootstrap over questions or pictures, and McNemar's exact test"
+        " where an answer is right or wrong. McNemar takes questions as independent, the bootstrap"
+        " does not. No p-value is corrected for the number of comparisons.</p>"
+    )
+    parts.append(_scores(runs, changes))
+    entries = {bench: [run.results["benches"].get(bench) for run in runs] for bench in changes}
+    parts.append(figure(plots.plot_run_scores(names, entries), "scores with intervals"))
+    curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
+    if curves:
+        parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
+    parts += _facts("Throughput and memory", {run.name: run.facts() for run in runs})
+    parts += _facts("Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs})
+    for run in runs:
+        if run.certificate is not None:
+            summary = html.escape(run.certificate.summary())
+            parts.append(f"<h2>Init certificate: {html.escape(run.name)}</h2><pre>{summary}</pre>")
+    for bench in changes:
+        parts += _gallery(runs, bench)
+    return page(f"{len(runs)} runs", parts)
+
+
+def _scores(runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    rows = []
+    for bench, of_runs in changes.items():
+        for run in runs:
+            entry = run.results["benches"].get(bench)
+            if entry is None:
+                continue
+            change, p_value = _change_cells(of_runs.get(run.name), scale_of(entry))
+            cells = [
+                html.escape(_title(bench, run, entry)),
+                html.escape(run.name),
+                f"<b>{with_interval(entry['score'], entry['interval_95'], scale_of(entry))}</b>",
+                html.escape(change),
+                html.escape(p_value),
+                str(entry["n"]),
+                f"{entry['seconds_per_item']:.3f}",
+            ]
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = ("", "run", "score", "against the first", "p", "n", "s/item")
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a table of numbers, a row a name and a column a run; nothing if there is none."""
+    names = list(dict.fromkeys(name for values in facts.values() for name in values))
+    if not names:
+        return []
+    rows = []
+    for name in names:
+        values = [_number(values.get(name)) for values in facts.values()]
+        cells = "".join(f"<td>{value}</td>" for value in (html.escape(name), *values))
+        rows.append(f"<tr>{cells}</tr>")
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in ("", *facts))
+    return [f"<h2>{title}</h2><table><tr>{head}</tr>{''.join(rows)}</table>"]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return "–" if value is None else html.escape(str(value))
+
+
+def _gallery(runs: Sequence[Run], bench: str) -> list[str]:
+    """Show questions that some runs answer right and others wrong."""
+    chosen = disagreements(runs, bench, _PICTURES_A_BENCH)
+    if not chosen:
+        return []
+    lines = {run.name: _lines(run, bench) for run in runs}
+    data = next((run.results.get("data") for run in runs if run.rows.get(bench)), None)
+    items = read_items(bench, Path(data)) if data else {}
+    cards = []
+    for key in chosen:
+        known = [(name, one[key]) for name, one in lines.items() if key in one]
+        first = known[0][1]
+        options = "".join(
+            f"\n{letter}. {text}"
+            for letter, text in zip("ABCDEFGHIJ", first["options"], strict=False)
+        )
+        said = "".join(
+            f'<p class="{"right" if line["score"] >= 0.5 else "wrong"}">'
+            f"{html.escape(name)}: {html.escape(line['text'] or repr(line['text']))}</p>"
+            for name, line in known
+        )
+        picture = thumbnail(items[key]) if key in items else ""
+        right = html.escape(first["answers"][0]) if first["answers"] else "–"
+        cards.append(
+            f'<div class="card">{picture}<p>{html.escape(first["question"] + options)}</p>'
+            f"<p><b>right: {right}</b></p>{said}</div>"
+        )
+    title = html.escape(bench_title(bench, runs[0].results))
+    return [f'<h2>Where the runs disagree: {title}</h2><div class="cards">{"".join(cards)}</div>']
+
+
+def _lines(run: Run, bench: str) -> dict[str, dict[str, Any]]:
+    rows = read_json_lines(run.eval_folder / "predictions.jsonl")
+    return {row["id"]: row for row in rows if row["bench"] == bench}

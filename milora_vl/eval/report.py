@@ -1,15 +1,206 @@
-"""Results for people: terminal tables and the HTML report of a run."""
+"""Results for people: terminal tables and the HTML report of a run.
 
+One run as one HTML file: nothing is loaded from elsewhere, and all foreign text is escaped.
+"""
+
+import html
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from milora_vl.adapter.certificate import Certificate
+from milora_vl.eval import plots
 from milora_vl.eval.comparison import compare_folders, read_comparison
-from milora_vl.eval.html_report import render_report
-from milora_vl.eval.tables import comparison_table, results_notes, results_table
+from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
+from milora_vl.eval.items import Item, read_json_lines, read_json_object
+from milora_vl.eval.pages import (
+    as_percent,
+    bench_title,
+    change_text,
+    comparison_table,
+    figure,
+    metric_text,
+    page,
+    read_items,
+    results_notes,
+    results_table,
+    scale_of,
+    thumbnail,
+    with_interval,
+)
 from milora_vl.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+_OUTCOMES = (  # title, was right, is right, how many to show
+    ("wrong → right", False, True, 3),
+    ("right → wrong", True, False, 2),
+    ("still wrong", False, False, 2),
+    ("right both times", True, True, 1),
+)
+_RIGHT_FROM = 0.5  # credit of a free answer that counts as right in the gallery
+
+
+def render_report(
+    run_folder: Path, comparison: Mapping[str, Any] | None, *, data_dir: Path | None = None
+) -> str:
+    """Build the report of a run folder; parts whose files are absent are left out.
+
+    Args:
+        run_folder: May hold ``eval_before/``, ``eval_after/``, ``metrics.jsonl``,
+            ``certificate.json``, ``environment.json`` and ``config.yaml``.
+        comparison: From ``read_comparison``.
+        data_dir: Where the benches' files are, for pictures; None: as recorded by the evaluation.
+
+    Returns:
+        HTML text.
+    """
+    parts = [f"<h1>Run {html.escape(run_folder.resolve().name)}</h1>"]
+    if comparison is not None:
+        parts += _scores(comparison)
+        parts += _forgetting(comparison)
+    metrics = run_folder / "metrics.jsonl"
+    curves = plots.plot_curves(read_json_lines(metrics)) if metrics.is_file() else None
+    if curves:
+        parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
+    if comparison is not None:
+        parts += _gallery(run_folder, comparison, data_dir)
+    certificate = run_folder / "certificate.json"
+    if certificate.is_file():
+        summary = Certificate.from_json(certificate.read_text(encoding="utf-8")).summary()
+        parts += ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
+    parts += _files(run_folder)
+    return page(run_folder.resolve().name, parts)
+
+
+def _scores(comparison: Mapping[str, Any]) -> list[str]:
+    before, after = comparison["before"], comparison["after"]
+    names = [name for name in after["benches"] if name in before["benches"]]
+    body = []
+    for name in names:
+        old, new = before["benches"][name], after["benches"][name]
+        scale = scale_of(new)
+        change = change_text(old["score"], new["score"], comparison["changes"].get(name), scale)
+        title = html.escape(bench_title(name, after))
+        cells = [
+            f"{title}<br><small>{html.escape(metric_text(new))}</small>",
+            with_interval(old["score"], old["interval_95"], scale),
+            f"<b>{with_interval(new['score'], new['interval_95'], scale)}</b>",
+            change,
+            with_interval(new["blind"], new["blind_interval_95"], scale),
+            as_percent(new["majority"], scale),
+            str(new["n"]),
+        ]
+        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        if new.get("note"):
+            body.append(f'<tr class="sub"><td colspan="7">{html.escape(new["note"])}</td></tr>')
+    heads = ("", "before", "after", "change", "no picture", "majority", "n")
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    rows = [
+        (bench_title(name, after), before["benches"][name], after["benches"][name])
+        for name in names
+    ]
+    parts = [
+        "<h2>Scores</h2>",
+        "<p>Per cent, with 95 % intervals (bootstrap over questions or pictures; the change is"
+        " paired). “No picture” is the trained model asked without the picture, “majority” the best"
+        " constant guess.</p>",
+        f"<table><tr>{head}</tr>{''.join(body)}</table>",
+        figure(plots.plot_scores(rows), "scores before and after with intervals"),
+    ]
+    for title, old, new in rows:
+        if len(new["by_category"]) > 1:
+            encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
+            parts += [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
+    return parts
+
+
+def _forgetting(comparison: Mapping[str, Any]) -> list[str]:
+    probes = [comparison[when].get("text_probe") for when in ("before", "after")]
+    change = compare_text_loss(*probes) if all(probes) else None
+    if change is None:
+        return []
+    lines = "<br>".join(
+        f"{html.escape(name.replace('_', ' '))}: {value}"
+        for name, value in forgetting_text(change).items()
+    )
+    return [
+        "<h2>Forgetting</h2><p>Loss on short texts without pictures, none of them trained on."
+        f" A ratio of 1: nothing was forgotten.</p><p>{lines}</p>"
+    ]
+
+
+def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | None) -> list[str]:
+    """Show some questions of every outcome, with both answers."""
+    folder = data_dir or Path(comparison["after"]["data"])
+    old, new = (
+        {(line["bench"], line["id"]): line for line in read_json_lines(run_folder / name)}
+        for name in ("eval_before/predictions.jsonl", "eval_after/predictions.jsonl")
+    )
+    parts = ["<h2>Questions and answers</h2>"]
+    for name in comparison["after"]["benches"]:
+        keys = [key for key in new if key in old and key[0] == name and new[key]["answers"]]
+        if not keys:
+            continue
+        items = read_items(name, folder)
+        counts, cards = [], []
+        for title, was_right, is_right, n_shown in _OUTCOMES:
+            chosen = [
+                key
+                for key in keys
+                if (old[key]["score"] >= _RIGHT_FROM) == was_right
+                and (new[key]["score"] >= _RIGHT_FROM) == is_right
+            ]
+            counts.append(f"{len(chosen)} {title}")
+            # spread over the file, so that not all are of one category
+            shown = chosen[:: max(1, len(chosen) // n_shown)][:n_shown]
+            cards += [_card(old[key], new[key], items.get(key[1])) for key in shown]
+        parts += [
+            f"<h3>{html.escape(bench_title(name, comparison['after']))}</h3>",
+            f"<p>Chosen by outcome, not in proportion; of {len(keys)}: {', '.join(counts)}.</p>",
+            f'<div class="cards">{"".join(cards)}</div>',
+        ]
+    return parts
+
+
+def _card(before: Mapping[str, Any], after: Mapping[str, Any], item: Item | None) -> str:
+    picture = "" if item is None else thumbnail(item)
+    options = "".join(
+        f"\n{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", after["options"], strict=False)
+    )
+    right = after["answers"][0]
+    answers = "".join(
+        f'<p class="{"right" if line["score"] >= _RIGHT_FROM else "wrong"}">'
+        f"{when}: {html.escape(repr(line['text']) if not line['text'] else line['text'])}</p>"
+        for when, line in (("before", before), ("after", after))
+    )
+    return (
+        f'<div class="card">{picture}<p>{html.escape(after["question"] + options)}</p>'
+        f"<p><b>right: {html.escape(right)}</b></p>{answers}</div>"
+    )
+
+
+def _files(run_folder: Path) -> list[str]:
+    """Show settings and environment as they are."""
+    parts = []
+    config = run_folder / "config.yaml"
+    if config.is_file():
+        text = html.escape(config.read_text(encoding="utf-8"))
+        parts.append(f"<h2>Settings</h2><pre>{text}</pre>")
+    environment = run_folder / "environment.json"
+    if environment.is_file():
+        content = read_json_object(environment)
+        manifest = content.pop("data_manifest", None) or {}
+        names = ("name", "version", "size", "seed", "pictures_sha256")
+        content["data"] = {name: manifest[name] for name in names if name in manifest}
+        text = html.escape(json.dumps(content, indent=2, ensure_ascii=False))
+        parts.append(f"<h2>Environment</h2><pre>{text}</pre>")
+    return parts
+
 
 __all__ = [
     "compare_folders",

@@ -19,8 +19,8 @@ from typing import Any
 
 from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.generate_shared import Answerer
 from milora_vl.eval.items import Item, Request
-from milora_vl.eval.runner import Answerer
 from milora_vl.export.source import base_of
 from milora_vl.files import cache_folder
 from milora_vl.memory import keep_freed_memory

@@ -6,8 +6,8 @@ import pytest
 from eval_models import judged
 from official_layouts import write_all
 
-from milora_vl.eval.bench_run import judge_all
 from milora_vl.eval.benches import BENCHES, mmmu
+from milora_vl.eval.evaluation import judge_all
 from milora_vl.eval.items import Answer, EvaluationError
 from milora_vl.eval.published import LLAVA_15_7B, published_scores
 

@@ -6,9 +6,8 @@ import official_layouts as layouts
 import pytest
 from eval_models import judged
 
-from milora_vl.eval.answers import m4c_accuracy
+from milora_vl.eval.answers import is_open_answer_right, m4c_accuracy, parse_choice
 from milora_vl.eval.benches import custom, gqa, mme, mmmu, mmvet, seed, sqa, textvqa, vizwiz, vqav2
-from milora_vl.eval.open_answers import is_open_answer_right, parse_choice
 
 
 def test_gqa_wants_the_very_word_but_for_case_and_final_periods(tmp_path):

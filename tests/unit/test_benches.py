@@ -5,8 +5,8 @@ import json
 import pytest
 from eval_models import judged, picture_bytes
 
-from milora_vl.eval.bench_run import judge_all
 from milora_vl.eval.benches import BENCHES, vqav2
+from milora_vl.eval.evaluation import judge_all
 from milora_vl.eval.items import EvaluationError
 
 

@@ -21,7 +21,7 @@ from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.cli import main
 from milora_vl.config import MiloraConfig, parse_config
 from milora_vl.data.prompts import PROMPT_STYLES, derive_style
-from milora_vl.eval.plain_generation import build_prompt, generate
+from milora_vl.eval.generate_plain import build_prompt, generate
 from milora_vl.export.merge import merge_adapter
 from milora_vl.model.compose import (
     choose_template,

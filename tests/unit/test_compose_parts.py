@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from milora_vl.cli import main
-from milora_vl.eval.plain_generation import build_prompt, generate
+from milora_vl.eval.generate_plain import build_prompt, generate
 from milora_vl.model.compose import compose_from_names, load_tower
 from milora_vl.model.load import LoadError, load_vlm
 from milora_vl.model.open_clip import TowerError

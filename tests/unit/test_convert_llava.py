@@ -21,7 +21,7 @@ from milora_vl.cli import main
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.prompts import render_segments
 from milora_vl.data.records import Turn
-from milora_vl.eval.plain_generation import build_prompt
+from milora_vl.eval.generate_plain import build_prompt
 from milora_vl.model.convert_llava import convert_llava
 from milora_vl.model.load import LoadError, load_vlm
 

@@ -7,12 +7,11 @@ from eval_models import build_vlm
 
 from milora_vl.eval import evaluate
 from milora_vl.eval.__main__ import main
-from milora_vl.eval.bench_run import check_parity
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.comparison import compare_folders, read_rows
-from milora_vl.eval.evaluation import bench_names
+from milora_vl.eval.evaluation import bench_names, check_parity
+from milora_vl.eval.generate_plain import build_answerer
 from milora_vl.eval.items import EvaluationError, Request
-from milora_vl.eval.plain_answerer import build_answerer
 
 CONTRACT = {
     *("metric", "score", "interval_95", "blind", "majority", "n", "by_category"),

@@ -20,10 +20,9 @@ from milora_vl.config import DataSection, MiloraConfig
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import PictureError
 from milora_vl.data.records import read_records
+from milora_vl.eval.generate_plain import PlainAnswerer, build_answerer, build_prompt, generate
+from milora_vl.eval.generate_shared import Answerer
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
-from milora_vl.eval.plain_answerer import PlainAnswerer, build_answerer
-from milora_vl.eval.plain_generation import build_prompt, generate
-from milora_vl.eval.runner import Answerer
 from milora_vl.export.merge import merge_adapter
 from milora_vl.model.families import FAMILIES, FamilyError, find_family
 from milora_vl.model.load import VLM, LoadError, load_vlm

@@ -9,7 +9,7 @@ from official_layouts import mme, sqa
 from PIL import Image
 
 from milora_vl.eval.benches import BENCHES
-from milora_vl.eval.plain_generation import build_prompt
+from milora_vl.eval.generate_plain import build_prompt
 from milora_vl.model.load import load_vlm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "family_prompts.txt"

@@ -10,13 +10,10 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from milora_vl.eval import evaluate
-from milora_vl.eval.evaluation import JOURNAL
+from milora_vl.eval.comparison import compare_runs, mcnemar
+from milora_vl.eval.evaluation import JOURNAL, AnswerJournal, fingerprint_weights
+from milora_vl.eval.generate_shared import Answerer, Job
 from milora_vl.eval.items import Answer, Request
-from milora_vl.eval.job import Job
-from milora_vl.eval.journal import AnswerJournal, fingerprint_weights
-from milora_vl.eval.run_report import compare_runs
-from milora_vl.eval.runner import Answerer
-from milora_vl.eval.runs import mcnemar
 from milora_vl.eval.text_tasks import run_text_tasks
 
 OPTIONS = {"progress": False, "max_new_tokens": 2}

@@ -7,8 +7,12 @@ import torch
 from eval_models import build_vlm
 from family_models import build_checkpoint
 
-from milora_vl.eval.forgetting import compare_text_loss, forgetting_text, measure_text_loss
-from milora_vl.eval.probe_texts import PROBE_TEXTS
+from milora_vl.eval.forgetting import (
+    PROBE_TEXTS,
+    compare_text_loss,
+    forgetting_text,
+    measure_text_loss,
+)
 from milora_vl.model.load import load_vlm
 
 

@@ -12,10 +12,9 @@ from rich.console import Console
 from milora_vl.eval import evaluate
 from milora_vl.eval.__main__ import main
 from milora_vl.eval.benches import BENCHES
-from milora_vl.eval.comparison import compare_folders
+from milora_vl.eval.comparison import compare_folders, compare_pair, read_runs
 from milora_vl.eval.judge import Judge, JudgeError
 from milora_vl.eval.report import print_results
-from milora_vl.eval.runs import compare_pair, read_runs
 
 OPTIONS = {"progress": False, "max_new_tokens": 2}
 

@@ -5,6 +5,7 @@ import pytest
 from eval_models import judged, picture_bytes
 from official_layouts import PEOPLE, people, write_all
 
+from milora_vl.eval.bench_files import Mirror, MirrorError
 from milora_vl.eval.benches import (
     BENCHES,
     gqa,
@@ -20,7 +21,6 @@ from milora_vl.eval.benches import (
     vizwiz,
     vqav2,
 )
-from milora_vl.eval.mirrors import Mirror, MirrorError
 
 
 @pytest.fixture(scope="module")

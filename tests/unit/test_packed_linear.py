@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from milora_vl.eval import packed_linear
-from milora_vl.eval.packed_linear import MIN_ROWS, PackedLinear, packed_linears
+from milora_vl.eval import generate_shared
+from milora_vl.eval.generate_shared import MIN_ROWS, PackedLinear, packed_linears
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -44,6 +44,6 @@ def test_other_dtypes_and_small_memory_are_left_alone(monkeypatch):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.bfloat16))
     with packed_linears(model):
         assert [type(one) for one in model] == [PackedLinear, nn.Linear]
-    monkeypatch.setattr(packed_linear, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(generate_shared, "MEMORY_SHARE", 0.0)
     with packed_linears(model):
         assert [type(one) for one in model] == [nn.Linear, nn.Linear]

@@ -5,10 +5,10 @@ import torch
 from eval_models import picture
 from family_models import build_checkpoint
 
-from milora_vl.eval import plain_answerer
+from milora_vl.eval import generate_plain
+from milora_vl.eval.evaluation import AnswerJournal
+from milora_vl.eval.generate_plain import build_answerer
 from milora_vl.eval.items import ImageSource, Request
-from milora_vl.eval.journal import AnswerJournal
-from milora_vl.eval.plain_answerer import build_answerer
 from milora_vl.model.load import load_vlm
 
 
@@ -20,7 +20,7 @@ def vlm(tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     """Sizes of the batches that were generated; ``calls.most`` is what memory allows."""
-    generate = plain_answerer.generate
+    generate = generate_plain.generate
 
     class Calls(list):
         most = 99
@@ -33,7 +33,7 @@ def calls(monkeypatch):
         seen.append(len(prompts))
         return generate(vlm, prompts, *rest)
 
-    monkeypatch.setattr(plain_answerer, "generate", counted)
+    monkeypatch.setattr(generate_plain, "generate", counted)
     return seen
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from milora_vl.eval import evaluate
+from milora_vl.eval.pages import as_percent, change_text, with_interval
 from milora_vl.eval.report import print_comparison, print_results, read_comparison, write_report
-from milora_vl.eval.tables import as_percent, change_text, with_interval
 
 
 @pytest.fixture(scope="module")

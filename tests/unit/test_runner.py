@@ -11,9 +11,9 @@ from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
 from milora_vl.data.images import build_image_transform, load_image
 from milora_vl.data.records import Turn
+from milora_vl.eval.generate_plain import build_answerer
+from milora_vl.eval.generate_shared import Answerer
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
-from milora_vl.eval.plain_answerer import build_answerer
-from milora_vl.eval.runner import Answerer
 from milora_vl.model.load import load_vlm
 
 QUESTIONS = [

@@ -17,15 +17,16 @@ import pytest
 from milora_vl.data.fetch import FetchError, fetch_pypi
 from milora_vl.eval.answers import (
     CONTRACTIONS,
+    is_open_answer_right,
     m4c,
     m4c_accuracy,
+    parse_choice,
     parse_yes_no,
     vqa_accuracy,
     vqa_official,
 )
 from milora_vl.eval.benches import gqa, mme, seed, sqa
 from milora_vl.eval.items import Item
-from milora_vl.eval.open_answers import is_open_answer_right, parse_choice
 
 pytestmark = pytest.mark.network
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c, parse_option, vqa_official
+from milora_vl.eval.bench_files import locate, picture_file
 from milora_vl.eval.items import (
     Item,
     Row,
@@ -19,7 +20,6 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "accuracy"

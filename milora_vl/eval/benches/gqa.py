@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
+from milora_vl.eval.bench_files import Mirror, locate, picture, picture_file, rows_without
 from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
-from milora_vl.eval.mirrors import Mirror, picture, rows_without
-from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "exact_match"

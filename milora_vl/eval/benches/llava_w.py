@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from milora_vl.eval import scoring, statistics
+from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -25,8 +26,6 @@ from milora_vl.eval.items import (
     split_rows,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, read_mirror
-from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "judge_score_over_reference"

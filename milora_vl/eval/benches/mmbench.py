@@ -17,6 +17,16 @@ import pandas as pd
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import most_common, parse_option
+from milora_vl.eval.bench_files import (
+    Mirror,
+    find_tsv,
+    is_chinese,
+    known,
+    picture,
+    read_tsv,
+    resolve_image,
+    rows_without,
+)
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -25,8 +35,6 @@ from milora_vl.eval.items import (
     split_rows,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, picture, rows_without
-from milora_vl.eval.mmbench_files import find_tsv, is_chinese, known, read_tsv, resolve_image
 from milora_vl.files import write_text_atomic
 
 logger = logging.getLogger(__name__)

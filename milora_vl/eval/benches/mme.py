@@ -14,8 +14,8 @@ import numpy as np
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_yes_no
+from milora_vl.eval.bench_files import Mirror, read_mirror
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
-from milora_vl.eval.mirrors import Mirror, read_mirror
 
 VERSION = 1
 METRIC = "perception_points"

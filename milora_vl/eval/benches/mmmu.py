@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
+from milora_vl.eval.answers import is_open_answer_right, parse_choice
+from milora_vl.eval.bench_files import Mirror, keep_encoded, picture, rows_without
 from milora_vl.eval.items import Item, Row, reject_duplicates, require, take_sample
-from milora_vl.eval.mirrors import Mirror, keep_encoded, picture, rows_without
-from milora_vl.eval.open_answers import is_open_answer_right, parse_choice
 
 VERSION = 1
 METRIC = "accuracy"

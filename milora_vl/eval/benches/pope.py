@@ -14,6 +14,7 @@ import numpy as np
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_yes_no
+from milora_vl.eval.bench_files import Mirror, read_mirror
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -26,7 +27,6 @@ from milora_vl.eval.items import (
     split_rows,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, read_mirror
 
 logger = logging.getLogger(__name__)
 

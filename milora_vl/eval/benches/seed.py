@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
+from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -19,8 +20,6 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, read_mirror
-from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "accuracy"

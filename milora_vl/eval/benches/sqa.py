@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_option
+from milora_vl.eval.bench_files import Mirror, locate, picture, picture_file, rows_without
 from milora_vl.eval.items import (
     EvaluationError,
     ImageSource,
@@ -20,8 +21,6 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, picture, rows_without
-from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "img_accuracy"

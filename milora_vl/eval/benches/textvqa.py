@@ -10,6 +10,7 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c
+from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -21,8 +22,6 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, read_mirror
-from milora_vl.eval.official import locate, picture_file
 
 VERSION = 1
 METRIC = "vqa_accuracy"

@@ -10,9 +10,8 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c
+from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_json_list, read_mirror
 from milora_vl.eval.items import ImageSource, Item, Row, reject_duplicates, require, take_sample
-from milora_vl.eval.mirrors import Mirror, read_mirror
-from milora_vl.eval.official import locate, picture_file, read_json_list
 
 VERSION = 1
 METRIC = "vqa_accuracy"

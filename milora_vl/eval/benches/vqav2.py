@@ -12,6 +12,7 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c, most_common, vqa_accuracy
+from milora_vl.eval.bench_files import Mirror, read_mirror
 from milora_vl.eval.items import (
     ImageSource,
     Item,
@@ -23,7 +24,6 @@ from milora_vl.eval.items import (
     require,
     take_sample,
 )
-from milora_vl.eval.mirrors import Mirror, read_mirror
 
 VERSION = 1
 METRIC = "vqa_accuracy"

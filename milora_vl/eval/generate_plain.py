@@ -1,4 +1,7 @@
-"""Answers of any family to a bench's questions, by plain batched generation."""
+"""Greedy answers of any model by plain batched ``model.generate``: what works for every family.
+
+Answers of any family to a bench's questions, by plain batched generation.
+"""
 
 import hashlib
 import io
@@ -9,14 +12,114 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from milora_vl.constants import IMAGE_TOKEN
-from milora_vl.data.images import load_image
+from milora_vl.data.collate import pad_batch
+from milora_vl.data.encode import encode
+from milora_vl.data.images import build_image_transform, load_image
+from milora_vl.data.records import Turn
+from milora_vl.eval.generate_shared import Answerer, Journal
 from milora_vl.eval.items import Answer, EvaluationError, Request
-from milora_vl.eval.job import Journal
-from milora_vl.eval.plain_generation import build_prompt, generate
-from milora_vl.eval.runner import Answerer
+
+
+def build_prompt(
+    vlm: Any, question: str, pictures: Sequence[Image.Image] = (), pad_to_square: bool = True
+) -> dict[str, Any]:
+    """Encode one question as for training.
+
+    Args:
+        vlm: From ``load_vlm``.
+        question: Plain text; the pictures come before it.
+        pictures: RGB pictures.
+        pad_to_square: Whether pictures of LLaVA-1.5 are padded with the mean colour.
+
+    Returns:
+        A sample for ``generate``.
+
+    Raises:
+        ValueError: If there are pictures and the model takes none, or not so many.
+    """
+    if pictures and not vlm.sees:
+        raise ValueError(f"{vlm.path} is a text model and takes no picture")
+    counts: list[Any] = [vlm.tokens_per_image] * len(pictures)
+    if vlm.pictures:
+        counts = vlm.pictures.expand([picture.size for picture in pictures])
+    turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(pictures) + question)]
+    style, tokenizer = vlm.prompt_style, vlm.tokenizer
+    ids = encode(turns, style, tokenizer, counts, add_generation_prompt=True).input_ids
+    if vlm.pictures:
+        images = vlm.pictures.read(pictures) if pictures else {}
+        tokens = vlm.pictures.token_inputs(ids, None, images)
+        return {"input_ids": ids, "image_inputs": images, "token_inputs": tokens}
+    sample: dict[str, Any] = {"input_ids": ids}
+    if pictures:
+        transform = build_image_transform(vlm.processor.image_processor, pad_to_square)
+        sample["pixel_values"] = torch.stack([transform(one) for one in pictures])
+    return sample
+
+
+@torch.inference_mode()
+def generate(
+    vlm: Any,
+    samples: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Decode greedily, all samples in one batch padded on the left.
+
+    Mllama's samples go in one batch for each number of pictures: in transformers, a token that sees
+    no picture attends to all pictures of its batch's shape, padding included, so that an answer
+    would depend on its neighbours.
+
+    Args:
+        vlm: From ``load_vlm``; its model may carry an adapter.
+        samples: From ``build_prompt``.
+        max_new_tokens: Longest answer in tokens.
+        stop_ids: Tokens that end an answer; None: those of the model's generation config.
+
+    Returns:
+        New token ids of each sample, its end token included, padding removed.
+    """
+    if stop_ids is None:
+        stops = vlm.model.generation_config.eos_token_id
+        stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
+    groups: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        masks = sample.get("token_inputs", {}).get("cross_attention_mask")
+        groups.setdefault(0 if masks is None else masks.shape[1], []).append(index)
+    answers: dict[int, list[int]] = {}
+    for group in groups.values():
+        batch = [samples[index] for index in group]
+        answers |= zip(group, _generate(vlm, batch, max_new_tokens, stop_ids), strict=True)
+    return [answers[index] for index in range(len(samples))]
+
+
+def _generate(
+    vlm: Any, samples: Sequence[dict[str, Any]], max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    tokenizer, device = vlm.tokenizer, vlm.model.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = pad_batch(samples, pad, "left")
+    width = batch["input_ids"].shape[1]
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    output = vlm.model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad,
+    )
+    return [_until_stop(row, set(stop_ids)) for row in output[:, width:].tolist()]
+
+
+def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
+    for index, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: index + 1]
+    return tokens
+
 
 logger = logging.getLogger(__name__)
 
