@@ -21,7 +21,7 @@ from milora_vl.eval.report import write_report
 from milora_vl.files import cache_folder, sha256_of, write_json_atomic
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.load import VLM
-from milora_vl.training import stage1
+from milora_vl.training import projector
 from milora_vl.training.run import (
     autocast_as,
     build_arguments,
@@ -128,7 +128,9 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
     if config.alignment is None:
         return base
     section = config.alignment
-    folder = stage1.aligned_base_folder(Path(base), config.model, section, config.data, config.seed)
+    folder = projector.aligned_base_folder(
+        Path(base), config.model, section, config.data, config.seed
+    )
     if (folder / "config.json").exists():
         logger.info("stage 1 is done: aligned base %s", folder)
         return folder
@@ -141,7 +143,7 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
     conversations = [
         item for file in files for item in load_conversations(config.data, file, config.data.limit)
     ]
-    stage1.align_projector(
+    projector.align_projector(
         vlm,
         section,
         config.data,
@@ -149,7 +151,7 @@ def prepare_base(config: Config, run_folder: Path) -> Path | str:
         build_arguments(section.training, run_folder / "alignment", config.seed),
         metrics_file=run_folder / "metrics.jsonl",
     )
-    return stage1.save_base(vlm, folder)
+    return projector.save_base(vlm, folder)
 
 
 def evaluate_once(

@@ -21,8 +21,7 @@ from milora_vl.adapter.factor_cache import FactorCache, FactorEntry, FactorKey
 from milora_vl.adapter.fingerprint import digest_of, weight_digests
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.adapter.quantized import dense_weight, is_quantised, stored_values
-from milora_vl.memory import give_back_memory
-from milora_vl.one_ahead import one_ahead, threads_of_one_core
+from milora_vl.runtime import give_back_memory, one_ahead, threads_of_one_core
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ from milora_vl.adapter.certificate import LayerCertificate
 from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantized import unpack_
 from milora_vl.adapter.state import CORRECTION, MILORA, MiloraState, anchor_of, factors, lora_layer
-from milora_vl.memory import give_back_memory
 from milora_vl.model.nf4 import quantise_nf4
 from milora_vl.model.shards import ShardedWeights
-from milora_vl.one_ahead import one_ahead
+from milora_vl.runtime import give_back_memory, one_ahead
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2

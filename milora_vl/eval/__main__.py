@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.files import cache_folder
-from milora_vl.memory import keep_freed_memory
+from milora_vl.runtime import keep_freed_memory
 
 DESCRIPTION = """\
 Score a LLaVA-style model on benches in their official file formats. Writes results.json and

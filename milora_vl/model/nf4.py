@@ -18,10 +18,9 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from milora_vl.memory import give_back_memory
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.shards import ShardedWeights, checkpoint_folder
-from milora_vl.one_ahead import one_ahead
+from milora_vl.runtime import give_back_memory, one_ahead
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from milora_vl.eval.generate_shared import Answerer
 from milora_vl.eval.items import Item, Request
 from milora_vl.export.source import base_of
 from milora_vl.files import cache_folder
-from milora_vl.memory import keep_freed_memory
 from milora_vl.model.load import load_vlm
+from milora_vl.runtime import keep_freed_memory
 
 DEMO_ADAPTER = Path("runs/demo/adapter")
 N_ASKED = 18

@@ -15,7 +15,7 @@ from milora_vl.adapter.decompose import (
     share_out,
 )
 from milora_vl.adapter.factor_cache import FactorCache
-from milora_vl.one_ahead import one_ahead
+from milora_vl.runtime import one_ahead
 
 RECIPE = Recipe(r=4, slice="minor", svd="auto", scaling=2.0, subtracted=True)
 
