@@ -25,10 +25,9 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
-from data_prep.sticker_build import SIZES, VERSION, Builder
-from data_prep.sticker_fallback import drawn_catalogue
-from data_prep.sticker_joins import load_catalogue
-from data_prep.sticker_sources import SOURCES, Catalogue, fetch_sources
+from data_prep.sticker.build import SIZES, VERSION, Builder
+from data_prep.sticker.fallback import drawn_catalogue
+from data_prep.sticker.sources import SOURCES, Catalogue, fetch_sources, load_catalogue
 from milora_vl.data.fetch import FetchError
 from milora_vl.files import replace_folder
 

@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from data_prep.sticker_build import aspects_of
-from data_prep.sticker_paint import paint
-from data_prep.sticker_scene_plans import Stage, plan_drawing, plan_presence
-from data_prep.sticker_sources import Catalogue
-from data_prep.sticker_train import VARIED_RATIO, vary_plan
+from data_prep.sticker.build import aspects_of
+from data_prep.sticker.pictures import paint
+from data_prep.sticker.sources import Catalogue
+from data_prep.sticker.train import VARIED_RATIO, Stage, plan_drawing, plan_presence, vary_plan
 from data_prep.stickervqa import find_catalogue
 from milora_vl.data.images import build_image_transform
 from milora_vl.model.embedded import cached_demo_base

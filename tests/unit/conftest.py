@@ -3,8 +3,8 @@
 import pytest
 from sticker_sets import BuiltSet
 
-from data_prep.sticker_fallback import drawn_catalogue
-from data_prep.sticker_sources import fetch_sources
+from data_prep.sticker.fallback import drawn_catalogue
+from data_prep.sticker.sources import fetch_sources
 from data_prep.stickervqa import build_stickervqa, find_catalogue
 
 SEEDS = (0, 1, 2)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_prep.sticker_names import plural
-from data_prep.sticker_questions import LETTER_SUFFIX, SHORT_SUFFIX
-from data_prep.sticker_sources import Catalogue
+from data_prep.sticker.names import plural
+from data_prep.sticker.questions import LETTER_SUFFIX, SHORT_SUFFIX
+from data_prep.sticker.sources import Catalogue
 from milora_vl.constants import IMAGE_TOKEN
 
 POPE_KINDS = ("random", "popular", "adversarial")

@@ -15,8 +15,8 @@ from PIL import Image
 from sticker_sets import COUNT_TEXT, IS_WHERE_TEXT, POPE_TEXT, WHERE_TEXT
 
 from data_prep import stickervqa
-from data_prep.sticker_fallback import drawn_catalogue
-from data_prep.sticker_names import (
+from data_prep.sticker.fallback import drawn_catalogue
+from data_prep.sticker.names import (
     NUMBER_WORDS,
     Concept,
     core_name,
@@ -26,10 +26,9 @@ from data_prep.sticker_names import (
     plural,
     with_article,
 )
-from data_prep.sticker_paint import paint
-from data_prep.sticker_questions import RELATION_TEXTS
-from data_prep.sticker_scenes import Plan, plan_background
-from data_prep.sticker_sources import SOURCES, fetch_sources
+from data_prep.sticker.pictures import Plan, paint, plan_background
+from data_prep.sticker.questions import RELATION_TEXTS
+from data_prep.sticker.sources import SOURCES, fetch_sources
 from data_prep.stickervqa import build_stickervqa
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.fetch import ChecksumError, SourceUnavailableError
@@ -173,7 +172,7 @@ def test_one_missing_source_does_not_stop_the_others(tmp_path, monkeypatch):
         return tmp_path / name.replace("/", "-")
 
     monkeypatch.setattr(
-        "data_prep.sticker_sources._CLIENTS",
+        "data_prep.sticker.sources._CLIENTS",
         {"npm": present, "pypi": unavailable, "debian": present},
     )
     files, left_out = fetch_sources()
@@ -186,7 +185,7 @@ def test_wrong_checksum_stops_the_build_and_keeps_the_old_set(tmp_path, monkeypa
         raise ChecksumError(f"{name}: SHA-256 is wrong")
 
     monkeypatch.setattr(
-        "data_prep.sticker_sources._CLIENTS", dict.fromkeys(("npm", "pypi", "debian"), wrong)
+        "data_prep.sticker.sources._CLIENTS", dict.fromkeys(("npm", "pypi", "debian"), wrong)
     )
     out = tmp_path / "set"
     out.mkdir()
@@ -204,7 +203,7 @@ def test_an_interrupted_build_leaves_the_old_set_and_no_rest(tmp_path, monkeypat
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.sticker_build.vqa_files", interrupt)
+    monkeypatch.setattr("data_prep.sticker.build.vqa_files", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_stickervqa(out, "tiny", allow_fetch=False, show_progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -11,19 +11,19 @@ import pytest
 from PIL import Image
 from sticker_sets import COUNT_TEXT, IS_WHERE_TEXT, POPE_TEXT, WHAT_WHERE_TEXT, WHERE_TEXT
 
-from data_prep import sticker_charts
-from data_prep.sticker_bench_plans import BenchPainter
-from data_prep.sticker_build import BENCH_DIGITS, TRAIN_DIGITS
-from data_prep.sticker_fallback import drawn_catalogue
-from data_prep.sticker_names import may_deny
-from data_prep.sticker_paint import NEAR_DUPLICATE_BITS, difference_hash, paint
-from data_prep.sticker_questions import (
-    INVERSE,
-    RELATION_TEXTS,
-    count_held_out,
-    relation_held_out,
+from data_prep.sticker import charts
+from data_prep.sticker.benches import BenchPainter
+from data_prep.sticker.build import BENCH_DIGITS, TRAIN_DIGITS
+from data_prep.sticker.fallback import drawn_catalogue
+from data_prep.sticker.names import may_deny
+from data_prep.sticker.pictures import (
+    BENCH_HUES,
+    NEAR_DUPLICATE_BITS,
+    difference_hash,
+    paint,
+    plan_background,
 )
-from data_prep.sticker_scenes import BENCH_HUES, plan_background
+from data_prep.sticker.questions import INVERSE, RELATION_TEXTS, count_held_out, relation_held_out
 
 
 def test_every_object_has_as_many_yes_as_no(built):
@@ -126,20 +126,19 @@ def test_held_out_digits_fonts_tables_and_colours():
     for name, span in (("train", TRAIN_DIGITS), ("bench", BENCH_DIGITS)):
         seen[name] = set()
         for _ in range(80):
-            content = sticker_charts.plan_digits(
+            content = charts.plan_digits(
                 rng, catalogue.digits, span, held_out=name == "bench"
             ).content
             seen[name] |= set(zip(content["text"], content["indices"], strict=True))
     assert not seen["train"] & seen["bench"]
     fonts = {
         held_out: {
-            sticker_charts.plan_word(rng, "dog", held_out=held_out).content["font"]
-            for _ in range(60)
+            charts.plan_word(rng, "dog", held_out=held_out).content["font"] for _ in range(60)
         }
         for held_out in (True, False)
     }
     assert not fonts[True] & fonts[False]
-    assert not set(sticker_charts.TRAIN_TABLES) & set(sticker_charts.BENCH_TABLES)
+    assert not set(charts.TRAIN_TABLES) & set(charts.BENCH_TABLES)
     for held_out in (True, False):
         for _ in range(200):
             for colour in plan_background(rng, held_out=held_out)["colours"]:
@@ -169,8 +168,8 @@ def test_no_bench_picture_nearly_equals_a_train_picture(built):
 
 def test_the_build_refuses_a_near_duplicate():
     sprites = drawn_catalogue().sprites
-    plan = sticker_charts.plan_word(Random(3), "dog", held_out=True)
-    other = sticker_charts.plan_word(Random(4), "house", held_out=True)
+    plan = charts.plan_word(Random(3), "dog", held_out=True)
+    other = charts.plan_word(Random(4), "house", held_out=True)
     painter = BenchPainter(sprites, keep_off=[difference_hash(paint(plan, sprites)) ^ 0b101])
     assert painter.paint(lambda: other).number == 1
     with pytest.raises(RuntimeError, match="nearly equal a train picture"):

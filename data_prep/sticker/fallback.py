@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_prep.sticker_names import Concept
-from data_prep.sticker_sources import PHOTO_STYLE, Catalogue
+from data_prep.sticker.names import Concept
+from data_prep.sticker.sources import PHOTO_STYLE, Catalogue
 
 _SIDE_PX = 96
 _STYLES = ("flat", "outlined")

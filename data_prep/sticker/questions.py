@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from data_prep.sticker_names import Concept, counted, may_deny, with_article
-from data_prep.sticker_scenes import Placed, Plan, relation_of
+from data_prep.sticker.names import Concept, counted, may_deny, with_article
+from data_prep.sticker.pictures import Placed, Plan, relation_of
 
 LETTERS = "ABCD"
 LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."

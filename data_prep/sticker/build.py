@@ -1,4 +1,7 @@
-"""One build of StickerVQA into a temporary folder: plan, paint, ask, count."""
+"""One build of StickerVQA into a temporary folder: plan, paint, ask, count.
+
+The ATTRIBUTION file that goes beside a built set.
+"""
 
 import hashlib
 import json
@@ -12,10 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.sticker_attribution import attribution_text
-from data_prep.sticker_bench_plans import BenchPainter, BenchPlanner
-from data_prep.sticker_benches import (
+from data_prep.sticker.benches import (
+    BenchPainter,
     BenchPicture,
+    BenchPlanner,
     balanced_existence,
     category_counts,
     json_lines,
@@ -24,14 +27,47 @@ from data_prep.sticker_benches import (
     pope_rows,
     vqa_files,
 )
-from data_prep.sticker_charts import BENCH_TABLES, TRAIN_TABLES, bar_series
-from data_prep.sticker_paint import paint_to_file
-from data_prep.sticker_pool import worker_pool
-from data_prep.sticker_scene_plans import Stage, boxes_of
-from data_prep.sticker_scenes import Plan
-from data_prep.sticker_sources import Catalogue
-from data_prep.sticker_train import VARIED_RATIO, Split, caption_records, plan_records
+from data_prep.sticker.charts import BENCH_TABLES, TRAIN_TABLES, bar_series
+from data_prep.sticker.pictures import Plan, paint_to_file
+from data_prep.sticker.pool import worker_pool
+from data_prep.sticker.sources import Catalogue
+from data_prep.sticker.train import (
+    VARIED_RATIO,
+    Split,
+    Stage,
+    boxes_of,
+    caption_records,
+    plan_records,
+)
 from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
+
+
+def attribution_text(catalogue: Catalogue) -> str:
+    """Return Markdown that names author, package, version and licence of every source used.
+
+    Args:
+        catalogue: What the set was made from.
+    """
+    lines = [
+        "# Attribution of this StickerVQA set",
+        "",
+        "The pictures are composed from the drawings, photos, digits and tables below: cut out,",
+        "scaled, mirrored and put on plain backgrounds. Share pictures under the licences named",
+        "(CC-BY and CC-BY-SA ask for this notice; CC-BY-SA and GPL-2 also bind what is made from",
+        "them). Scores on the set are StickerVQA scores, not MMBench, POPE or VQA scores.",
+        "",
+    ]
+    if not catalogue.used:
+        lines.append("All pictures were drawn in code; there is nothing to attribute.")
+    else:
+        lines += ["| part | package | version | author | licence |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {each.name} | {each.package} ({each.registry}) | {each.version} | {each.author} "
+            f"| {each.licence} |"
+            for each in catalogue.used
+        ]
+    return "\n".join(lines) + "\n"
+
 
 VERSION = 4
 TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)

@@ -7,8 +7,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from data_prep.sticker_names import Concept
-from data_prep.sticker_questions import (
+from data_prep.sticker.names import Concept
+from data_prep.sticker.pictures import PICTURE_PX, Plan, plan_background
+from data_prep.sticker.questions import (
     BARS_QUESTION,
     IS_WORD_QUESTION,
     NUMBER_QUESTION,
@@ -16,7 +17,6 @@ from data_prep.sticker_questions import (
     Item,
     Ledger,
 )
-from data_prep.sticker_scenes import PICTURE_PX, Plan, plan_background
 
 TRAIN_TABLES = ("gapminder", "countries", "obesity", "budget")
 BENCH_TABLES = ("penguins", "wheat")

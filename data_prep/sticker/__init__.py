@@ -1,0 +1,1 @@
+"""The parts of StickerVQA's build; the entry is ``data_prep/stickervqa.py``."""
