@@ -92,11 +92,11 @@ def tracked_files() -> set[str]:
     return {name for name in listing.stdout.splitlines() if (ROOT / name).exists()}
 
 
-def readme_tree() -> dict[str, str]:
-    """Return {path: its line} of the README's file tree."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def file_tree() -> dict[str, str]:
+    """Return {path: its line} of the file tree in docs/architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- tree -->\n```text\n(.*?)```", text, re.DOTALL)
-    assert block, "README.md has no file tree between <!-- tree --> and its code fence"
+    assert block, "docs/architecture.md has no file tree between <!-- tree --> and its code fence"
     stack: list[str] = []
     found = {}
     for line in block.group(1).splitlines():
@@ -109,12 +109,12 @@ def readme_tree() -> dict[str, str]:
     return found
 
 
-def test_the_readme_tree_is_the_real_tree() -> None:
-    tree = readme_tree()
+def test_the_file_tree_is_the_real_tree() -> None:
+    tree = file_tree()
     files = tracked_files()
     for name, description in tree.items():
-        assert (ROOT / name).exists(), f"README names {name}, which is not there"
-        assert description, f"README says nothing of {name}"
+        assert (ROOT / name).exists(), f"the tree names {name}, which is not there"
+        assert description, f"the tree says nothing of {name}"
     shown = {name for name in tree if not name.endswith("/")}
     package = {
         name
@@ -122,7 +122,7 @@ def test_the_readme_tree_is_the_real_tree() -> None:
         if name.startswith(("milora_vl/", "data_prep/", "configs/", "scripts/"))
         and not name.endswith("__init__.py")
     }
-    assert package <= shown, f"not in the README tree: {sorted(package - shown)}"
+    assert package <= shown, f"not in the tree of docs/architecture.md: {sorted(package - shown)}"
 
 
 def test_commands_named_in_the_readme_exist() -> None:

@@ -11,7 +11,7 @@ from milora_vl.eval.evaluation import judge_all
 from milora_vl.eval.items import Answer, EvaluationError
 from milora_vl.eval.published import LLAVA_15_7B, published_scores
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "bench_prompts.txt"
+GOLDEN = Path(__file__).parents[2] / "golden" / "bench_prompts.txt"
 JUDGED = ("mmvet", "llava-w")
 
 

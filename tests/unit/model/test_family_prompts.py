@@ -12,7 +12,7 @@ from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.generate_plain import build_prompt
 from milora_vl.model.load import load_vlm
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "family_prompts.txt"
+GOLDEN = Path(__file__).parents[2] / "golden" / "family_prompts.txt"
 
 
 def as_text(tokenizer, ids):

@@ -8,7 +8,7 @@ from milora_vl.data.encode import encode
 from milora_vl.data.prompts import PROMPT_STYLES, get_style, render_segments
 from milora_vl.data.records import Turn
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 N_IMAGE = 4
 IMAGE_TALK = [
     Turn("user", f"{IMAGE_TOKEN}\nWhat is in the picture?"),
