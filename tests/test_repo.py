@@ -1,4 +1,4 @@
-"""Laws of the repository itself: direction of imports, size of files, what the README says."""
+"""Laws of the repository itself: direction of imports, file tree, links, what the README says."""
 
 import ast
 import re
@@ -123,6 +123,18 @@ def test_the_file_tree_is_the_real_tree() -> None:
         and not name.endswith("__init__.py")
     }
     assert package <= shown, f"not in the tree of docs/architecture.md: {sorted(package - shown)}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_links_between_documents_hold() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_commands_named_in_the_readme_exist() -> None:
