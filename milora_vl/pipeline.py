@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from milora_vl.adapter.portable import installed_versions
 from milora_vl.config import Config, ConfigError, dump_config, load_config
 from milora_vl.data.dataset import mixture
 from milora_vl.data.prompts import get_style
+from milora_vl.environment import describe_environment
 from milora_vl.eval import forgetting
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.evaluation import bench_names, evaluate
@@ -21,17 +22,11 @@ from milora_vl.eval.report import write_report
 from milora_vl.files import cache_folder, sha256_of, write_json_atomic
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.load import VLM
+from milora_vl.runtime import autocast_as
 from milora_vl.training import projector
-from milora_vl.training.run import (
-    autocast_as,
-    build_arguments,
-    build_dataset,
-    describe_environment,
-    finetune,
-    load_conversations,
-    load_model,
-    seed_everything,
-)
+from milora_vl.training.arguments import build_arguments
+from milora_vl.training.inputs import build_dataset, load_conversations, load_model
+from milora_vl.training.run import finetune
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +209,7 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     check_names(config)
     check_data(config)
     claim_run_folder(config, run_folder)
-    seed_everything(config.seed)
+    set_seed(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
     record_environment(config, run_folder / "environment.json")
     started = time.perf_counter()
@@ -236,7 +231,7 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     before: dict[str, Any] = {}
     if config.eval.benches:
         before = evaluate_before(vlm, config, run_folder / "eval_before", arguments)
-    seed_everything(config.seed)  # the same training whether or not the stages before were cached
+    set_seed(config.seed)  # the same training whether or not the stages before were cached
     tuned = finetune(
         vlm,
         config.adapter,

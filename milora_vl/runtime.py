@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Work = TypeVar("Work")
 
@@ -38,6 +42,15 @@ def threads_of_one_core(workers: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the workers' setting is also the default of new threads
+
+
+@contextmanager
+def autocast_as(arguments: "TrainingArguments", model: nn.Module) -> Iterator[None]:
+    """Run the block in the mixed precision that training uses."""
+    device = next(model.parameters()).device.type
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
+    with torch.autocast(device, dtype, enabled=bool(arguments.bf16 or arguments.fp16)):
+        yield
 
 
 M_TRIM_THRESHOLD = -1  # numbers of malloc.h

@@ -17,7 +17,7 @@ ORDER = [
     {"export", "plan"},
     {"training"},
     {"eval"},
-    {"inference", "pipeline"},
+    {"environment", "inference", "pipeline"},
     {"cli"},
 ]
 PACKAGE = sorted((ROOT / "milora_vl").rglob("*.py"))

@@ -24,8 +24,8 @@ from milora_vl.data.images import build_image_transform, load_image, resolve_ima
 from milora_vl.files import cache_folder, replace_folder
 from milora_vl.model.load import VLM
 from milora_vl.training.align import LabelledPicture, align_patches_
+from milora_vl.training.resume import last_checkpoint
 from milora_vl.training.run import train
-from milora_vl.training.trainer import last_checkpoint
 
 logger = logging.getLogger(__name__)
 

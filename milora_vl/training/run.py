@@ -1,11 +1,8 @@
-"""Config in, finished run folder out; every stage that is done is not done again."""
+"""Train one stage, or finetune with an adapter: plain arguments in, a finished folder out."""
 
 import json
 import logging
-import platform
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,124 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.portable import installed_versions
-from milora_vl.config import DataSection, MiloraConfig, ModelSection, ProjectorSection
-from milora_vl.data.collate import pad_batch
+from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import build_image_transform
-from milora_vl.data.records import Conversation, read_records
 from milora_vl.files import write_json_atomic
-from milora_vl.model.families import check_side_by_side
-from milora_vl.model.load import VLM, load_vlm
-from milora_vl.training.trainer import (
-    MetricsWriter,
-    VlmTrainer,
-    last_checkpoint,
-    supervised_positions,
-)
+from milora_vl.model.load import VLM
+from milora_vl.training.inputs import build_collate
+from milora_vl.training.resume import last_checkpoint
+from milora_vl.training.trainer import MetricsWriter, VlmTrainer, supervised_positions
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
-    """Load the model that a config names, or another checkpoint with the same settings."""
-    return load_vlm(
-        path or section.path,
-        dtype=DTYPES[section.dtype],
-        device=section.device,
-        revision=section.revision,
-        attn_implementation=section.attn_implementation,
-        prompt_style=section.prompt_style,
-        trust_remote_code=section.trust_remote_code,
-        allow_pickle=section.allow_pickle,
-        quantization=section.quantization,
-    )
-
-
-def load_conversations(
-    section: DataSection, file: str, limit: int | None = None
-) -> list[Conversation]:
-    """Read one record file by the section's rules; what is left out is counted and logged."""
-    conversations, skipped = read_records(file, section.image_folder or None, section.on_bad_record)
-    for reason, count in skipped.items():
-        logger.warning("%s: %d records left out: %s", file, count, reason)
-    return conversations[:limit]
-
-
-def build_dataset(
-    vlm: VLM, section: DataSection, conversations: list[Conversation]
-) -> ConversationDataset:
-    """Bind conversations to a model's processor and prompt style.
-
-    Raises:
-        ValueError: If records have pictures and the model is a text model, or exchanges are to be
-            learnt side by side and the model's attention does not allow it.
-    """
-    if section.turns == "side_by_side":
-        check_side_by_side(vlm.model, section.max_length)
-    with_image = next((one for one in conversations if one.images), None)
-    if with_image and not vlm.sees:
-        raise ValueError(f"{with_image.where}: has images, but {vlm.path} is a text model")
-    plain = vlm.sees and not vlm.pictures
-    return ConversationDataset(
-        conversations,
-        section.image_folder or None,
-        build_image_transform(vlm.processor.image_processor, section.pad_to_square)
-        if plain
-        else None,
-        vlm.prompt_style,
-        vlm.tokenizer,
-        vlm.tokens_per_image,
-        section.max_length,
-        pictures=vlm.pictures,
-        on_bad_image=section.on_bad_image,
-        on_bad_length=section.on_bad_record,
-        side_by_side=section.turns == "side_by_side",
-    )
-
-
-def build_collate(vlm: VLM) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """Return the collator of training batches."""
-    tokenizer = vlm.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    fill_rows = vlm.pictures is not None and vlm.pictures.cross_attention
-    return partial(pad_batch, pad_token_id=pad, fill_rows=fill_rows)
-
-
-def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
-    """Turn a ``training`` section into ``TrainingArguments``.
-
-    What the section does not say: checkpoints go to ``folder``, two are kept, no logging back-end,
-    an epoch is the unit of evaluation and saving.
-
-    Raises:
-        ValueError: If transformers refuses a value.
-    """
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "seed": seed,
-        "report_to": "none",
-        "save_total_limit": 2,
-        "prediction_loss_only": True,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "label_names": ["labels"],
-    }
-    return TrainingArguments(**(defaults | training))
 
 
 def train(  # noqa: PLR0913  settings by keyword
@@ -240,50 +133,3 @@ def _first_batches(
         for start in range(0, len(indices), size)
     ]
     return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-
-
-@contextmanager
-def autocast_as(arguments: TrainingArguments, model: nn.Module) -> Iterator[None]:
-    """Run the block in the mixed precision that training uses."""
-    device = next(model.parameters()).device.type
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
-    with torch.autocast(device, dtype, enabled=bool(arguments.bf16 or arguments.fp16)):
-        yield
-
-
-def describe_environment(seed: int, data_manifest: Path | None) -> dict[str, Any]:
-    """Collect what a result depends on: versions, commit, machine, seed, data."""
-
-    def git(*words: str) -> str:
-        try:
-            result = subprocess.run(
-                ["git", *words],
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=Path(__file__).parent,
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-        return result.stdout.strip()
-
-    manifest = (
-        json.loads(data_manifest.read_text(encoding="utf-8"))
-        if data_manifest and data_manifest.exists()
-        else None
-    )
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": installed_versions(),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
-        "seed": seed,
-        "data_manifest": manifest,
-    }
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, so that a run can be repeated."""
-    set_seed(seed)

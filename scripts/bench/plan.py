@@ -22,7 +22,7 @@ from milora_vl.config import load_config
 from milora_vl.data.dataset import group_by_length
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.plan import plan_run
-from milora_vl.training.run import build_collate, build_dataset, load_conversations, load_model
+from milora_vl.training.inputs import build_collate, build_dataset, load_conversations, load_model
 from milora_vl.training.trainer import token_loss_sum
 
 CONFIG = "configs/demo_cpu.yaml"

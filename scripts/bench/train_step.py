@@ -16,7 +16,7 @@ from tqdm import tqdm
 from milora_vl import MiloraConfig, attach_milora
 from milora_vl.config import load_config
 from milora_vl.model.embedded import cached_demo_base
-from milora_vl.training.run import build_collate, build_dataset, load_conversations, load_model
+from milora_vl.training.inputs import build_collate, build_dataset, load_conversations, load_model
 from milora_vl.training.trainer import token_loss_sum
 
 

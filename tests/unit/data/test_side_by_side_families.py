@@ -17,7 +17,7 @@ from milora_vl.data.records import read_records
 from milora_vl.model.families import CAUSAL_TEXT, FamilyError, check_side_by_side, find_family
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.pipeline import check_names
-from milora_vl.training.run import build_collate, build_dataset
+from milora_vl.training.inputs import build_collate, build_dataset
 from milora_vl.training.trainer import token_loss_sum
 
 EXCHANGES = [("What is it?", "A fox."), ("Is it red?", "Yes"), ("Where?", "Left, up.")]

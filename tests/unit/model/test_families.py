@@ -26,7 +26,7 @@ from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.export.merge import merge_adapter
 from milora_vl.model.families import FAMILIES, FamilyError, find_family
 from milora_vl.model.load import VLM, LoadError, load_vlm
-from milora_vl.training.run import build_collate, build_dataset
+from milora_vl.training.inputs import build_collate, build_dataset
 from milora_vl.training.trainer import supervised_positions, token_loss_sum
 
 SIZES = {"wide.png": (50, 30), "tall.png": (30, 70), "square.png": (40, 40)}

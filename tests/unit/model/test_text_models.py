@@ -21,7 +21,9 @@ from milora_vl.export.merge import merge_adapter
 from milora_vl.inference import ask
 from milora_vl.model.embedded import load_smollm2
 from milora_vl.model.load import VLM, load_vlm
-from milora_vl.training.run import build_arguments, build_collate, build_dataset, finetune
+from milora_vl.training.arguments import build_arguments
+from milora_vl.training.inputs import build_collate, build_dataset
+from milora_vl.training.run import finetune
 from milora_vl.training.trainer import token_loss_sum
 
 

@@ -18,8 +18,9 @@ from milora_vl.training.align import (
     align_patches_,
     label_patches,
 )
+from milora_vl.training.arguments import build_arguments
+from milora_vl.training.inputs import build_dataset
 from milora_vl.training.projector import align_projector, aligned_base_folder, read_objects
-from milora_vl.training.run import build_arguments, build_dataset
 
 
 def test_patches_take_the_class_of_the_box_over_their_centre() -> None:

@@ -19,7 +19,9 @@ from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, LoadError, load_vlm
 from milora_vl.pipeline import run_pipeline
-from milora_vl.training.run import build_arguments, build_collate, finetune, load_model
+from milora_vl.training.arguments import build_arguments
+from milora_vl.training.inputs import build_collate, load_model
+from milora_vl.training.run import finetune
 
 pytest.importorskip("bitsandbytes")
 

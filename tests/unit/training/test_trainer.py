@@ -17,8 +17,10 @@ from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, load_vlm
-from milora_vl.training.run import build_arguments, finetune, train
-from milora_vl.training.trainer import MetricsWriter, last_checkpoint, token_loss_sum
+from milora_vl.training.arguments import build_arguments
+from milora_vl.training.resume import last_checkpoint
+from milora_vl.training.run import finetune, train
+from milora_vl.training.trainer import MetricsWriter, token_loss_sum
 
 
 @pytest.fixture

@@ -1,0 +1,31 @@
+"""The ``training`` section of a config -> ``transformers.TrainingArguments``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+
+def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
+    """Turn a ``training`` section into ``TrainingArguments``.
+
+    What the section does not say: checkpoints go to ``folder``, two are kept, no logging back-end,
+    an epoch is the unit of evaluation and saving.
+
+    Raises:
+        ValueError: If transformers refuses a value.
+    """
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "report_to": "none",
+        "save_total_limit": 2,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "label_names": ["labels"],
+    }
+    return TrainingArguments(**(defaults | training))
