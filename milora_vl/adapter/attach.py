@@ -16,7 +16,6 @@ from milora_vl.adapter.certificate import Certificate, LayerCertificate
 from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 from milora_vl.adapter.fingerprint import combine_digests
-from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.nf4 import noise_warnings, quantise_residual_, with_errors
 from milora_vl.adapter.quantized import count_parameters, evaluating
 from milora_vl.adapter.state import (
@@ -36,6 +35,7 @@ from milora_vl.adapter.state import (
 from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
 from milora_vl.config import MiloraConfig
 from milora_vl.model.shards import ShardedWeights
+from milora_vl.runtime import full_precision
 
 logger = logging.getLogger(__name__)
 

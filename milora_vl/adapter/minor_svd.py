@@ -12,13 +12,13 @@ of the original matrix correct them.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from milora_vl.runtime import full_precision
 
 BLOCK = 384
 PACK_MIN = 64  # smallest side for which packing pays
@@ -537,26 +537,6 @@ def slice_indices(rank: int, r: int, slice: Slice) -> Tensor:  # noqa: A002
         return torch.randperm(rank, generator=generator, device="cpu")[:r].sort().values
     start = {"principal": 0, "middle": (rank - r) // 2, "minor": rank - r}[slice]
     return torch.arange(start, start + r, device="cpu")
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32 for a ``with`` block, whatever the process has allowed.
-
-    Trainers switch on TF32, which keeps 10 bits, or autocast, which keeps 7: too few for factors
-    that must multiply back to a slice of the weight, and different from run to run if the switch
-    is.
-    """
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
 
 
 def _decompose(

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate
-from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.quantized import unpack_
 from milora_vl.adapter.state import CORRECTION, MILORA, MiloraState, anchor_of, factors, lora_layer
 from milora_vl.model.nf4 import quantise_nf4
 from milora_vl.model.shards import ShardedWeights
-from milora_vl.runtime import give_back_memory, one_ahead
+from milora_vl.runtime import full_precision, give_back_memory, one_ahead
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.minor_svd import full_precision
+from milora_vl.runtime import full_precision
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.minor_svd import full_precision
 from milora_vl.adapter.portable import PREFIX
 from milora_vl.adapter.quantized import dense_weight, is_quantised
 from milora_vl.adapter.state import (
@@ -28,6 +27,7 @@ from milora_vl.adapter.state import (
     remove_master_weights_,
     trained_projector,
 )
+from milora_vl.runtime import full_precision
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from milora_vl.adapter.minor_svd import (
     ShiftedGram,
     Tall,
     factorise,
-    full_precision,
     krylov_minor_svd,
     minor_svd,
 )
@@ -143,14 +142,3 @@ def test_blocked_factor_inverts_the_shifted_matrix(size):
         solution = factorise(gram, shift).solve(block)
         assert_close(gram @ solution - shift * solution, block, atol=1e-3, rtol=0)
     assert factorise(gram, smallest + 0.01) is None
-
-
-def test_precision_switch_is_restored():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
