@@ -1,14 +1,14 @@
 """Conversation -> ``input_ids`` and ``labels``: the only place where either is made.
 
-Text is tokenised in runs, once. A run ends where supervision changes, at a special token and at an
-image; so a label never depends on counting tokens of a second tokenisation, and the prompt of a
+Text is tokenized in runs, once. A run ends where supervision changes, at a special token and at an
+image; so a label never depends on counting tokens of a second tokenization, and the prompt of a
 question is a prefix of the ids trained on. Labels are unshifted; the model shifts them.
 
 SentencePiece-like tokenizers put a space mark before text that stands alone ("Yes" -> "▁Yes"). A
-run in the middle of a text must not get it, so such a run is tokenised behind an anchor character
-whose ids are then removed; the result is what tokenising the joined text gives.
+run in the middle of a text must not get it, so such a run is tokenized behind an anchor character
+whose ids are then removed; the result is what tokenizing the joined text gives.
 
-Exchanges about one picture side by side: each is learnt alone, the picture is computed once.
+Exchanges about one picture side by side: each is learned alone, the picture is computed once.
 """
 
 import re
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
+from milora_vl.constants import IGNORE_INDEX, IMAGE_TEXT, IMAGE_TOKEN
 from milora_vl.data.prompts import PromptStyle, Segment, get_style, render_segments
 from milora_vl.data.records import Turn
 
@@ -30,11 +30,11 @@ _SPACE_MARKS = ("▁", "Ġ")
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised conversation.
+    """One tokenized conversation.
 
     Attributes:
         input_ids: Token ids, image tokens expanded.
-        labels: As long as ``input_ids``: the token where it is learnt, else ``IGNORE_INDEX``.
+        labels: As long as ``input_ids``: the token where it is learned, else ``IGNORE_INDEX``.
         branches: For exchanges side by side, the branch of each token: 0 for what all begin with,
             else 1, 2, ...; None for one running conversation.
     """
@@ -46,9 +46,14 @@ class Encoded:
 
 @dataclass
 class _Run:
-    """Consecutive tokens of one kind: text still to be tokenised, or ids."""
+    """Consecutive tokens of one kind: text still to be tokenized, or ids.
 
-    supervised: bool
+    ``in_answer`` decides where runs end, ``learned`` what becomes a label: an answer that its
+    record marks as not to be learned gets the same ids as one that is learned.
+    """
+
+    in_answer: bool
+    learned: bool
     text: str = ""
     ids: list[int] | None = None
     is_image: bool = False
@@ -61,8 +66,9 @@ def encode(
     image_token_counts: Sequence[int | str],
     max_length: int | None = None,
     add_generation_prompt: bool = False,
+    answer_tokens: tuple[str, ...] = (),
 ) -> Encoded:
-    """Tokenise a conversation for training, scoring or generation.
+    """Tokenize a conversation for training, scoring or generation.
 
     Args:
         turns: Alternating user and assistant turns, an optional system turn first.
@@ -75,9 +81,11 @@ def encode(
             image, the last answer is cut instead. What is kept is always a prefix of the full ids.
         add_generation_prompt: End with what the model reads before it answers (the last turn is the
             user's). Nothing is cut then: longer than ``max_length`` is an error.
+        answer_tokens: Special tokens whose names in an answer stand for the token. All other
+            special tokens in answers, and all in questions, are read as characters.
 
     Returns:
-        Ids and labels of equal length.
+        Ids and labels of equal length. Answers of turns with ``supervised`` false have no labels.
 
     Raises:
         ValueError: If image marks and counts disagree, a special token of the style or the image
@@ -86,7 +94,8 @@ def encode(
     """
     style = get_style(style)
     segments = render_segments(turns, style, add_generation_prompt)
-    runs = _build_runs(segments, style, tokenizer, image_token_counts)
+    silent = _silent_segments(segments, turns)
+    runs = _build_runs(segments, style, tokenizer, image_token_counts, silent, answer_tokens)
     input_ids: list[int] = []
     labels: list[int] = []
     bos_comes_later = style.bos_after_image and any(run.is_image for run in runs)
@@ -96,16 +105,16 @@ def encode(
     ends: list[int] = []  # where each answer ends
     images_end = 0
     for run, ids in zip(runs, _tokenize_runs(runs, tokenizer), strict=True):
-        if ends and run.supervised and ends[-1] == len(input_ids):
+        if ends and run.learned and ends[-1] == len(input_ids):
             ends.pop()
         input_ids += ids
-        labels += ids if run.supervised else [IGNORE_INDEX] * len(ids)
-        if run.supervised:
+        labels += ids if run.learned else [IGNORE_INDEX] * len(ids)
+        if run.learned:
             ends.append(len(input_ids))
         if run.is_image:
             images_end = len(input_ids)
     if not ends and not add_generation_prompt:
-        raise ValueError("the conversation has no assistant answer, so no token is supervised")
+        raise ValueError("the conversation has no answer to learn, so no token is supervised")
     if max_length is not None and len(input_ids) > max_length:
         if add_generation_prompt:
             raise ValueError(
@@ -132,39 +141,66 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, advice: str) -> in
     return token_id
 
 
+def _silent_segments(segments: Sequence[Segment], turns: Sequence[Turn]) -> set[int]:
+    """Return the positions of supervised segments that belong to a turn which is not learned.
+
+    Each answer is one unbroken row of supervised segments: its lead, its text, its end marker.
+    """
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if all(turn.supervised for turn in answers):
+        return set()
+    rows: list[list[int]] = []
+    for position, segment in enumerate(segments):
+        if segment.supervised:
+            if position == 0 or not segments[position - 1].supervised:
+                rows.append([])
+            rows[-1].append(position)
+    if len(rows) != len(answers):
+        raise ValueError("this prompt style joins answers, so each of them must be learned")
+    silent = [row for row, turn in zip(rows, answers, strict=True) if not turn.supervised]
+    return {position for row in silent for position in row}
+
+
 def _build_runs(
     segments: list[Segment],
     style: PromptStyle,
     tokenizer: PreTrainedTokenizerBase,
     image_token_counts: Sequence[int | str],
+    silent: set[int],
+    answer_tokens: tuple[str, ...],
 ) -> list[_Run]:
-    """Split segments at special tokens and image marks, and join neighbouring text."""
+    """Split segments at special tokens and image marks, and join neighboring text."""
     marks = sum(part.text.count(IMAGE_TOKEN) for part in segments if part.has_images)
     if marks != len(image_token_counts):
         raise ValueError(f"{marks} {IMAGE_TOKEN} marks but {len(image_token_counts)} images")
     counts = iter(image_token_counts)
     runs: list[_Run] = []
-    for segment in segments:
+    for position, segment in enumerate(segments):
+        learned = segment.supervised and position not in silent
         splitters = style.special_tokens
         if segment.literal:
-            splitters = (IMAGE_TOKEN,) if segment.has_images else ()
+            splitters = answer_tokens if segment.supervised else ()
+            splitters = (IMAGE_TOKEN,) if segment.has_images else splitters
         for piece in _split_keeping(segment.text, splitters):
             if piece not in splitters:
-                _add_text(runs, piece, segment.supervised)
-            elif segment.literal:
+                # an escaped mark has done its work: from here on it is text like any other
+                text = piece.replace(IMAGE_TEXT, IMAGE_TOKEN)
+                _add_text(runs, _Run(segment.supervised, learned, text=text))
+            elif segment.has_images:
                 _add_image(runs, next(counts), tokenizer)
             else:
                 advice = f"prompt style {style.name!r} needs it, choose the model's own style"
                 ids = [_token_id(tokenizer, piece, advice)]
-                runs.append(_Run(segment.supervised, ids=ids))
+                runs.append(_Run(segment.supervised, learned, ids=ids))
     return runs
 
 
-def _add_text(runs: list[_Run], text: str, supervised: bool) -> None:
-    if runs and runs[-1].ids is None and runs[-1].supervised == supervised:
-        runs[-1].text += text
+def _add_text(runs: list[_Run], run: _Run) -> None:
+    """Add a run of text, or join it to the one before when both are answer or both are not."""
+    if runs and runs[-1].ids is None and runs[-1].in_answer == run.in_answer:
+        runs[-1].text += run.text
     else:
-        runs.append(_Run(supervised, text=text))
+        runs.append(run)
 
 
 def _add_image(
@@ -172,18 +208,19 @@ def _add_image(
 ) -> None:
     """Add the runs of one image: its tokens, or the text that a processor wrote for it."""
     if isinstance(count_or_text, int):
-        runs.append(_Run(False, ids=[image_token_id(tokenizer)] * count_or_text, is_image=True))
+        ids = [image_token_id(tokenizer)] * count_or_text
+        runs.append(_Run(False, False, ids=ids, is_image=True))
         return
     for index, piece in enumerate(_added_token_pattern(tokenizer).split(count_or_text)):
         if not piece:
             continue
         if index % 2 == 0:
-            _add_text(runs, piece, supervised=False)
+            _add_text(runs, _Run(False, False, text=piece))
         elif runs and runs[-1].is_image:
             runs[-1].ids.append(tokenizer.convert_tokens_to_ids(piece))
         else:
             ids = [tokenizer.convert_tokens_to_ids(piece)]
-            runs.append(_Run(False, ids=ids, is_image=True))
+            runs.append(_Run(False, False, ids=ids, is_image=True))
 
 
 @lru_cache(maxsize=8)
@@ -209,7 +246,7 @@ def _split_keeping(text: str, splitters: tuple[str, ...]) -> list[str]:
 
 
 def _tokenize_runs(runs: list[_Run], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the ids of every run, each text tokenised as it would be at its place."""
+    """Return the ids of every run, each text tokenized as it would be at its place."""
     leads, leads_after_special = _space_mark_rule(tokenizer)
     result: list[list[int]] = [run.ids or [] for run in runs]
     plain: list[int] = []
@@ -232,7 +269,7 @@ def _tokenize_runs(runs: list[_Run], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenise texts standing alone; no special token is added or recognised."""
+    """Tokenize texts standing alone; no special token is added or recognised."""
     if not texts:
         return []
     return tokenizer(
@@ -245,7 +282,7 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 
 
 def _tokenize_mid_text(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenise texts without the space mark that a text standing alone gets."""
+    """Tokenize texts without the space mark that a text standing alone gets."""
     result: list[list[int]] = [[]] * len(texts)
     left = list(range(len(texts)))
     for anchor in _ANCHORS:
@@ -303,10 +340,11 @@ def encode_side_by_side(
     turns: Sequence[Turn],
     style: PromptStyle | str,
     tokenizer: PreTrainedTokenizerBase,
-    image_token_counts: Sequence[int],
+    image_token_counts: Sequence[int | str],
     max_length: int | None = None,
+    answer_tokens: tuple[str, ...] = (),
 ) -> Encoded:
-    """Tokenise a conversation so that every exchange is learnt as if it were the only one.
+    """Tokenize a conversation so that every exchange is learned as if it were the only one.
 
     All exchanges begin alike, with system text and images; that beginning is there once, and the
     rest of each follows as a branch of its own. A token may see the beginning and its own branch,
@@ -319,6 +357,7 @@ def encode_side_by_side(
         tokenizer: Holds the image token and the style's special tokens.
         image_token_counts: For each image mark, in order, the number of its image tokens.
         max_length: Longest allowed result in tokens; whole exchanges at the end are dropped.
+        answer_tokens: As for ``encode``.
 
     Returns:
         Ids, labels and branches of equal length. A conversation of one exchange, or with an image
@@ -334,7 +373,9 @@ def encode_side_by_side(
     if pairs:
         rests[0] = rests[0].removeprefix(opening)
     if len(pairs) < 2 or any(IMAGE_TOKEN in rest for rest in rests):
-        return encode(turns, style, tokenizer, image_token_counts, max_length)
+        return encode(
+            turns, style, tokenizer, image_token_counts, max_length, answer_tokens=answer_tokens
+        )
     rows = [
         encode(
             [*system, Turn("user", opening + rest), answer],
@@ -342,10 +383,16 @@ def encode_side_by_side(
             tokenizer,
             image_token_counts,
             max_length,
+            answer_tokens=answer_tokens,
         )
         for rest, (_, answer) in zip(rests, pairs, strict=True)
+        if answer.supervised  # no other exchange sees it, so one that is not learned is left out
     ]
-    # one token is left to every branch, and nothing that is learnt is shared
+    if not rows:
+        raise ValueError("the conversation has no answer to learn, so no token is supervised")
+    if len(rows) == 1:
+        return rows[0]
+    # one token is left to every branch, and nothing that is learned is shared
     shared = min(
         min(len(row.input_ids) - 1, next(i for i, x in enumerate(row.labels) if x != IGNORE_INDEX))
         for row in rows

@@ -47,10 +47,18 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; ``text`` holds an image mark where an image belongs (questions only)."""
+    """One message.
+
+    Attributes:
+        role: Who speaks.
+        text: In a question ``IMAGE_TOKEN`` stands where an image belongs and ``IMAGE_TEXT`` where
+            the record means these characters; in other turns all text is text.
+        supervised: Whether an answer is learned; its text is context either way.
+    """
 
     role: Role
     text: str
+    supervised: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer
 
-from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
-from milora_vl.data.encode import encode, image_token_id
+from milora_vl.constants import IGNORE_INDEX, IMAGE_TEXT, IMAGE_TOKEN
+from milora_vl.data.encode import encode, encode_side_by_side, image_token_id
 from milora_vl.data.prompts import PROMPT_STYLES, render_segments
 from milora_vl.data.records import Turn
 
@@ -256,3 +256,61 @@ def test_time_grows_with_the_number_of_turns_not_its_square():
 
     few, many = (min(seconds(n) for _ in range(4)) for n in (100, 1600))
     assert many < 64 * few  # 16 times the work; its square would be 256 times
+
+
+# --- what records say of single answers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("style", ["chatml", "vicuna_v1"])
+def test_an_answer_that_is_not_to_be_learned_has_the_same_ids_and_no_label(kind, style):
+    tokenizer = build(kind)
+    turns = [Turn("user", "a"), Turn("assistant", "Wrong."), Turn("user", "b")]
+    silent = [turns[0], Turn("assistant", "Wrong.", supervised=False), turns[2]]
+    last = Turn("assistant", "Yes.")
+    both = encode([*turns, last], style, tokenizer, [])
+    one = encode([*silent, last], style, tokenizer, [])
+    assert one.input_ids == both.input_ids
+    start = len(encode(turns, style, tokenizer, [], add_generation_prompt=True).input_ids)
+    assert one.labels == [IGNORE_INDEX] * start + both.labels[start:]
+    with pytest.raises(ValueError, match="no answer to learn"):
+        encode(silent[:2], style, tokenizer, [])
+
+
+def test_an_answer_that_is_not_to_be_learned_is_left_out_side_by_side():
+    tokenizer = build("byte_level")
+    wrong = [Turn("user", f"{IMAGE_TOKEN}\na"), Turn("assistant", "x", supervised=False)]
+    first = [Turn("user", "b"), Turn("assistant", "Yes")]
+    second = [Turn("user", "c"), Turn("assistant", "No")]
+    opened = [Turn("user", f"{IMAGE_TOKEN}\nb"), first[1]]
+    found = encode_side_by_side([*wrong, *first, *second], "chatml", tokenizer, [3])
+    assert found == encode_side_by_side([*opened, *second], "chatml", tokenizer, [3])
+    alone = encode_side_by_side([*wrong, *first], "chatml", tokenizer, [3])
+    assert alone == encode(opened, "chatml", tokenizer, [3])
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_characters_that_look_like_a_mark_are_no_picture(kind):
+    tokenizer = build(kind)
+    turns = [
+        Turn("user", f"{IMAGE_TOKEN}\nWhat does {IMAGE_TEXT} mean?"),
+        Turn("assistant", f"A {IMAGE_TOKEN} tag."),
+    ]
+    encoded = encode(turns, "chatml", tokenizer, [2])
+    assert encoded.input_ids.count(image_token_id(tokenizer)) == 2
+    text = tokenizer.decode([i for i in encoded.input_ids if i != image_token_id(tokenizer)])
+    assert f"What does {IMAGE_TOKEN} mean?" in text
+    assert f"A {IMAGE_TOKEN} tag." in text
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_special_tokens_in_answers_are_characters_unless_they_are_named(kind):
+    tokenizer = build(kind)
+    box = "<|im_start|>"
+    turns = [Turn("user", f"Where is {box}?"), Turn("assistant", f"{box}(1,2) cat")]
+    box_id = tokenizer.convert_tokens_to_ids(box)
+    literal = encode(turns, "vicuna_v1", tokenizer, [])
+    assert box_id not in literal.input_ids
+    chosen = encode(turns, "vicuna_v1", tokenizer, [], answer_tokens=(box,))
+    assert chosen.input_ids.count(box_id) == chosen.labels.count(box_id) == 1
+    assert box in tokenizer.decode(literal.input_ids)
