@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from milora_vl.files import cache_folder, write_text_atomic
+from milora_vl.runtime import BF16_CHOICES
 
 
 class ConfigError(ValueError):
@@ -358,6 +359,8 @@ def _check_training_keys(training: Mapping[str, Any], where: str) -> None:
         if key not in known:
             hint = nearest(key, known, "see transformers.TrainingArguments")
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+        if key == "bf16" and not isinstance(value, bool) and value != "auto":
+            raise ConfigError(f"{where}: bf16: {value!r} is none of its choices, {BF16_CHOICES}")
         numeric = re.search(r"int|float", known[key]) and "str" not in known[key]
         if numeric and not isinstance(value, int | float | type(None)):
             raise ConfigError(f"{where}: {key}: a number is needed, got {value!r}")

@@ -5,9 +5,13 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments, set_seed
 
 from milora_vl.adapter.portable import installed_versions
@@ -22,7 +26,14 @@ from milora_vl.eval.report import write_report
 from milora_vl.files import cache_folder, sha256_of, write_json_atomic
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.load import VLM
-from milora_vl.runtime import autocast_as
+from milora_vl.plan import empty_model
+from milora_vl.runtime import (
+    Precision,
+    autocast_as,
+    choose_precision,
+    count_layer_shapes,
+    resolve_device,
+)
 from milora_vl.training import projector
 from milora_vl.training.arguments import build_arguments
 from milora_vl.training.inputs import build_dataset, load_conversations, load_model
@@ -74,8 +85,49 @@ def check_names(config: Config) -> None:
         raise ConfigError(str(error)) from error
 
 
-def record_environment(config: Config, file: Path) -> None:
+def decide_precisions(config: Config) -> dict[str, Precision]:
+    """Choose the precision of every stage that trains; both are timed where that is to be known."""
+    device = resolve_device(config.model.device)
+    model = cache(lambda: empty_model(config.model))
+    weights = getattr(torch, config.model.dtype, None)  # "auto": as stored, float32 in most cases
+    sections = {"training": config.training}
+    if config.alignment is not None:
+        sections["alignment.training"] = config.alignment.training
+    found = {}
+    for name, section in sections.items():
+        # a float16 run has its own scaler; "auto" then has nothing to decide
+        asked = section.get("bf16", False) if not section.get("fp16") else False
+        found[name] = choose_precision(
+            asked,
+            lambda: count_layer_shapes(model()),
+            device,
+            weights=weights or model().config.dtype or torch.float32,
+            name=f"{name}.bf16",
+        )
+        if asked == "auto":
+            dtype = "bfloat16" if found[name].bf16 else "float32"
+            logger.info("%s.bf16: auto takes %s: %s", name, dtype, found[name].reason)
+    return found
+
+
+def with_precisions(config: Config, precisions: Mapping[str, Precision]) -> Config:
+    """Return the config with each ``bf16: auto`` replaced by what was decided."""
+    update: dict[str, Any] = {"training": _decided(config.training, precisions["training"])}
+    if config.alignment is not None:
+        training = _decided(config.alignment.training, precisions["alignment.training"])
+        update["alignment"] = config.alignment.model_copy(update={"training": training})
+    return config.model_copy(update=update)
+
+
+def _decided(training: dict[str, Any], precision: Precision) -> dict[str, Any]:
+    return training | {"bf16": precision.bf16} if training.get("bf16") == "auto" else training
+
+
+def record_environment(config: Config, file: Path) -> dict[str, Precision]:
     """Write what the run depends on; one that goes on must find its data as they were.
+
+    Returns:
+        The precision of each stage: decided here, or by the call that began the run.
 
     Raises:
         ConfigError: If the data set was built anew since the run began.
@@ -89,13 +141,18 @@ def record_environment(config: Config, file: Path) -> None:
                 f"{file.parent} began with another data set than {folder} holds now; give another "
                 "folder with --run, or restore the data"
             )
-        return
+        if "precision" in before:  # a run keeps the arithmetic it began with
+            return {name: Precision(**kept) for name, kept in before["precision"].items()}
+        return decide_precisions(config)
     manifest = facts["data_manifest"] or {}
     for source in manifest.get("left_out", []):
         logger.warning("the data set lacks %s, which means %s", source["name"], source["means"])
     if manifest.get("drawn_in_code"):
         logger.warning("the pictures are shapes drawn in code, for tests: the scores say little")
+    precisions = decide_precisions(config)
+    facts["precision"] = {name: asdict(one) for name, one in precisions.items()}
     write_json_atomic(file, facts)
+    return precisions
 
 
 def check_data(config: Config) -> None:
@@ -209,9 +266,9 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
     check_names(config)
     check_data(config)
     claim_run_folder(config, run_folder)
+    config = with_precisions(config, record_environment(config, run_folder / "environment.json"))
     set_seed(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
-    record_environment(config, run_folder / "environment.json")
     started = time.perf_counter()
     base = prepare_base(config, run_folder)
     vlm = load_model(config.model, base)

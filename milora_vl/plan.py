@@ -30,7 +30,8 @@ from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets
 from milora_vl.config import Config, DataSection, MiloraConfig, ModelSection
 from milora_vl.model.embedded import demo_config
 from milora_vl.model.families import has_vision
-from milora_vl.model.load import LoadError, resolve_device
+from milora_vl.model.load import LoadError
+from milora_vl.runtime import choose_precision, count_layer_shapes, resolve_device
 
 GIB = 1024**3
 PROBE_SIDE = 1024
@@ -425,8 +426,11 @@ def plan_run(config: Config) -> Plan:
     residual = _residual(adapter, weights, config.model.quantization, stored)
     size = _size(model, targets, adapter, groups, residual)
     load, samples, notes = guess_load(config.data, model.config, training)
-    low = bool(training.get("bf16") or training.get("fp16")) or weights != torch.float32
     device = resolve_device(config.model.device)
+    low = bool(training.get("fp16")) or weights != torch.float32
+    if not low:
+        bf16 = training.get("bf16", False)
+        low = choose_precision(bf16, lambda: count_layer_shapes(model), device).bf16
     flops = measure_flops(torch.float32, device, packed=True)
     trained_flops = measure_flops(torch.bfloat16 if low else torch.float32, device)
     accumulated = training.get("gradient_accumulation_steps", 1)

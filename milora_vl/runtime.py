@@ -1,18 +1,26 @@
-"""The process and its device: memory, threads that work ahead, and products in full float32."""
+"""The process and its machine: memory, threads, device, and the precision of products."""
 
 import ctypes
+import logging
+import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 Work = TypeVar("Work")
 
@@ -40,15 +48,6 @@ def threads_of_one_core(workers: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the workers' setting is also the default of new threads
-
-
-@contextmanager
-def autocast_as(arguments: "TrainingArguments", model: nn.Module) -> Iterator[None]:
-    """Run the block in the mixed precision that training uses."""
-    device = next(model.parameters()).device.type
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
-    with torch.autocast(device, dtype, enabled=bool(arguments.bf16 or arguments.fp16)):
-        yield
 
 
 M_TRIM_THRESHOLD = -1  # numbers of malloc.h
@@ -181,3 +180,182 @@ def _own_setting(switch: Any, *above: Any) -> str:
     follows = switch.fp32_precision != in_force
     parent.fp32_precision = parent_setting
     return "none" if follows else in_force
+
+
+Bf16 = bool | Literal["auto"]
+"""What a config may ask: bfloat16 products, float32 products, or whichever is faster here."""
+
+BF16_CHOICES = "true, false or auto"
+PROBE_ROWS = 512  # rows of a probed product, about the tokens of a small batch
+PROBE_SIDE = 2048  # larger layers are probed in this size: their rate does not rise any more
+PROBE_SHAPES = 3  # the layers that cost most; the others hardly change the sum
+PROBE_SECONDS = 0.4  # for all probes together; a quick product runs at least twice
+WORTHWHILE = 1.05  # bfloat16 rounds to 8 bits, so a tie goes to float32
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One kind of linear layer: ``d_out``, ``d_in`` and how many of it the model has."""
+
+    d_out: int
+    d_in: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the products of float32 weights run: in float32, or in bfloat16 under autocast.
+
+    Attributes:
+        bf16: Whether autocast to bfloat16 is on.
+        reason: Why, in words for the log.
+        gflops: Rate of both dtypes in GFLOP/s; empty where nothing had to be measured.
+    """
+
+    bf16: bool
+    reason: str
+    gflops: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype for ``autocast``; None for no autocast."""
+        return torch.bfloat16 if self.bf16 else None
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn "auto" into CUDA when there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
+    """Return a context of mixed precision on a device; without a dtype it changes nothing."""
+    return torch.autocast(
+        torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None
+    )
+
+
+def autocast_as(arguments: "TrainingArguments", model: nn.Module) -> torch.autocast:
+    """Return the context of the mixed precision that training uses."""
+    low = torch.bfloat16 if arguments.bf16 else torch.float16
+    device = next(model.parameters()).device
+    return autocast(device, low if arguments.bf16 or arguments.fp16 else None)
+
+
+def count_layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
+    """Count the linear layers of a model by shape; a model on the meta device will do."""
+    counted: Counter[tuple[int, int]] = Counter()
+    for name, module in model.named_modules():
+        d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        is_linear = isinstance(d_out, int) and isinstance(d_in, int)
+        if is_linear and not name.endswith("lm_head"):  # it sees answer tokens alone
+            counted[d_out, d_in] += 1
+    return tuple(LayerShape(*shape, count) for shape, count in sorted(counted.items()))
+
+
+@cache
+def measure_precisions(shapes: tuple[LayerShape, ...], *, backward: bool) -> dict[str, float]:
+    """Time both precisions on the CPU, on layers as large as the model's.
+
+    The products are those of a frozen float32 layer: under autocast its weight is rounded at every
+    call, which belongs to the cost. Repeated calls return the first result.
+
+    Args:
+        shapes: Of the model's layers, from ``count_layer_shapes``.
+        backward: Also compute the gradient of the input.
+
+    Returns:
+        GFLOP/s of "float32" and "bfloat16".
+    """
+    costly = sorted(shapes, key=lambda s: s.count * s.d_out * s.d_in, reverse=True)[:PROBE_SHAPES]
+    seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    operations = 0.0
+    generator = torch.Generator().manual_seed(0)  # the global one belongs to the training
+    for dtype in seconds:  # the first gradient of a process starts threads
+        _time_product(torch.ones(8, 64, requires_grad=backward), torch.ones(64, 64), dtype, 0.0)
+    for shape in costly or [LayerShape(PROBE_SIDE // 2, PROBE_SIDE // 2, 1)]:
+        d_out, d_in = min(shape.d_out, PROBE_SIDE), min(shape.d_in, PROBE_SIDE)
+        inputs = torch.randn(PROBE_ROWS, d_in, generator=generator).requires_grad_(backward)
+        weight = torch.randn(d_out, d_in, generator=generator)
+        budget = PROBE_SECONDS / max(len(costly), 1) / len(seconds)
+        for dtype in seconds:
+            best = _time_product(inputs, weight, dtype, budget)
+            seconds[dtype] += shape.count * best
+        operations += shape.count * 2 * PROBE_ROWS * d_out * d_in * (1 + backward)
+    rates = {dtype: operations / total / 1e9 for dtype, total in seconds.items()}
+    return {
+        str(dtype).removeprefix("torch."): float(f"{rate:.3g}") for dtype, rate in rates.items()
+    }
+
+
+def _time_product(inputs: Tensor, weight: Tensor, dtype: torch.dtype, budget_s: float) -> float:
+    """Return the best time of a product (and of its gradient, if ``inputs`` takes one)."""
+    best, calls, end = math.inf, 0, time.perf_counter() + budget_s
+    # the first call may set kernels up, unless it took longer than that ever does
+    while calls == 0 or (calls < 2 and best < 0.5) or time.perf_counter() < end:
+        started = time.perf_counter()
+        with (
+            torch.set_grad_enabled(inputs.requires_grad),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            product = nn.functional.linear(inputs, weight)
+        if inputs.requires_grad:
+            torch.autograd.grad(product, inputs, torch.ones_like(product))
+        best = min(best, time.perf_counter() - started)
+        calls += 1
+    return best
+
+
+def choose_precision(
+    asked: Bf16,
+    shapes: Callable[[], tuple[LayerShape, ...]],
+    device: torch.device | str,
+    *,
+    weights: torch.dtype = torch.float32,
+    backward: bool = True,
+    name: str = "bf16",
+) -> Precision:
+    """Decide between float32 and bfloat16 products for one model on one device.
+
+    On a CPU both are timed, because bfloat16 is several times faster on some processors and several
+    times slower on those without instructions for it. On a GPU "auto" takes bfloat16 where the
+    device computes in it.
+
+    Args:
+        asked: True, False or "auto".
+        shapes: Returns the model's layers; called only if something is measured.
+        device: Where the model runs.
+        weights: Dtype of the weights; bfloat16 ones decide the question, autocast or not.
+        backward: Whether gradients will be computed.
+        name: The setting, for the log.
+
+    Raises:
+        ValueError: If ``asked`` is something else.
+    """
+    if not isinstance(asked, bool) and asked != "auto":
+        raise ValueError(f"{name} is {asked!r}; choose {BF16_CHOICES}")
+    device = torch.device(device)
+    if asked is False:
+        return Precision(False, f"{name} is off")
+    if device.type != "cpu":
+        supported = device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        return Precision(
+            asked is True or supported, f"{device.type} {'has' if supported else 'lacks'} bfloat16"
+        )
+    gflops = dict(measure_precisions(shapes(), backward=backward))
+    factor = gflops["bfloat16"] / gflops["float32"]
+    rates = f"{gflops['float32']:g} GFLOP/s in float32, {gflops['bfloat16']:g} in bfloat16"
+    if weights == torch.bfloat16:
+        bf16, setting, remedy = True, "bfloat16 weights", "load them in float32 (dtype float32)"
+    else:
+        bf16 = asked is True or factor > WORTHWHILE
+        setting, remedy = f"{name}: true", f"write {name}: auto"
+    if bf16 and factor < 1:
+        logger.warning(
+            "%s: %.1f times slower than float32 on this CPU (%s); %s",
+            *(setting, 1 / factor, rates, remedy),
+        )
+    return Precision(bf16, rates, gflops)

@@ -52,6 +52,7 @@ def config_file(
             "save_strategy": "steps",
             "save_steps": 2,
             "logging_steps": 1,
+            "bf16": "auto",
         },
         "eval": {
             "benches": ["mmbench", "pope", "vqav2"],
@@ -95,6 +96,8 @@ def test_a_run_folder_holds_everything(finished_run: Path) -> None:
         assert 0 <= row["interval_95"][0] <= row["score"] <= row["interval_95"][1] <= 1
         assert row["blind"] is not None
         assert row["majority"] is not None
+    environment = json.loads((finished_run / "environment.json").read_text())
+    assert set(environment["precision"]["training"]["gflops"]) == {"float32", "bfloat16"}
     certificate = json.loads((finished_run / "certificate.json").read_text())
     assert certificate["step0_max_abs_logit_difference"] < 1e-4
     log = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
@@ -141,6 +144,9 @@ def test_eval_command_gives_the_runs_scores(finished_run: Path, tmp_path: Path) 
     words = ["eval", "--bench", "mmbench", "--model", adapter["base"]["name_or_path"]]
     words += ["--adapter", str(finished_run / "adapter"), "--data", config["eval"]["data_dir"]]
     words += ["--limit", "6", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    environment = json.loads((finished_run / "environment.json").read_text())
+    in_bfloat16 = environment["precision"]["training"]["bf16"]
+    words += ["--autocast", "bfloat16" if in_bfloat16 else "none"]
     assert main(words) == 0
     again = json.loads((tmp_path / "out" / "results.json").read_text())["benches"]["mmbench"]
     first = json.loads((finished_run / "eval_after" / "results.json").read_text())

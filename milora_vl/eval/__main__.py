@@ -1,14 +1,24 @@
 """``python -m milora_vl.eval``: evaluate a model, with or without an adapter."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from milora_vl.files import cache_folder
-from milora_vl.runtime import keep_freed_memory
+from milora_vl.files import cache_folder, write_json_atomic
+from milora_vl.runtime import (
+    Precision,
+    autocast,
+    choose_precision,
+    count_layer_shapes,
+    keep_freed_memory,
+)
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Score a LLaVA-style model on benches in their official file formats. Writes results.json and
@@ -89,8 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--autocast",
-        choices=("bfloat16", "float16"),
-        help="mixed precision on top of --dtype, as training with bf16 or fp16 does",
+        choices=("auto", "none", "bfloat16", "float16"),
+        default="none",
+        help="mixed precision on top of --dtype, as training with bf16 or fp16 does; "
+        "auto: bfloat16 where that is faster here (default: %(default)s)",
     )
     add("--quantization", choices=("nf4",), help="load the language model in 4 bits")
     add("--no-blind", action="store_true", help="skip the run without pictures")
@@ -164,10 +176,33 @@ def load_model(arguments: argparse.Namespace) -> Any:
     raise FileNotFoundError(f"{arguments.adapter}: no milora.json and no adapter_config.json there")
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate as the options say; returns the results."""
+def choose_autocast(asked: str, model: Any, out: Path) -> Any:
+    """Return the dtype of mixed precision, or None for none.
+
+    What "auto" found stays in ``out``: an evaluation that goes on must not change its arithmetic.
+    """
     import torch
 
+    if asked != "auto":
+        return None if asked == "none" else getattr(torch, asked)
+    file = out / "precision.json"
+    if file.is_file():
+        return Precision(**json.loads(file.read_text(encoding="utf-8"))).dtype
+    precision = choose_precision(
+        "auto",
+        lambda: count_layer_shapes(model),
+        model.device,
+        weights=model.dtype,
+        backward=False,
+        name="--autocast",
+    )
+    logger.warning("--autocast auto: %s; %s", precision.dtype or "none", precision.reason)
+    write_json_atomic(file, asdict(precision))
+    return precision.dtype
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as the options say; returns the results."""
     from milora_vl.eval.evaluation import bench_names, evaluate, load_items
     from milora_vl.eval.judge import Judge
     from milora_vl.export.source import base_of
@@ -188,12 +223,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         judge = Judge(arguments.judge_url or "", arguments.judge_model or "")
     items = load_items(benches, data, arguments.limit)
     vlm = load_model(arguments)
-    autocast = torch.autocast(
-        vlm.model.device.type,
-        getattr(torch, arguments.autocast or "bfloat16"),
-        enabled=arguments.autocast is not None,
-    )
-    with autocast:
+    with autocast(vlm.model.device, choose_autocast(arguments.autocast, vlm.model, arguments.out)):
         return evaluate(
             vlm,
             benches,

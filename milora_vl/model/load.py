@@ -28,6 +28,7 @@ from milora_vl.model.prompting import (
     read_pictures_by,
 )
 from milora_vl.model.shards import ShardedWeights
+from milora_vl.runtime import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,6 @@ class VLM:
     def with_model(self, model: Any) -> "VLM":
         """Return the same with another model, for instance the one that carries an adapter."""
         return replace(self, model=model)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn "auto" into CUDA when there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def _check_quantisable(path: str, stored_quantised: bool, allow_pickle: bool) -> None:

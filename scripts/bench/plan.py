@@ -22,6 +22,7 @@ from milora_vl.config import load_config
 from milora_vl.data.dataset import group_by_length
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.plan import plan_run
+from milora_vl.runtime import autocast, choose_precision, count_layer_shapes
 from milora_vl.training.inputs import build_collate, build_dataset, load_conversations, load_model
 from milora_vl.training.trainer import token_loss_sum
 
@@ -82,11 +83,13 @@ def measure_training(rounds: int) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)
 
+    shapes = count_layer_shapes(vlm.model)
+    precision = choose_precision(config.training["bf16"], lambda: shapes, "cpu")
     resident: list[int] = []
 
     def step(number: int) -> int:
         batch = collate([dataset[index] for index in order[number * size : (number + 1) * size]])
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.training.get("bf16"))):
+        with autocast("cpu", precision.dtype):
             loss_sum, n_tokens = token_loss_sum(model, batch)
         resident.append(psutil.Process().memory_info().rss)  # all activations are held now
         (loss_sum / n_tokens).backward()
@@ -97,7 +100,7 @@ def measure_training(rounds: int) -> None:
 
     step(1)  # warms up
     seconds, tokens, rates = [], [], []
-    dtype = torch.bfloat16 if config.training.get("bf16") else torch.float32
+    dtype = precision.dtype or torch.float32
     for number in tqdm(range(2, 2 + rounds), desc="steps"):
         rates.append(plan.measure_flops(dtype))
         started = time.perf_counter()
