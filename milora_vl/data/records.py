@@ -1,25 +1,46 @@
-"""LLaVA JSON, "messages" or instruction records -> validated ``Conversation`` objects.
+"""Records in the field's formats -> validated ``Conversation`` objects.
 
-Accepted: a JSON list, or JSON Lines. A record holds its turns under ``conversations``
-(``{"from": "human"|"gpt"|"system", "value": …}``) or ``messages`` (``{"role": …, "content": …}``,
-content a text or a list of text and image parts), and its pictures under ``image`` or ``images``
-(a name or a list of names, relative to the image folder). A record with ``instruction`` and
-``output`` (Alpaca) is one exchange without pictures; its ``input``, if any, follows the instruction
-under the heading that Alpaca's prompt has for it.
+A file is a JSON list or JSON Lines. A record holds turns under ``conversations`` (LLaVA, ShareGPT)
+or ``messages`` (OpenAI, TRL, ms-swift, LLaMA-Factory), or one exchange under ``instruction`` and
+``output`` (Alpaca), ``query`` and ``response`` (ms-swift) or ``prompt`` and ``completion`` (TRL).
+``record_keys`` says what every key means; one that is not there is an error, so nothing that a
+record says is lost unseen. Null, an empty text, list or object mean that a key is absent, because
+tables with a fixed schema write every key into every record.
 
-Three of LLaVA's own rules are kept: turns before the first question are left out, a question with
-exactly one image mark gets it moved to its start, and nothing is fetched from the network.
+Three of LLaVA's own rules are kept: answers before the first question are left out, a question with
+exactly one image mark in its text gets it moved to its start, and nothing is fetched from the
+network. A content list is taken as it stands: images where their parts are, texts unchanged.
 """
 
 import json
+import logging
+import reprlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.config import nearest
+from milora_vl.constants import IMAGE_TEXT, IMAGE_TOKEN
 from milora_vl.data.images import ImagePathError, resolve_image
+from milora_vl.data.record_keys import (
+    ANSWERS,
+    IMAGE_SOURCES,
+    IMAGES,
+    LOSS_SWITCHES,
+    PART_KEYS,
+    QUESTIONS,
+    RECORD_KEYS,
+    SYSTEMS,
+    TURN_KEYS,
+    TURN_LISTS,
+    UNREAD_ROLES,
+    Key,
+    find_key,
+)
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["system", "user", "assistant"]
 
@@ -28,8 +49,16 @@ _ROLES: dict[str, Role] = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "system": "system",
+    "developer": "system",
 }
+_WAYS_OUT = (
+    "remove or rename it, name it in data.ignore_keys to leave it unread in all records, or set "
+    "data.on_bad_record to skip to leave such records out"
+)
+_EARLY_ANSWER = "answers before the first question"
 
 
 class RecordError(ValueError):
@@ -78,18 +107,26 @@ class Conversation:
     where: str = ""
 
 
+class _TwiceWritten(dict):
+    """A JSON object with a key written twice, of which ``json`` would keep the last."""
+
+
 def read_records(
     path: Path | str,
     image_folder: Path | str | None,
     on_bad: Literal["error", "skip"] = "error",
+    ignore_keys: Collection[str] = (),
 ) -> tuple[list[Conversation], Counter[str]]:
     """Read and validate a file of conversations.
+
+    What is ignored is logged once, with the number of records that have it.
 
     Args:
         path: A JSON list or a JSON Lines file, UTF-8.
         image_folder: Where image names start; names must exist there. None: files are not looked
             for (names are still checked to be relative).
         on_bad: Raise at the first bad record, or leave bad records out and count them.
+        ignore_keys: Keys that are not read, whatever ``record_keys`` says of them.
 
     Returns:
         The conversations in file order, and how many were left out for which reason.
@@ -105,11 +142,13 @@ def read_records(
     folder = None if image_folder is None else Path(image_folder)
     conversations: list[Conversation] = []
     skipped: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for where, index, record in _iterate_records(path):
+        unread: set[str] = set()
         try:
             if isinstance(record, RecordError):
                 raise record
-            conversation = parse_record(record, where, default_id=str(index))
+            conversation = parse_record(record, where, str(index), ignore_keys, unread)
             _check_images(conversation, folder)
         except RecordError as error:
             if on_bad == "error":
@@ -117,64 +156,41 @@ def read_records(
             skipped[error.reason] += 1
         else:
             conversations.append(conversation)
+            ignored.update(unread)
     if not conversations:
         raise ValueError(f"{path}: no usable record; left out: {dict(skipped) or 'none'}")
+    if ignored:
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(ignored.items()))
+        logger.warning(
+            "%s: ignored, with the number of records of %d: %s", path, len(conversations), names
+        )
     return conversations, skipped
 
 
-def parse_record(record: Any, where: str, default_id: str = "") -> Conversation:
+def parse_record(
+    record: Any,
+    where: str,
+    default_id: str = "",
+    ignore_keys: Collection[str] = (),
+    ignored: set[str] | None = None,
+) -> Conversation:
     """Validate one decoded record; image files are not looked for.
 
     Args:
         record: A decoded JSON value.
         where: File and record, for messages.
         default_id: The id of a record without one.
+        ignore_keys: Keys that are not read.
+        ignored: Gets the names of the keys that the record has and nobody reads.
 
     Raises:
         RecordError: If the record is malformed; the message starts with ``where``.
     """
-    if not isinstance(record, dict):
-        raise RecordError(where, "not an object", f"got {type(record).__name__}")
-    if "instruction" in record and "output" in record:
-        record = _as_conversation(record, where)
-    key = "conversations" if "conversations" in record else "messages"
-    entries = record.get(key)
-    if not isinstance(entries, list) or not entries:
-        raise RecordError(where, "no turns", 'needs a list under "conversations" or "messages"')
-    outer_names = _read_image_names(record, where)
-    inner_names: list[str] = []
-    turns: list[Turn] = []
-    for position, entry in enumerate(entries):
-        role, text, names = _read_turn(entry, f"{where} turn {position}")
-        if role == "assistant" and not any(turn.role == "user" for turn in turns):
-            continue
-        inner_names += names
-        if role == "user" and text.count(IMAGE_TOKEN) == 1:
-            text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
-        turns.append(Turn(role, text))
-    if outer_names and inner_names:
-        raise RecordError(where, "bad image field", "images are named in the record and in a turn")
-    images = outer_names or inner_names
-    _check_turns(turns, len(images), where)
-    return Conversation(str(record.get("id", default_id)), tuple(turns), tuple(images), where)
-
-
-def _as_conversation(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """Turn an instruction record into a LLaVA record."""
-    parts = {name: record.get(name) or "" for name in ("instruction", "input", "output")}
-    wrong = [name for name, value in parts.items() if not isinstance(value, str)]
-    if wrong or not parts["instruction"].strip():
-        raise RecordError(where, "bad instruction", f"needs text in {wrong or ['instruction']}")
-    question = parts["instruction"]
-    if parts["input"].strip():
-        question = f"{question}\n\n### Input:\n{parts['input']}"
-    # an image mark in a text-only record is text that happens to look like one
-    question, answer = (
-        text.replace(IMAGE_TOKEN, IMAGE_TOKEN[1:-1]) for text in (question, parts["output"])
-    )
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    named = {"id": record["id"]} if "id" in record else {}
-    return {**named, "conversations": turns}
+    reader = _Reader(where, frozenset(ignore_keys), set() if ignored is None else ignored)
+    try:
+        return reader.read(record, default_id)
+    except RecursionError as error:
+        raise RecordError(where, "bad turn", "lists or objects are nested too deeply") from error
 
 
 def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:
@@ -185,8 +201,8 @@ def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     if text.lstrip()[:1] == "[" and path.suffix != ".jsonl":
         try:
-            records = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            records = json.loads(text, object_pairs_hook=_build_object)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number without end
             raise ValueError(f"{path}: malformed JSON: {error}") from error
         for index, record in enumerate(records):
             yield f"{path}[{index}]", index, record
@@ -197,59 +213,356 @@ def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:
             continue
         where = f"{path} line {number}"
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            record = json.loads(line, object_pairs_hook=_build_object)
+        except (ValueError, RecursionError) as error:
             record = RecordError(where, "malformed JSON", str(error))
         yield where, index, record
         index += 1
 
 
-def _read_image_names(record: dict[str, Any], where: str) -> list[str]:
-    if "image" in record and "images" in record:
-        raise RecordError(where, "bad image field", 'both "image" and "images" are given')
-    value = record.get("image", record.get("images"))
-    if value is None:
-        return []
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise RecordError(
-            where, "bad image field", f"needs a name or a list of names, got {value!r}"
-        )
-    return list(names)
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    return built if len(built) == len(pairs) else _TwiceWritten(built)
 
 
-def _read_turn(entry: Any, where: str) -> tuple[Role, str, list[str]]:
-    """Return role, text with image marks, and the image names given inside the turn."""
-    if not isinstance(entry, dict):
-        raise RecordError(where, "bad turn", f"needs an object, got {type(entry).__name__}")
-    speaker = entry.get("from", entry.get("role"))
-    if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise RecordError(where, "unknown role", f"{speaker!r} is none of {', '.join(_ROLES)}")
-    content = entry.get("value", entry.get("content"))
-    if isinstance(content, str):
-        return _ROLES[speaker], content, []
-    if not isinstance(content, list):
-        raise RecordError(where, "bad turn", f"needs text, got {type(content).__name__}")
-    texts: list[str] = []
-    names: list[str] = []
-    for part in content:
-        text, name = _read_part(part, where)
-        texts.append(text)
-        names += [name] if name else []
-    return _ROLES[speaker], "\n".join(texts), names
+def _is_absent(value: Any) -> bool:
+    """Whether a value is null or empty, or holds nothing but such values."""
+    if isinstance(value, dict):
+        return all(map(_is_absent, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_absent, value))
+    return value is None or (isinstance(value, str) and not value)
 
 
-def _read_part(part: Any, where: str) -> tuple[str, str | None]:
-    """Return the text (a mark, for an image) and the image name if the part gives one."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"], None
-    if kind in ("image", "image_url"):
-        source = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
-        name = source.get("url") if isinstance(source, dict) else source
-        if name is None or (isinstance(name, str) and name):
-            return IMAGE_TOKEN, name
-    raise RecordError(where, "bad turn", f"cannot read the content part {str(part)[:80]!r}")
+@dataclass(frozen=True)
+class _Message:
+    """A turn together with the images that it names itself."""
+
+    turn: Turn
+    names: tuple[str, ...] = ()
+
+
+class _Reader:
+    """Reads one record.
+
+    Args:
+        where: File and record, for messages.
+        ignore_keys: Keys that the user does not want read.
+        ignored: Gets the names of all keys that are not read.
+    """
+
+    def __init__(self, where: str, ignore_keys: frozenset[str], ignored: set[str]) -> None:
+        self.where = where
+        self.ignore_keys = ignore_keys
+        self.ignored = ignored
+
+    def read(self, record: Any, default_id: str) -> Conversation:
+        """Return the conversation of a record."""
+        if not isinstance(record, dict):
+            raise RecordError(self.where, "not an object", f"got {type(record).__name__}")
+        fields = self._fields(record, RECORD_KEYS, self.where)
+        if not isinstance(fields.get("objects", []), list):
+            raise self._unread("objects", RECORD_KEYS["objects"], self.where)
+        outer_names = self._record_images(fields)
+        messages = self._messages(fields, bool(outer_names))
+        inner_names = [name for message in messages for name in message.names]
+        if outer_names and inner_names:
+            raise RecordError(
+                self.where, "bad image field", "images are named in the record and in a turn"
+            )
+        images = outer_names or inner_names
+        turns = self._with_system(fields, [message.turn for message in messages])
+        _check_turns(turns, len(images), self.where)
+        name = self._id(fields.get("id", default_id))
+        return Conversation(name, tuple(turns), tuple(images), self.where)
+
+    # --- keys and values --------------------------------------------------------------------------
+
+    def _fields(self, entry: dict[Any, Any], level: dict[str, Key], at: str) -> dict[str, Any]:
+        """Return the keys that are read and not absent; refuse those that cannot be understood."""
+        if isinstance(entry, _TwiceWritten):
+            raise RecordError(at, "malformed JSON", "an object has a key twice")
+        fields = {}
+        for name, value in entry.items():
+            if _is_absent(value):
+                continue
+            if name in self.ignore_keys:
+                self.ignored.add(name)
+                continue
+            key = find_key(str(name), level)
+            if key is None:
+                names = (known for known, row in level.items() if row.use == "read")
+                hint = nearest(str(name), names, "docs/data.md has the known ones")
+                raise RecordError(at, "unknown key", f"{_show(name)} ({hint}): {_WAYS_OUT}")
+            if key.use == "refused":
+                raise self._unread(name, key, at)
+            if key.use == "ignored":
+                self.ignored.add(name)
+            else:
+                fields[name] = value
+        return fields
+
+    def _unread(self, name: str, key: Key, at: str) -> RecordError:
+        detail = f"{name!r} is not supported, {key.meaning}: {_WAYS_OUT}"
+        return RecordError(at, "unsupported key", detail)
+
+    def _text(self, value: Any, at: str, reason: str = "bad turn", has_marks: bool = True) -> str:
+        """Return a text that a tokenizer takes; without marks ``<image>`` in it is escaped."""
+        if not isinstance(value, str):
+            raise RecordError(at, reason, f"needs text, got {type(value).__name__}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            detail = f"half of a character (a lone surrogate) at position {error.start}"
+            raise RecordError(at, "not Unicode text", detail) from error
+        if IMAGE_TEXT in value:
+            raise RecordError(at, "not Unicode text", "U+FDD0 inside an image mark")
+        return value if has_marks else value.replace(IMAGE_TOKEN, IMAGE_TEXT)
+
+    def _one_of(self, fields: dict[str, Any], names: tuple[str, ...], reason: str, at: str) -> Any:
+        """Return the value of the one name that is there, None if none is."""
+        found = [name for name in names if name in fields]
+        if len(found) > 1 and any(fields[name] != fields[found[0]] for name in found):
+            detail = f"{' and '.join(found)} are both given and differ; {_WAYS_OUT}"
+            raise RecordError(at, reason, detail)
+        return fields[found[0]] if found else None
+
+    def _id(self, value: Any) -> str:
+        if isinstance(value, str):
+            return self._text(value, self.where, "bad id")
+        if isinstance(value, int | float) and abs(value) < 1e100:  # not infinite, and can be shown
+            return str(value)
+        raise RecordError(self.where, "bad id", f"needs a text or number, got {_show(value)}")
+
+    # --- images -----------------------------------------------------------------------------------
+
+    def _record_images(self, fields: dict[str, Any]) -> list[str]:
+        found = [name for name in IMAGES if name in fields]
+        if len(found) > 1:
+            raise RecordError(
+                self.where, "bad image field", f"both {found[0]!r} and {found[1]!r} are given"
+            )
+        return self._image_names(fields[found[0]], self.where) if found else []
+
+    def _image_names(self, value: Any, at: str) -> list[str]:
+        """Return the names in an image field: one or a list, each a text or an object."""
+        values = value if isinstance(value, list) else [value]
+        return [self._image_name(one, at) for one in values if not _is_absent(one)]
+
+    def _image_name(self, value: Any, at: str, reason: str = "bad image field") -> str:
+        if isinstance(value, dict):
+            fields = self._fields(value, PART_KEYS, at)
+            value = self._one_of(fields, IMAGE_SOURCES, reason, at)
+        if not isinstance(value, str):
+            detail = f"needs a name or a list of names, got {_show(value)}"
+            raise RecordError(at, reason, detail)
+        return self._text(value, at, reason)
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _messages(self, fields: dict[str, Any], has_images: bool) -> list[_Message]:
+        """Return all turns but the record's own system text, whatever the format."""
+        lists = [name for name in TURN_LISTS if name in fields]
+        single = [name for name in (*QUESTIONS, *ANSWERS, "input", "history") if name in fields]
+        if len(lists) > 1 or (lists and single):
+            first, second = (lists + single)[:2]
+            detail = f"{first!r} beside {second!r}, so which one counts? {_WAYS_OUT}"
+            raise RecordError(self.where, "two conversations", detail)
+        if single:
+            if any(isinstance(fields.get(name), list) for name in ("prompt", "completion")):
+                return self._prompt_and_completion(fields)
+            return self._one_exchange(fields, has_images)
+        entries = fields.get(lists[0]) if lists else None
+        if not isinstance(entries, list):
+            raise RecordError(
+                self.where, "no turns", 'needs a list under "conversations" or "messages"'
+            )
+        return self._turn_list(entries, self.where)
+
+    def _turn_list(self, entries: list[Any], at: str) -> list[_Message]:
+        messages: list[_Message] = []
+        for position, entry in enumerate(entries):
+            if _is_absent(entry):
+                continue
+            message = self._turn(entry, f"{at} turn {position}")
+            asked = any(earlier.turn.role == "user" for earlier in messages)
+            if message.turn.role == "assistant" and not asked:
+                self.ignored.add(_EARLY_ANSWER)
+                continue
+            messages.append(message)
+        return messages
+
+    def _turn(self, entry: Any, at: str) -> _Message:
+        if not isinstance(entry, dict):
+            raise RecordError(at, "bad turn", f"needs an object, got {type(entry).__name__}")
+        fields = self._fields(entry, TURN_KEYS, at)
+        role = self._role(fields, at)
+        content = self._one_of(fields, ("value", "content"), "bad turn", at)
+        if content is None:  # absent; written as an empty text it is a text all the same
+            content = next((entry.get(k) for k in ("value", "content") if entry.get(k) == ""), None)
+        if isinstance(content, list):
+            text, names = self._parts(content, role, at)
+        else:
+            text, names = _move_one_mark(self._text(content, at), role), []
+        own = self._image_names(fields.get("image", []), at)
+        own += self._image_names(fields.get("images", []), at)
+        if own and names:
+            raise RecordError(at, "bad image field", "images are named in the turn and in its text")
+        if own and role == "user" and IMAGE_TOKEN not in text:
+            text = f"{IMAGE_TOKEN}\n" * len(own) + text
+        if own and (role != "user" or text.count(IMAGE_TOKEN) != len(own)):
+            raise RecordError(at, "bad image field", f"{len(own)} images do not fit into its text")
+        return _Message(Turn(role, text, self._is_learned(fields, role, at)), (*names, *own))
+
+    def _role(self, fields: dict[str, Any], at: str) -> Role:
+        roles = set()
+        for name in ("from", "role"):
+            if name in fields:
+                speaker = fields[name]
+                word = speaker.strip().lower() if isinstance(speaker, str) else None
+                if word in UNREAD_ROLES:
+                    raise RecordError(at, "unsupported role", f"{word!r}: tool calls are not read")
+                if word not in _ROLES:
+                    detail = f"{_show(speaker)} is none of {', '.join(_ROLES)}"
+                    raise RecordError(at, "unknown role", detail)
+                roles.add(_ROLES[word])
+        if len(roles) != 1:
+            detail = '"from" and "role" differ' if roles else 'needs "from" or "role"'
+            raise RecordError(at, "unknown role", detail)
+        return roles.pop()
+
+    def _is_learned(self, fields: dict[str, Any], role: Role, at: str) -> bool:
+        """Read the switches of a turn: true and false, or the weights 1 and 0."""
+        values = {name: fields[name] for name in LOSS_SWITCHES if name in fields}
+        for name, value in values.items():
+            if not isinstance(value, int | float) or value not in (0, 1):
+                detail = f"{name!r} is {_show(value)}; needs true, false, 1 or 0"
+                raise RecordError(at, "bad loss switch", detail)
+            if role != "assistant" and value and name != "weight":
+                raise RecordError(at, "bad loss switch", f"{name!r}: only answers are learned")
+        if len({bool(value) for value in values.values()}) > 1:
+            raise RecordError(
+                at, "bad loss switch", f"{' and '.join(values)} contradict each other"
+            )
+        return all(values.values())
+
+    def _parts(self, parts: list[Any], role: Role, at: str) -> tuple[str, list[str]]:
+        """Join a content list: texts as they are, a mark for each image."""
+        texts: list[str] = []
+        names: list[str] = []
+        present = [part for part in parts if not _is_absent(part)]
+        for position, part in enumerate(present):
+            if not isinstance(part, dict):
+                raise RecordError(at, "bad turn", f"cannot read the content part {_show(part)}")
+            fields = self._fields(part, PART_KEYS, at)
+            sources = [name for name in IMAGE_SOURCES if name in fields]
+            kind = fields.get("type", "image" if sources else "text")
+            if kind == "text" and not sources:
+                texts.append(self._text(fields.get("text", ""), at, has_marks=role != "user"))
+            elif kind in ("image", "image_url") and "text" not in fields:
+                if role != "user":
+                    raise RecordError(at, "image mark outside a question", f"an image in a {role}")
+                # the line break is part of the mark, as in LLaVA; styles put their own frame there
+                texts.append(f"{IMAGE_TOKEN}\n" if position + 1 < len(present) else IMAGE_TOKEN)
+                if sources:
+                    source = self._one_of(fields, IMAGE_SOURCES, "bad turn", at)
+                    names.append(self._image_name(source, at, "bad turn"))
+            else:
+                raise RecordError(at, "bad turn", f"cannot read the content part {_show(part)}")
+        return "".join(texts), names
+
+    # --- records with one exchange ----------------------------------------------------------------
+
+    def _one_exchange(self, fields: dict[str, Any], has_images: bool) -> list[_Message]:
+        """Return the turns of an instruction record, those of its history first.
+
+        Its texts hold image marks only if the record names images; else they stand for themselves.
+        """
+
+        def text(value: Any, has_marks: bool = has_images) -> str:
+            return self._text(value, self.where, "bad instruction", has_marks)
+
+        question = self._only(fields, QUESTIONS)
+        more = fields.get("input", "")
+        if question and more and "instruction" not in fields:
+            raise RecordError(self.where, "bad instruction", '"input" belongs to "instruction"')
+        if not question and not more:
+            raise RecordError(self.where, "bad instruction", f"needs one of {', '.join(QUESTIONS)}")
+        asked = text(question or more)
+        if question and text(more).strip():
+            asked = f"{asked}\n\n### Input:\n{text(more)}"
+        if not asked.strip():
+            raise RecordError(self.where, "bad instruction", "the question has no text")
+        exchanges = [(text(q), text(a, True)) for q, a in self._history(fields.get("history", []))]
+        exchanges.append((asked, text(self._only(fields, ANSWERS) or "", True)))
+        if has_images and not any(IMAGE_TOKEN in question for question, _ in exchanges):
+            question, answer = exchanges[0]
+            count = len(self._record_images(fields))
+            exchanges[0] = (f"{IMAGE_TOKEN}\n" * count + question, answer)
+        turns = [
+            turn
+            for question, answer in exchanges
+            for turn in (Turn("user", _move_one_mark(question, "user")), Turn("assistant", answer))
+        ]
+        return [_Message(turn) for turn in turns]
+
+    def _only(self, fields: dict[str, Any], names: tuple[str, ...]) -> Any:
+        found = [name for name in names if name in fields]
+        if len(found) > 1:
+            detail = f"{' and '.join(found)} are both given; {_WAYS_OUT}"
+            raise RecordError(self.where, "two conversations", detail)
+        return fields[found[0]] if found else None
+
+    def _history(self, pairs: Any) -> list[tuple[Any, Any]]:
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 for pair in pairs
+        ):
+            detail = "history needs a list of [question, answer]"
+            raise RecordError(self.where, "bad instruction", detail)
+        return [(question, answer) for question, answer in pairs]
+
+    def _prompt_and_completion(self, fields: dict[str, Any]) -> list[_Message]:
+        """Return the turns of TRL's conversational form; what the prompt answers is context."""
+        lists = [fields.get(name) for name in ("prompt", "completion")]
+        others = [name for name in (*QUESTIONS, *ANSWERS, "input", "history") if name in fields]
+        if not all(isinstance(one, list) for one in lists) or len(others) > 2:
+            detail = '"prompt" and "completion" must both be lists of messages, or both texts'
+            raise RecordError(self.where, "bad instruction", detail)
+        prompt = self._turn_list(lists[0], f"{self.where} prompt")
+        prompt = [replace(one, turn=replace(one.turn, supervised=False)) for one in prompt]
+        answers = [
+            self._turn(entry, f"{self.where} completion turn {position}")
+            for position, entry in enumerate(lists[1])
+        ]
+        return prompt + answers
+
+    def _with_system(self, fields: dict[str, Any], turns: list[Turn]) -> list[Turn]:
+        """Put the record's system text before its turns."""
+        value = self._one_of(fields, SYSTEMS, "bad system text", self.where)
+        if value is None:
+            return turns
+        text = self._text(value, self.where, "bad system text")
+        if turns and turns[0].role == "system":
+            if turns[0].text != text:
+                detail = f"the record's own differs from that of its first turn; {_WAYS_OUT}"
+                raise RecordError(self.where, "bad system text", detail)
+            return turns
+        return [Turn("system", text), *turns]
+
+
+def _show(value: Any) -> str:
+    """Return a short text for a value of any size or depth."""
+    try:
+        return reprlib.repr(value).encode("utf-8", "backslashreplace").decode()
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a value of type {type(value).__name__}"
+
+
+def _move_one_mark(text: str, role: Role) -> str:
+    """Put the only image mark of a question at its start, as LLaVA does."""
+    if role != "user" or text.count(IMAGE_TOKEN) != 1:
+        return text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
 def _check_turns(turns: list[Turn], n_images: int, where: str) -> None:
@@ -264,10 +577,9 @@ def _check_turns(turns: list[Turn], n_images: int, where: str) -> None:
             raise RecordError(where, "empty answer", f"answer {position // 2} has no text")
     if len(dialogue) < 2 or len(dialogue) % 2:
         raise RecordError(where, "no answer", "the last turn must be the assistant's")
+    if not any(turn.supervised for turn in dialogue[1::2]):
+        raise RecordError(where, "no answer", "every answer is marked as not to be learned")
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in dialogue if turn.role == "user")
-    misplaced = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role != "user")
-    if misplaced:
-        raise RecordError(where, "image mark outside a question", f"{misplaced} {IMAGE_TOKEN}")
     if marks > n_images:
         raise RecordError(
             where, "more image marks than images", f"{marks} {IMAGE_TOKEN} marks, {n_images} images"
@@ -284,7 +596,8 @@ def _check_images(conversation: Conversation, folder: Path | None) -> None:
     for name in conversation.images:
         try:
             image_path = resolve_image(folder or Path(), name)
-        except ImagePathError as error:
+            is_missing = folder is not None and not image_path.is_file()
+        except (ImagePathError, OSError) as error:  # OSError: a name longer than the disk takes
             raise RecordError(conversation.where, "bad image path", str(error)) from error
-        if folder is not None and not image_path.is_file():
+        if is_missing:
             raise RecordError(conversation.where, "image file missing", str(image_path))
