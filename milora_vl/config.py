@@ -201,7 +201,7 @@ class DataSection(Section):
     """Records to train and validate on.
 
     Attributes:
-        train: Files of LLaVA records (JSON list or JSONL); ``${MILORA_CACHE}`` is the cache folder.
+        train: Files of records, see docs/data.md; ``${MILORA_CACHE}`` is the cache folder.
         image_folder: Folder that the records' image paths start from; empty for text-only records.
         validation: File of records for the validation loss; None for none.
         max_length: Longest sequence in tokens; answers are cut to fit, image tokens never.
@@ -209,7 +209,10 @@ class DataSection(Section):
             is learnt as if it were the only one, so that no answer tells another.
         pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
         on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
-        on_bad_image: Stop at a picture that cannot be read, or leave its record out and count it.
+        on_bad_image: Stop at an image that cannot be read, or leave its record out and count it.
+        ignore_keys: Keys of records that are not read, whatever docs/data.md says of them.
+        special_tokens_in_answers: What a special token's name in an answer means: "literal", its
+            characters; "token", the token, unless it stands for an image.
         limit, validation_limit: Use only the first records of each file.
     """
 
@@ -221,6 +224,8 @@ class DataSection(Section):
     pad_to_square: bool = True
     on_bad_record: Literal["error", "skip"] = "error"
     on_bad_image: Literal["error", "skip"] = "error"
+    ignore_keys: list[str] = []
+    special_tokens_in_answers: Literal["literal", "token"] = "literal"
     limit: int | None = Field(default=None, ge=1)
     validation_limit: int | None = Field(default=None, ge=1)
 

@@ -126,7 +126,8 @@ def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:
             continue
         try:
             data = load_config(file).data
-            records, _ = read_records(data.validation or data.train[0], data.image_folder, "skip")
+            file_of_records = data.validation or data.train[0]
+            records, _ = read_records(file_of_records, data.image_folder, "skip", data.ignore_keys)
             record = next(item for item in records if item.images)
             picture = load_image(Path(data.image_folder) / record.images[0])
         except (OSError, ValueError, StopIteration) as error:

@@ -45,7 +45,9 @@ def load_conversations(
     section: DataSection, file: str, limit: int | None = None
 ) -> list[Conversation]:
     """Read one record file by the section's rules; what is left out is counted and logged."""
-    conversations, skipped = read_records(file, section.image_folder or None, section.on_bad_record)
+    conversations, skipped = read_records(
+        file, section.image_folder or None, section.on_bad_record, section.ignore_keys
+    )
     for reason, count in skipped.items():
         logger.warning("%s: %d records left out: %s", file, count, reason)
     return conversations[:limit]
