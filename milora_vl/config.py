@@ -5,7 +5,10 @@ YAML as people write it: numbers, repeated keys, overrides and the cache folder.
 
 import dataclasses
 import difflib
+import logging
+import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +25,8 @@ from pydantic import (
 
 from milora_vl.files import cache_folder, write_text_atomic
 from milora_vl.runtime import BF16_CHOICES
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -279,8 +284,22 @@ class EvalSection(Section):
     limit: int | None = Field(default=None, ge=1)
 
 
+class TrainingExtras(Section):
+    """Keys of a ``training`` section that are ours; all others go to ``TrainingArguments``.
+
+    Attributes:
+        global_batch_size: Samples of one optimizer step over all devices. It gives
+            ``gradient_accumulation_steps`` unless that is set, see ``arguments_for``.
+    """
+
+    global_batch_size: int | None = Field(default=None, ge=1)
+
+
 class Config(Section):
-    """All settings of one run; ``training`` goes to ``TrainingArguments`` unchanged."""
+    """All settings of one run.
+
+    ``training`` holds keys of ``transformers.TrainingArguments`` and those of ``TrainingExtras``.
+    """
 
     model: ModelSection
     data: DataSection
@@ -323,9 +342,9 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
         config = Config.model_validate(expand_cache(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(where, item) for item in error.errors())) from None
-    _check_training_keys(config.training, f"{where}: training")
+    _check_training(config.training, f"{where}: training")
     if config.alignment:
-        _check_training_keys(config.alignment.training, f"{where}: alignment.training")
+        _check_training(config.alignment.training, f"{where}: alignment.training")
     return config
 
 
@@ -356,16 +375,153 @@ def _explain(where: str, error: Mapping[str, Any]) -> str:
     return f"{where}: {name}: {error['msg']}, got {error.get('input')!r}"
 
 
-def _check_training_keys(training: Mapping[str, Any], where: str) -> None:
+def split_training(training: Mapping[str, Any]) -> tuple[TrainingExtras, dict[str, Any]]:
+    """Part a ``training`` section into our keys and those of ``TrainingArguments``.
+
+    Raises:
+        pydantic.ValidationError: If a value of ours cannot be used.
+    """
+    ours = {key: training[key] for key in TrainingExtras.model_fields if key in training}
+    rest = {key: value for key, value in training.items() if key not in ours}
+    return TrainingExtras.model_validate(ours), rest
+
+
+def arguments_for(training: Mapping[str, Any], devices: int) -> dict[str, Any]:
+    """Return the keys of ``TrainingArguments``, with the accumulation that the batch asks for.
+
+    ``gradient_accumulation_steps`` becomes ``global_batch_size`` / (devices x batch a device),
+    rounded, unless the section sets it. A global batch that is not kept is one warning.
+
+    Args:
+        training: A ``training`` section.
+        devices: Processes that train together, one a device.
+    """
+    extras, arguments = split_training(training)
+    wanted = extras.global_batch_size
+    if wanted is None:
+        return arguments
+    at_once = devices * arguments.get("per_device_train_batch_size", 8)
+    steps = arguments.get("gradient_accumulation_steps") or max(1, round(wanted / at_once))
+    if steps * at_once != wanted:
+        logger.warning(
+            "the global batch is %d samples (%d devices x %d x %d accumulated), not the %d of "
+            "training.global_batch_size; its learning rate was chosen for that. Change "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps",
+            steps * at_once,
+            devices,
+            at_once // devices,
+            steps,
+            wanted,
+        )
+    return {**arguments, "gradient_accumulation_steps": steps}
+
+
+# Smallest value of counts and rates that transformers takes at its word, whatever it is.
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "num_train_epochs": 0, "learning_rate": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "save_steps": 0,
+    "logging_steps": 0, "eval_steps": 0,
+}  # fmt: skip
+# Checked by type alone: what they need is a question of the machine that trains.
+HARDWARE_KEYS = (
+    "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "torch_compile",
+    "deepspeed", "fsdp", "fsdp_config",
+)  # fmt: skip
+
+
+def _check_training(training: Mapping[str, Any], where: str) -> None:
+    """Check names, types and values of a ``training`` section; no device is touched.
+
+    Raises:
+        ConfigError: If ``TrainingArguments`` would not take it, or would take it for something
+            that was not meant.
+    """
     from transformers import TrainingArguments  # seconds to import; only a whole config needs it
 
+    try:
+        _, arguments = split_training(training)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(where, item) for item in error.errors())) from None
     known = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments)}
-    for key, value in training.items():
+    for key, value in arguments.items():
         if key not in known:
-            hint = nearest(key, known, "see transformers.TrainingArguments")
+            hint = nearest(
+                key, [*known, *TrainingExtras.model_fields], "see transformers.TrainingArguments"
+            )
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-        if key == "bf16" and not isinstance(value, bool) and value != "auto":
-            raise ConfigError(f"{where}: bf16: {value!r} is none of its choices, {BF16_CHOICES}")
-        numeric = re.search(r"int|float", known[key]) and "str" not in known[key]
-        if numeric and not isinstance(value, int | float | type(None)):
-            raise ConfigError(f"{where}: {key}: a number is needed, got {value!r}")
+        _check_type(f"{where}: {key}", value, known[key])
+    _check_reporters(arguments.get("report_to"), where)
+
+    class OnPaper(TrainingArguments):
+        """The parent's own checks, without its setting up of a device or of processes."""
+
+        @property
+        def device(self) -> str:
+            return "cpu"
+
+    rest = {key: value for key, value in arguments.items() if key not in HARDWARE_KEYS}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # they come again when the run starts
+            OnPaper(**({"output_dir": "unused"} | rest), use_cpu=True)
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{where}: {_shorten(text, rest)}") from error
+
+
+def _shorten(message: str, arguments: Mapping[str, Any]) -> str:
+    """Name the key and the nearest choice where transformers lists all choices of a value."""
+    found = re.match(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", message)
+    if not found:
+        return message
+    value, choices = found[1], re.findall(r"'([^']+)'", found[2])
+    key = next((key for key, one in arguments.items() if one == value), "value")
+    return f"{key}: unknown choice {value!r}; {nearest(value, choices, ', '.join(choices))}"
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """Refuse YAML that is read as another type than was meant.
+
+    Raises:
+        ConfigError: With what to write instead.
+    """
+    key, is_bool = name.rpartition(" ")[2], isinstance(value, bool)
+    takes_bool, takes_number = "bool" in annotation, re.search(r"int|float", annotation)
+    takes_text = re.search(r"str|dict|list", annotation)
+    if value is None or (key == "bf16" and value == "auto"):
+        return
+    if is_bool and not takes_bool:
+        word = "yes" if value else "no"
+        hint = f"; YAML reads {word} as {str(value).lower()}, write \"'{word}'\""
+        raise ConfigError(f"{name}: {value} is no value for it{hint if takes_text else ''}")
+    if is_bool or takes_text:
+        return
+    if key == "bf16":
+        raise ConfigError(f"{name}: {value!r} is none of its choices, {BF16_CHOICES}")
+    if takes_bool:
+        raise ConfigError(f"{name}: true or false is needed, got {value!r}")
+    if takes_number:
+        _check_number(name, value, whole="float" not in annotation)
+
+
+def _check_number(name: str, value: Any, *, whole: bool) -> None:
+    if not isinstance(value, int | float):
+        raise ConfigError(f"{name}: a number is needed, got {value!r}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: a finite number is needed, got {value}")
+    if whole and not isinstance(value, int):
+        raise ConfigError(f"{name}: a whole number is needed, got {value}")
+    least = LEAST.get(name.rpartition(" ")[2])
+    if least is not None and value < least:
+        raise ConfigError(f"{name}: {value} is too small; the least is {least}")
+
+
+def _check_reporters(names: str | list[str] | None, where: str) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    for name in [names] if isinstance(names, str) else names or []:
+        if name not in known:
+            hint = nearest(str(name), known, f"known: {', '.join(known)}")
+            raise ConfigError(f"{where}: report_to: unknown back-end {name!r}; {hint}")

@@ -1,10 +1,13 @@
 """The ``training`` section of a config -> ``transformers.TrainingArguments``."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from milora_vl.config import arguments_for
 
 
 def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
@@ -28,4 +31,5 @@ def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> Traini
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],
     }
-    return TrainingArguments(**(defaults | training))
+    devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by every launcher
+    return TrainingArguments(**(defaults | arguments_for(training, devices)))
