@@ -1,21 +1,24 @@
-"""Image file -> RGB picture -> pixel values, safely.
+"""Image file -> RGB image -> pixel values, safely.
 
-Pictures are opened as LLaVA opens them: ``convert("RGB")`` and no EXIF rotation, so that scores of
-checkpoints trained that way stay comparable. Alpha is dropped, not blended; of an animation the
-first frame is taken. Nothing is fetched from the network.
+Every image becomes 8-bit RGB. Alpha is dropped, not blended; an animation gives its first frame.
+The EXIF orientation is followed in every format that has one, as transformers and datasets do.
+Gray deeper than 8 bits keeps its levels, see ``load_image``. Nothing is fetched from the network.
 
-Pictures through a model's own processor: the text they become in the prompt, and the tensors.
+There are two ways on to pixel values: ``ImageTransform`` for models whose images all take the same
+number of tokens, and ``ProcessorPictures``, which asks a model's own processor, for all others.
 """
 
 import os
 import re
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,11 +35,20 @@ _TEXT_FIELDS = (
     "cross_attention_mask",
     "text_replacement_offsets",
 )
+_MEDIA = ("image", "video", "audio")
 Size = tuple[int, int]
 
 
 class PictureError(ValueError):
-    """Pictures that the processor does not take, or a processor that does not say what it does."""
+    """More images than a family takes, or a processor that does not say what it does."""
+
+
+class ImagePathError(ValueError):
+    """An image name that is a URL or leaves the image folder."""
+
+
+class BadImageError(ValueError):
+    """An image that cannot be read, or has a size that cannot be used; the message names it."""
 
 
 @dataclass(eq=False)
@@ -66,6 +78,7 @@ class ProcessorPictures:
 
         Raises:
             PictureError: If there are more pictures than the family takes.
+            BadImageError: If the processor refuses a picture of such a size.
         """
         key = tuple(sizes)
         if key not in self._texts:
@@ -91,9 +104,8 @@ class ProcessorPictures:
             Tensors whose first axis is T.
         """
         if self.token_types == "prefix":
-            first = len(input_ids)
-            if labels is not None:
-                first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+            learned = (i for i, label in enumerate(labels or []) if label != IGNORE_INDEX)
+            first = next(learned, len(input_ids))
             return {"token_type_ids": (torch.arange(len(input_ids)) >= first).long()}
         if self.token_types != "none":
             is_picture = torch.isin(torch.tensor(input_ids), torch.tensor(self._picture_ids()))
@@ -101,6 +113,12 @@ class ProcessorPictures:
         if self.cross_attention and images:
             return {"cross_attention_mask": self._cross_attention_mask(input_ids, images)}
         return {}
+
+    def token_names(self) -> set[str]:
+        """Return the tokens that stand for images, video or sound; no text may bring them in."""
+        names = (getattr(self.processor, f"{kind}_token", None) for kind in _MEDIA)
+        found = self.processor.tokenizer.convert_ids_to_tokens(self._picture_ids())
+        return {name for name in (*names, *found) if isinstance(name, str)}
 
     def _picture_ids(self) -> list[int]:
         return [token for token in self.processor.image_token_ids if token is not None]
@@ -126,12 +144,20 @@ class ProcessorPictures:
                 f"{type(self.processor).__name__} takes {self.max_images}"
             )
         token = self.processor.image_token
-        output = self.processor(
-            text=[token * len(pictures)],
-            images=[list(pictures)],
-            return_text_replacement_offsets=True,
-            return_tensors="pt",
-        )
+        try:
+            output = self.processor(
+                text=[token * len(pictures)],
+                images=[list(pictures)],
+                return_text_replacement_offsets=True,
+                return_tensors="pt",
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # each processor has its own ways to refuse a shape
+            sizes = ", ".join(f"{one.width} x {one.height} px" for one in pictures)
+            raise BadImageError(
+                f"{type(self.processor).__name__} refuses {sizes}: {type(error).__name__}: {error}"
+            ) from error
         if self.cross_attention:
             texts = [token] * len(pictures)
         elif "text_replacement_offsets" in output:
@@ -156,14 +182,6 @@ MAX_IMAGE_PIXELS = 89_478_485
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError)
 
 
-class ImagePathError(ValueError):
-    """An image name that is a URL or leaves the image folder."""
-
-
-class BadImageError(ValueError):
-    """An image file that cannot be read; the message names it."""
-
-
 def resolve_image(image_folder: Path | str, name: str) -> Path:
     """Return the path of an image below the image folder.
 
@@ -172,14 +190,17 @@ def resolve_image(image_folder: Path | str, name: str) -> Path:
 
     Args:
         image_folder: Where names start.
-        name: Relative path; an absolute one only if it lies below the folder.
+        name: Relative path; an absolute one only if it lies below the folder. ``file://`` names are
+            paths, percent-encoded as in any URL.
 
     Returns:
         The path; it may not exist.
 
     Raises:
-        ImagePathError: If the name is a URL, is empty, or leaves the folder.
+        ImagePathError: If the name is another URL, is empty, or leaves the folder.
     """
+    if re.match(r"(?i)file:/", name):
+        name = unquote(re.sub(r"(?i)^file:(//(localhost(?=/))?)?", "", name))
     if re.match(r"(?i)(data:|[a-z][a-z0-9+.-]*://)", name):
         raise ImagePathError(f"{name[:120]!r} is a URL; download it and give a file name")
     if not name.strip() or "\0" in name:
@@ -195,46 +216,115 @@ def resolve_image(image_folder: Path | str, name: str) -> Path:
 
 
 def load_image(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read and fully decode one picture.
+    """Read and fully decode one image.
+
+    Gray that is deeper than 8 bits is scaled to 8: 12 or 16 bits by the depth in the file, so that
+    the largest value the file can hold is white. 32-bit integers that all fit into 8 or 16 bits are
+    taken as such, because files of that kind mostly carry less than they could; others are scaled
+    by their range, lowest to highest, and so are floats.
 
     Args:
         path: An image file.
         max_pixels: Largest width times height; it is checked before decoding.
 
     Returns:
-        An RGB picture.
+        An RGB image, turned as its EXIF orientation says.
 
     Raises:
         BadImageError: If the file is missing, corrupt, cut short or too large; it is named.
     """
     try:
-        with warnings.catch_warnings():
-            # max_pixels decides here, not Pillow's warning
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise BadImageError(
-                        f"{path}: {width} x {height} px is more than the limit of {max_pixels} px"
-                    )
-                return image.convert("RGB")
+        with _open_image(path, max_pixels) as image:
+            turn = _find_turn(image)  # before decoding, as for ``read_image_size``
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                gray = Image.fromarray(_scale_to_8_bits(image))
+                rgb = gray.convert("RGB")
+            else:
+                rgb = image.convert("RGB")
+            return rgb if turn is None else rgb.transpose(turn)
     except BadImageError:
         raise
     except (*_DECODE_ERRORS, struct.error, Image.DecompressionBombError) as error:
         raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def read_image_size(path: Path | str) -> tuple[int, int]:
-    """Return (width, height) in px from the file's header; pixels are not decoded.
+def read_image_size(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """Return (width, height) in px that ``load_image`` will give; only the header is read.
 
     Raises:
-        BadImageError: If the file is missing or no image; it is named.
+        BadImageError: If the file is missing, no image or too large; it is named.
     """
     try:
-        with Image.open(path) as image:
-            return image.size
+        with _open_image(path, max_pixels) as image:
+            width, height = image.size
+            return (height, width) if _find_turn(image) in _SIDEWAYS else (width, height)
+    except BadImageError:
+        raise
     except (*_DECODE_ERRORS, struct.error, Image.DecompressionBombError) as error:
         raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _open_image(path: Path | str, max_pixels: int) -> Image.Image:
+    with warnings.catch_warnings():
+        # max_pixels decides here, not Pillow's warning
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise BadImageError(
+            f"{path}: {width} x {height} px is more than the limit of {max_pixels} px"
+        )
+    return image
+
+
+_ORIENTATION = 0x0112  # the EXIF tag, and the TIFF tag of the same name
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how an opened image has to be turned; None for not at all. Nothing is decoded."""
+    if image.format == "TIFF":
+        return None  # Pillow turns TIFF itself, and its header's size is that of the turned image
+    if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}:
+        return None  # Pillow would decode the image to look for EXIF data behind the pixels
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION))
+    except (*_DECODE_ERRORS, struct.error):
+        return None  # damaged EXIF data say nothing about the pixels
+
+
+def _scale_to_8_bits(image: Image.Image) -> np.ndarray:
+    """Return the gray values of a deep image as uint8 [H, W]; see ``load_image`` for the rule."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of TIFF; 258 is BitsPerSample, 339 SampleFormat
+    bits = (tags.get(258) or (16,))[0]
+    if image.mode.startswith("I;"):
+        top = 2 ** min(bits, 16) - 1
+        return ((values.astype(np.uint32) * 255 + top // 2) // top).clip(0, 255).astype(np.uint8)
+    if image.mode == "I" and bits == 32 and (tags.get(339) or (1,))[0] == 1:
+        values = values.view(np.uint32)  # unsigned in the file; Pillow knows signed ones alone
+    lowest, highest = float(values.min()), float(values.max())
+    if not np.isfinite([lowest, highest]).all():
+        raise ValueError("it holds values that are not finite")
+    if image.mode == "I" and lowest >= 0 and highest < 2**16:
+        from_16_bits = highest >= 2**8 or image.format != "TIFF"  # Pillow widens those of PGM
+        lowest, highest = 0.0, 65535.0 if from_16_bits else 255.0
+    if highest == lowest:
+        return np.zeros(values.shape, np.uint8)
+    # halves first: the difference of two floats can be more than a float holds
+    scale = 255 / (highest / 2 - lowest / 2)
+    scaled = (values.astype(np.float64) / 2 - lowest / 2) * scale
+    return scaled.round().astype(np.uint8)
 
 
 def pad_to_square(
@@ -246,7 +336,7 @@ def pad_to_square(
 
     Args:
         image: An RGB picture.
-        background_rgb: Colour of the border, 0 to 255.
+        background_rgb: Color of the border, 0 to 255.
         max_pixels: Largest square, in pixels.
 
     Returns:
@@ -265,8 +355,8 @@ def pad_to_square(
     return square
 
 
-def mean_colour(image_processor: Any) -> tuple[int, int, int]:
-    """Return the processor's mean as a colour, ``int(255 * mean)`` a channel, as LLaVA rounds it.
+def mean_color(image_processor: Any) -> tuple[int, int, int]:
+    """Return the processor's mean as a color, ``int(255 * mean)`` a channel, as LLaVA rounds it.
 
     Raises:
         ValueError: If the processor has no mean of three channels.
@@ -281,32 +371,62 @@ def mean_colour(image_processor: Any) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def build_image_transform(image_processor: Any, pad: bool = True) -> Callable[..., Tensor]:
-    """Build the function that turns an RGB picture into pixel values.
+def build_image_transform(image_processor: Any, pad: bool = True) -> "ImageTransform":
+    """Build the function that turns an RGB image into pixel values.
 
     Args:
         image_processor: A transformers image processor (Pillow or torchvision backed).
-        pad: Pad to a square with the processor's mean colour first, which keeps the aspect ratio
-            and the whole picture; otherwise the processor alone resizes and crops.
+        pad: Pad to a square with the processor's mean color first, which keeps the aspect ratio
+            and the whole image; otherwise the processor alone resizes and crops.
 
     Returns:
-        A picklable callable: RGB picture -> float32 [3, H, W].
+        A picklable callable: RGB image -> float32 [3, H, W].
 
     Raises:
-        ValueError: If ``pad`` is set and the processor has no mean colour.
+        ValueError: If ``pad`` is set and the processor has no mean color.
     """
-    background = mean_colour(image_processor) if pad else None
-    return _ImageTransform(image_processor, background)
+    background = mean_color(image_processor) if pad else None
+    return ImageTransform(image_processor, background)
 
 
-class _ImageTransform:
-    """Padding and processor as one picklable callable."""
+class ImageTransform:
+    """Padding and processor as one picklable callable.
+
+    Args:
+        image_processor: A transformers image processor.
+        background: Color of the border that makes an image square; None to leave its shape.
+    """
 
     def __init__(self, image_processor: Any, background: tuple[int, int, int] | None) -> None:
+        """Keep both; see the class."""
         self.image_processor = image_processor
         self.background = background
 
+    def check_size(self, width: int, height: int) -> None:
+        """Check that an image of this size, once resized, is within the limit of pixels.
+
+        A processor that makes the shorter side S turns W x 1 px into W S x S px before it crops.
+
+        Raises:
+            BadImageError: If it is not.
+        """
+        edge = (self.image_processor.size or {}).get("shortest_edge")
+        if self.background is not None or not edge or not self.image_processor.do_resize:
+            return
+        longer = edge * max(width, height) // min(width, height)
+        if longer * edge > MAX_IMAGE_PIXELS:
+            raise BadImageError(
+                f"{width} x {height} px would be resized to {longer} x {edge} px, which is more "
+                f"than the limit of {MAX_IMAGE_PIXELS} px; set data.pad_to_square: true"
+            )
+
     def __call__(self, image: Image.Image) -> Tensor:
+        """Return float32 [3, H, W] of an RGB image.
+
+        Raises:
+            BadImageError: See ``check_size``.
+        """
+        self.check_size(*image.size)
         if self.background is not None:
             image = pad_to_square(image, self.background)
         output = self.image_processor(images=image, return_tensors="pt")

@@ -1,8 +1,10 @@
 import pickle
 import random
+import resource
 import struct
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,13 +12,15 @@ from transformers import BitImageProcessor, CLIPImageProcessor, LlavaImageProces
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from milora_vl.data import images
 from milora_vl.data.images import (
     BadImageError,
     ImagePathError,
     build_image_transform,
     load_image,
-    mean_colour,
+    mean_color,
     pad_to_square,
+    read_image_size,
     resolve_image,
 )
 
@@ -77,6 +81,18 @@ def test_names_outside_the_folder_and_urls_are_refused(tmp_path, name):
         resolve_image(tmp_path, name)
 
 
+@pytest.mark.parametrize("start", ["file://", "file://localhost", "FILE://", "file:"])
+def test_file_urls_are_paths(tmp_path, start):
+    path = resolve_image(tmp_path, f"{start}{tmp_path}/sub/a%20b.png")
+    assert path == tmp_path / "sub" / "a b.png"
+    with pytest.raises(ImagePathError, match="outside"):
+        resolve_image(tmp_path, f"{start}/etc/%2e%2e/etc/passwd")
+
+
+def test_a_relative_file_url_starts_at_the_folder(tmp_path):
+    assert resolve_image(tmp_path, "file://sub/a.png") == tmp_path / "sub" / "a.png"
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -91,12 +107,79 @@ def test_every_mode_becomes_rgb_of_the_same_size(tmp_path, mode):
     assert (image.mode, image.size) == ("RGB", (9, 5))
 
 
-def test_exif_orientation_is_not_applied_as_in_llava(tmp_path):
-    picture = noise(8, 4)
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (8, 4)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_the_exif_orientation_is_followed_in_every_format(tmp_path, suffix, orientation):
+    upright = Image.new("RGB", (64, 32), "white")
+    upright.paste("black", (0, 0, 32, 16))
+    # the pixels as a camera held that way stores them: the inverse of the turn that EXIF asks for
+    inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    turn = inverse.get(orientation, images._TURNS.get(orientation))
+    stored = upright if turn is None else upright.transpose(turn)
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    stored.save(path, exif=exif)
+    image = load_image(path)
+    assert image.size == read_image_size(path) == (64, 32)
+    corners = [image.getpixel(at)[0] for at in ((8, 8), (56, 8), (8, 24), (56, 24))]
+    assert [value > 128 for value in corners] == [False, True, True, True]
+
+
+RAMP = np.tile(np.arange(64, dtype=np.uint32) * 1040, (4, 1))  # 0 to 65520
+
+
+@pytest.mark.parametrize(
+    ("values", "suffix"),
+    [
+        (RAMP.astype(np.uint16), "png"),
+        (RAMP.astype(np.uint16), "tif"),
+        (RAMP.astype(np.int32), "tif"),
+        (RAMP.astype(np.uint16), "pgm"),
+        (RAMP.astype(np.int32) * 32770, "tif"),
+        (RAMP.astype(np.int32) - 30_000, "tif"),
+        (RAMP.astype(np.float32) / 65520, "tif"),
+        (RAMP.astype(np.float32) * 1e30 - 1e34, "tif"),
+    ],
+)
+def test_deep_gray_keeps_its_levels(tmp_path, values, suffix):
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    image = load_image(tmp_path / f"deep.{suffix}")
+    row = np.asarray(image)[0, :, 0].astype(int)
+    assert np.abs(row - np.linspace(0, 255, 64)).max() <= 1
+    assert image.mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_by_their_depth_not_their_range(tmp_path):
+    values = np.full((2, 2), 0x4000, np.uint16)
+    for name in ("dark.png", "dark.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert load_image(tmp_path / name).getpixel((0, 0)) == (64, 64, 64)
+
+
+def test_unsigned_integers_beyond_the_signed_ones_are_bright(tmp_path):
+    path = tmp_path / "unsigned.tif"
+    Image.fromarray((RAMP * 65537).view(np.int32)).save(path, tiffinfo={339: 1})
+    content = path.read_bytes()
+    entry = content.index(struct.pack("<HHI", 339, 3, 1))
+    path.write_bytes(content[: entry + 8] + struct.pack("<H", 1) + content[entry + 10 :])
+    row = np.asarray(load_image(path))[0, :, 0].astype(int)
+    assert np.abs(row - np.linspace(0, 255, 64)).max() <= 1
+
+
+def test_eight_bits_in_a_wider_file_stay_as_they_are(tmp_path):
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert (np.asarray(load_image(tmp_path / "a.tif"))[..., 0] == values).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_an_error(tmp_path, value):
+    values = np.zeros((4, 4), np.float32)
+    values[0, 0] = value
+    Image.fromarray(values).save(tmp_path / "odd.tif")
+    with pytest.raises(BadImageError, match=r"odd\.tif.*not finite"):
+        load_image(tmp_path / "odd.tif")
 
 
 def test_alpha_is_dropped_not_blended(tmp_path):
@@ -147,6 +230,8 @@ def test_the_pixel_limit_is_checked_before_decoding_and_can_be_raised(tmp_path):
     noise(20, 20).save(tmp_path / "a.png")
     with pytest.raises(BadImageError, match="20 x 20 px is more than the limit of 399 px"):
         load_image(tmp_path / "a.png", max_pixels=399)
+    with pytest.raises(BadImageError, match="limit of 399 px"):
+        read_image_size(tmp_path / "a.png", max_pixels=399)
     assert load_image(tmp_path / "a.png", max_pixels=400).size == (20, 20)
 
 
@@ -175,7 +260,7 @@ def test_damaged_files_load_or_raise_the_one_error(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(("width", "height"), [(10, 4), (4, 10), (9, 4), (4, 9), (7, 7), (1, 20)])
-def test_padding_centres_the_whole_picture_on_the_mean_colour(width, height):
+def test_padding_centres_the_whole_picture_on_the_mean_color(width, height):
     picture = noise(width, height)
     square = pad_to_square(picture, (1, 2, 3))
     side = max(width, height)
@@ -225,14 +310,28 @@ def test_padding_is_almost_zero_after_normalisation(processor_class):
     assert pixels[:, SIDE // 2].min() > 1
 
 
+def test_the_pixel_limit_holds_for_what_resizing_makes_of_an_image():
+    def peak_gib():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    large = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    transform = build_image_transform(large, pad=False)
+    before = peak_gib()
+    with pytest.raises(BadImageError, match=r"1500 x 1 px would be resized to 504000 x 336"):
+        transform(Image.new("RGB", (1500, 1)))
+    assert peak_gib() - before < 0.1
+    transform.check_size(1500, 2)
+    build_image_transform(large, pad=True).check_size(1500, 1)  # a square first
+
+
 def test_transform_pickles_for_worker_processes():
     transform = build_image_transform(CLIPImageProcessor(**SIZES))
     picture = noise(9, 5)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(picture), transform(picture))
 
 
-def test_mean_colour_rounds_down_and_needs_three_channels():
+def test_mean_color_rounds_down_and_needs_three_channels():
     processor = CLIPImageProcessor(image_mean=[0.5, 0.25, 0.999])
-    assert mean_colour(processor) == (127, 63, 254)
+    assert mean_color(processor) == (127, 63, 254)
     with pytest.raises(ValueError, match="pad=False"):
-        mean_colour(CLIPImageProcessor(image_mean=[0.5]))
+        mean_color(CLIPImageProcessor(image_mean=[0.5]))

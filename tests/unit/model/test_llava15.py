@@ -12,7 +12,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from milora_vl.data.images import build_image_transform, mean_colour
+from milora_vl.data.images import build_image_transform, mean_color
 from milora_vl.model.prompting import check_image_tokens, count_image_tokens
 
 SIDE, PATCH, D_VISION = 336, 14, 16
@@ -63,9 +63,9 @@ def test_features_are_layer_minus_2_without_the_class_token() -> None:
     torch.testing.assert_close(found.reshape(expected.shape), expected)
 
 
-def test_the_border_has_clips_mean_colour() -> None:
+def test_the_border_has_clips_mean_color() -> None:
     _, processor = build()
-    assert mean_colour(processor.image_processor) == (122, 116, 104)
+    assert mean_color(processor.image_processor) == (122, 116, 104)
     wide = Image.new("RGB", (400, 100), "white")
     pixels = build_image_transform(processor.image_processor)(wide)
     assert pixels.shape == (3, SIDE, SIDE)
