@@ -1,7 +1,10 @@
-"""Samples -> one padded batch."""
+"""Samples -> one padded batch.
+
+Mask and labels come from the samples' lengths, never from ids: many tokenizers pad with their end
+token, and an end token has to be learned.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,32 +14,10 @@ from milora_vl.constants import IGNORE_INDEX
 from milora_vl.data.encode import compute_branch_inputs
 
 
-@dataclass(frozen=True)
-class DummyImage:
-    """A blank image for batches without one.
-
-    With sharded parameters (ZeRO-3, FSDP) every rank must run vision tower and projector in every
-    step. The model demands as many image tokens as image features, so the blank image brings its
-    tokens along: they stand in padding (attention mask 0, no label), so no real token sees them and
-    loss and gradients are those of the text alone.
-
-    Attributes:
-        pixel_values: float32 [1, 3, H, W].
-        image_token_id: Id of the image token.
-        n_tokens: Image tokens a picture takes.
-    """
-
-    pixel_values: Tensor
-    image_token_id: int
-    n_tokens: int
-
-
 def pad_batch(
     samples: Sequence[Mapping[str, Any]],
     pad_token_id: int,
     side: Literal["right", "left"] = "right",
-    pad_to_multiple_of: int | None = None,
-    dummy_image: DummyImage | None = None,
     fill_rows: bool = False,
 ) -> dict[str, Tensor]:
     """Pad samples to one length.
@@ -45,13 +26,9 @@ def pad_batch(
         samples: Each has ``input_ids``, may have ``labels`` (both of one length, lists or tensors)
             and ``pixel_values`` [n_images, 3, H, W], and ``branches`` (see ``side_by_side``); or,
             by the model's argument names, ``image_inputs`` (joined along the first axis) and
-            ``token_inputs`` (first axis T).
-        pad_token_id: Fills ``input_ids``; it may equal the end token, because mask and labels come
-            from lengths, not from ids.
+            ``token_inputs`` (first axis T). Samples with ``left_out`` are dropped.
+        pad_token_id: Fills ``input_ids``; it may equal the end token.
         side: Where padding goes: "right" to train, "left" to generate.
-        pad_to_multiple_of: Round the length up to a multiple of it.
-        dummy_image: Added to a batch without images; see ``DummyImage``. None: such a batch has no
-            ``pixel_values``.
         fill_rows: The first axis of ``image_inputs`` is the sample, so one without images gets a
             row of zeros beside one with images.
 
@@ -61,6 +38,7 @@ def pad_batch(
         ``image_inputs`` and ``token_inputs`` of all samples, padded with zeros. With branches
         ``attention_mask`` is float32 [B, 1, T, T], 0 where a token may look and the lowest float
         elsewhere, and ``position_ids`` int64 [B, T] count on from the shared beginning.
+        If all samples are left out, the batch is the first of them: one token without a label.
 
     Raises:
         ValueError: If there is no sample, or labels are missing in some or differ in length.
@@ -69,18 +47,10 @@ def pad_batch(
         raise ValueError("a batch needs at least one sample")
     if side not in ("right", "left"):
         raise ValueError(f'side must be "right" or "left", not {side!r}')
+    # a model cannot run on no row at all, and other processes wait for this one's step
+    samples = [sample for sample in samples if not sample.get("left_out")] or [samples[0]]
     lengths = [len(sample["input_ids"]) for sample in samples]
-    images = [
-        sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None
-    ]
-    add_dummy = dummy_image is not None and not images
     width = max(lengths)
-    dummy_row = lengths.index(min(lengths))
-    if add_dummy:
-        width = max(width, lengths[dummy_row] + dummy_image.n_tokens)
-    if pad_to_multiple_of:
-        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
-
     shape = (len(samples), width)
     batch = {
         "input_ids": torch.full(shape, pad_token_id, dtype=torch.long),
@@ -94,11 +64,7 @@ def pad_batch(
         batch["attention_mask"][row, real] = 1
         if "labels" in batch:
             batch["labels"][row, real] = _checked_labels(sample, length, row)
-    if add_dummy:
-        start = width - dummy_image.n_tokens if side == "right" else 0
-        place = slice(start, start + dummy_image.n_tokens)
-        batch["input_ids"][dummy_row, place] = dummy_image.image_token_id
-        images = [dummy_image.pixel_values]
+    images = [x["pixel_values"] for x in samples if x.get("pixel_values") is not None]
     if images:
         batch["pixel_values"] = torch.cat(images)  # [N, 3, H, W]
     batch |= _join_images([sample.get("image_inputs") or {} for sample in samples], fill_rows)

@@ -1,12 +1,16 @@
-"""Conversations + image folder -> training samples, one at a time; mixtures of data sets.
+"""Conversations + image folder -> training samples, one at a time; mixtures; order of an epoch.
 
-Order of samples in an epoch: batches of one modality and of similar true lengths.
+A data set knows before training which samples it has, how long each is and whether it holds an
+image: the sampler makes batches of one modality and of similar true length from that. What is left
+out is therefore left out at construction wherever text or an image's header tells it. A sample
+whose image fails only when it is decoded drops out of its batch; no other takes its place.
 """
 
 import logging
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +21,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
 from milora_vl.data.encode import Encoded, encode, encode_side_by_side
 from milora_vl.data.images import (
     BadImageError,
+    ImageTransform,
+    PictureError,
     ProcessorPictures,
     load_image,
     read_image_size,
     resolve_image,
 )
 from milora_vl.data.prompts import PromptStyle
-from milora_vl.data.records import Conversation
+from milora_vl.data.records import Conversation, RecordError
+
+logger = logging.getLogger(__name__)
+
+_UNFIT = "does not fit max_length or style"
 
 
 def group_by_length(
@@ -82,11 +93,6 @@ def group_by_length(
     return [index for batch in batches for index in batch] + rest
 
 
-logger = logging.getLogger(__name__)
-
-_MAX_REPLACEMENTS = 100
-
-
 @dataclass(eq=False)
 class ConversationDataset(Dataset):
     """Conversations as encoded samples.
@@ -94,30 +100,33 @@ class ConversationDataset(Dataset):
     An item is ``{"input_ids": list[int], "labels": list[int]}``, with images also
     ``"pixel_values"``: float32 [n_images, 3, H, W], side by side also ``"branches"``: list[int];
     with ``pictures`` instead of pixels what ``pad_batch`` calls ``image_inputs`` and
-    ``token_inputs``.
+    ``token_inputs``. An item that turns out unreadable has ``"left_out": True``, one padding token
+    and no label; ``pad_batch`` leaves it out of its batch.
 
     Attributes:
-        conversations: Validated records.
+        conversations: Validated records; those that are left out at construction are gone.
         image_folder: Where image names start.
-        transform: RGB picture -> float32 [3, H, W]; see ``build_image_transform``.
+        transform: RGB image -> float32 [3, H, W]; see ``build_image_transform``.
         style: Prompt style or its name.
         tokenizer: Holds the image token.
-        tokens_per_image: Image tokens each picture takes in ``input_ids``; without ``pictures``.
+        tokens_per_image: Image tokens each image takes in ``input_ids``; without ``pictures``.
         max_length: Longest sample in tokens, image tokens included; None for no limit.
-        on_bad_image: Raise on an unreadable picture; or log and count it in ``skipped`` (of this
-            process) and give the next readable sample in its place.
+        on_bad_image: Raise on an unreadable image; or leave its record out. What the headers tell
+            (no image, too large, a shape that the processor refuses) is found at construction;
+            an image that fails while it is decoded leaves its sample out of its batch.
         on_bad_length: Raise, when it is encoded, on a record that ``max_length`` leaves without
-            image or answer; or leave such records out at construction, counted in ``skipped``.
+            image or answer; or leave such records out at construction.
         side_by_side: Learn every exchange as if it were the only one of its conversation; see
             ``encode_side_by_side``.
-        pictures: Reads pictures in place of ``transform`` and ``tokens_per_image``.
-        cache_pixels: Keep pixel values in memory after the first reading (in each worker process).
-        skipped: How many records or pictures were left out, by reason.
+        pictures: Reads images in place of ``transform`` and ``tokens_per_image``.
+        special_tokens_in_answers: Whether a special token's name in an answer is characters or the
+            token; one that stands for an image is characters always.
+        skipped: How many records (of this process: samples) were left out, by reason.
     """
 
     conversations: Sequence[Conversation]
     image_folder: Path | str | None
-    transform: Callable[..., Tensor]
+    transform: ImageTransform | None
     style: PromptStyle | str
     tokenizer: PreTrainedTokenizerBase
     tokens_per_image: int
@@ -126,21 +135,25 @@ class ConversationDataset(Dataset):
     on_bad_length: Literal["error", "skip"] = "error"
     side_by_side: bool = False
     pictures: ProcessorPictures | None = None
-    cache_pixels: bool = False
+    special_tokens_in_answers: Literal["literal", "token"] = "literal"
     skipped: Counter[str] = field(default_factory=Counter)
-    _pixels: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the options and, if asked, leave out records that do not fit."""
-        for name in ("on_bad_image", "on_bad_length"):
-            if getattr(self, name) not in ("error", "skip"):
-                raise ValueError(f'{name} must be "error" or "skip", not {getattr(self, name)!r}')
-        if self.on_bad_length == "skip":
-            self.conversations = [
-                conversation for conversation in self.conversations if self._fits(conversation)
-            ]
+        """Check the options and, if asked, leave out records that cannot be used."""
+        for name, choices in (
+            ("on_bad_image", ("error", "skip")),
+            ("on_bad_length", ("error", "skip")),
+            ("special_tokens_in_answers", ("literal", "token")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if "skip" in (self.on_bad_image, self.on_bad_length):
+            self.conversations = [one for one in self.conversations if self._is_usable(one)]
+            for reason, count in self.skipped.items():
+                logger.warning("%d records left out: %s", count, reason)
         if not self.conversations:
             raise ValueError(f"the data set is empty; left out: {dict(self.skipped) or 'nothing'}")
+        self._tell_special_tokens()
 
     def __len__(self) -> int:
         """Return the number of conversations."""
@@ -151,44 +164,42 @@ class ConversationDataset(Dataset):
 
         Raises:
             IndexError: If there is no such sample.
-            ValueError: If the record does not fit ``max_length`` (naming it), or too many pictures
-                in a row are unreadable.
-            BadImageError: If a picture is unreadable and ``on_bad_image`` is "error".
+            RecordError: If the record cannot be encoded or does not fit ``max_length``.
+            BadImageError: If an image is unreadable and ``on_bad_image`` is "error"; the message
+                names the record.
         """
         index = range(len(self))[index]  # an index beyond the end must not wrap
-        for step in range(min(_MAX_REPLACEMENTS, len(self))):
-            at = (index + step) % len(self)
-            try:
-                pixel_values = self._read_pixels(at)
-            except BadImageError as error:
-                if self.on_bad_image == "error":
-                    raise
-                self.skipped["unreadable image"] += 1
-                logger.warning("left out: %s", error)
-                continue
-            encoded = self.encode_at(at)
-            sample = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-            if encoded.branches is not None:
-                sample["branches"] = encoded.branches
-            if self.pictures:
-                images = pixel_values or {}
-                tokens = self.pictures.token_inputs(encoded.input_ids, encoded.labels, images)
-                return {**sample, "image_inputs": images, "token_inputs": tokens}
-            return sample if pixel_values is None else {**sample, "pixel_values": pixel_values}
-        raise ValueError(f"no readable picture from {self.conversations[index].where} on")
+        conversation = self.conversations[index]
+        try:
+            images = self._read_images(conversation) if conversation.images else None
+            encoded = self._encode(conversation)
+        except BadImageError as error:
+            if self.on_bad_image == "error":
+                raise
+            self.skipped["unreadable image"] += 1
+            logger.warning("left out of its batch: %s", error)
+            return self._left_out()
+        sample: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        if encoded.branches is not None:
+            sample["branches"] = encoded.branches
+        if self.pictures:
+            images = images or {}
+            tokens = self.pictures.token_inputs(encoded.input_ids, encoded.labels, images)
+            return {**sample, "image_inputs": images, "token_inputs": tokens}
+        return sample if images is None else {**sample, "pixel_values": images}
 
     def encode_at(self, index: int) -> Encoded:
-        """Return ids and labels of one conversation; of pictures at most their size is read.
+        """Return ids and labels of one conversation; of images at most their size is read.
 
         Raises:
-            ValueError: If it cannot be encoded; the message names the record.
-            BadImageError: If a picture's size is needed and cannot be read.
+            RecordError: If it cannot be encoded; the message names the record.
+            BadImageError: If an image's size is needed and cannot be read.
         """
         return self._encode(self.conversations[index])
 
     @cached_property
     def lengths(self) -> list[int]:
-        """True length of every sample in tokens, image tokens included; pictures are not read."""
+        """True length of every sample in tokens, image tokens included; images are not read."""
         return [len(self.encode_at(index).input_ids) for index in range(len(self))]
 
     @cached_property
@@ -196,48 +207,122 @@ class ConversationDataset(Dataset):
         """Whether each sample holds an image."""
         return [bool(conversation.images) for conversation in self.conversations]
 
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        """Names of special tokens that stand for no image, the longest first."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        names = {str(token) for token in tokens if token.special}
+        names -= {IMAGE_TOKEN} | (self.pictures.token_names() if self.pictures else set())
+        return tuple(sorted(names, key=len, reverse=True))
+
+    def _tell_special_tokens(self) -> None:
+        """Say once how many answers hold the name of a special token, and what it means here."""
+        if not self._special_tokens:
+            return
+        pattern = re.compile("|".join(map(re.escape, self._special_tokens)))
+        found: Counter[str] = Counter()
+        n_records = 0
+        for conversation in self.conversations:
+            answers = (turn.text for turn in conversation.turns if turn.role == "assistant")
+            names = {name for answer in answers for name in pattern.findall(answer)}
+            found.update(names)
+            n_records += bool(names)
+        if n_records:
+            as_token = self.special_tokens_in_answers == "token"
+            logger.warning(
+                "special tokens' names in the answers of %d of %d records (%s) are read as %s; "
+                "data.special_tokens_in_answers: %s reads them as %s",
+                n_records,
+                len(self.conversations),
+                ", ".join(name for name, _ in found.most_common(5)),
+                *(("tokens", "literal", "characters") if as_token else ("characters",)),
+                *(() if as_token else ("token", "tokens")),
+            )
+
+    def _is_usable(self, conversation: Conversation) -> bool:
+        """Whether a record is kept, as far as it can be said without decoding an image."""
+        try:
+            if self.on_bad_length == "skip" or self.pictures:
+                self._encode(conversation)
+            if self.on_bad_image == "skip" and not self.pictures:
+                for path in self._paths(conversation):
+                    self.transform.check_size(*read_image_size(path))
+        except BadImageError as error:
+            if self.on_bad_image == "error":
+                raise _named(error, conversation) from error
+            self.skipped["unreadable image"] += 1
+            logger.warning("left out: %s", _named(error, conversation))
+            return False
+        except RecordError as error:
+            if self.on_bad_length == "error":
+                raise
+            self.skipped[error.reason] += 1
+            logger.warning("left out: %s", error)
+            return False
+        return True
+
     def _encode(self, conversation: Conversation) -> Encoded:
+        where = conversation.where or conversation.id
         try:
             counts: list[Any] = [self.tokens_per_image] * len(conversation.images)
             if self.pictures:
                 sizes = [read_image_size(path) for path in self._paths(conversation)]
                 counts = self.pictures.expand(sizes)
             make = encode_side_by_side if self.side_by_side else encode
-            return make(conversation.turns, self.style, self.tokenizer, counts, self.max_length)
-        except ValueError as error:
-            raise ValueError(f"{conversation.where or conversation.id}: {error}") from error
+            return make(
+                conversation.turns,
+                self.style,
+                self.tokenizer,
+                counts,
+                self.max_length,
+                answer_tokens=(
+                    self._special_tokens if self.special_tokens_in_answers == "token" else ()
+                ),
+            )
+        except BadImageError as error:
+            raise _named(error, conversation) from error
+        except RecordError:
+            raise
+        except (ValueError, TypeError, OverflowError) as error:
+            raise RecordError(where, _UNFIT, str(error)) from error
 
-    def _fits(self, conversation: Conversation) -> bool:
-        try:
-            self._encode(conversation)
-        except ValueError as error:
-            self.skipped["does not fit max_length or style"] += 1
-            logger.warning("left out: %s", error)
-            return False
-        return True
+    def _left_out(self) -> dict[str, Any]:
+        """Return what stands for a sample that cannot be read: nothing to see, nothing to learn."""
+        tokenizer = self.tokenizer
+        pad = tokenizer.pad_token_id
+        input_ids = [tokenizer.eos_token_id if pad is None else pad]
+        sample: dict[str, Any] = {"input_ids": input_ids, "labels": [IGNORE_INDEX]}
+        if self.pictures:
+            tokens = self.pictures.token_inputs(input_ids, sample["labels"], {})
+            sample |= {"image_inputs": {}, "token_inputs": tokens}
+        return {**sample, "left_out": True}
 
     def _paths(self, conversation: Conversation) -> list[Path]:
         if conversation.images and self.image_folder is None:
-            raise ValueError(f"{conversation.where}: has images, but no image folder is given")
+            raise RecordError(conversation.where, "no image folder", "set data.image_folder")
         return [resolve_image(self.image_folder, name) for name in conversation.images]
 
-    def _read_pixels(self, index: int) -> Tensor | dict[str, Tensor] | None:
-        conversation = self.conversations[index]
-        if not conversation.images:
-            return None
-        if index in self._pixels:
-            return self._pixels[index]
+    def _read_images(self, conversation: Conversation) -> Tensor | dict[str, Tensor]:
+        """Decode the images of a record and turn them into the model's inputs."""
         try:
-            pictures = [load_image(path) for path in self._paths(conversation)]
+            images = [load_image(path) for path in self._paths(conversation)]
+            if self.pictures:
+                return self.pictures.read(images)
+            return torch.stack([self.transform(one) for one in images])  # [n, 3, H, W]
         except BadImageError as error:
-            raise BadImageError(f"{conversation.where or conversation.id}: {error}") from error
-        if self.pictures:
-            pixel_values = self.pictures.read(pictures)
-        else:
-            pixel_values = torch.stack([self.transform(one) for one in pictures])  # [n, 3, H, W]
-        if self.cache_pixels:
-            self._pixels[index] = pixel_values
-        return pixel_values
+            raise _named(error, conversation) from error
+        except PictureError as error:
+            where = conversation.where or conversation.id
+            raise RecordError(where, _UNFIT, str(error)) from error
+
+
+def _named(error: BadImageError, conversation: Conversation) -> BadImageError:
+    """Return the error with its record's place, and the images' names, in front."""
+    where = conversation.where or conversation.id
+    if str(error).startswith(where):
+        return error
+    names = ", ".join(conversation.images)
+    return BadImageError(f"{where}: {names}: {error}")
 
 
 @dataclass(eq=False)

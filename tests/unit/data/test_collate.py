@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_vl.constants import IGNORE_INDEX
-from milora_vl.data.collate import DummyImage, pad_batch
+from milora_vl.data.collate import pad_batch
 
 PAD = 2  # the end token too, as in SmolLM2
 IMAGE_ID, N_IMAGE, SIDE = 63, 4, 28  # of the tiny model
@@ -13,7 +13,7 @@ samples_of_any_length = st.lists(
     st.lists(st.tuples(st.integers(0, 62), st.booleans()), min_size=1, max_size=9).map(
         lambda pairs: {
             "input_ids": [token for token, _ in pairs],
-            "labels": [token if learnt else IGNORE_INDEX for token, learnt in pairs],
+            "labels": [token if learned else IGNORE_INDEX for token, learned in pairs],
         }
     ),
     min_size=1,
@@ -44,10 +44,10 @@ def image_sample(length, seed, n_images=1):
 @given(
     samples=samples_of_any_length,
     side=st.sampled_from(["right", "left"]),
-    multiple=st.integers(0, 8),
 )
-def test_the_mask_selects_exactly_the_sample_and_nothing_else_is_learnt(samples, side, multiple):
-    batch = pad_batch(samples, PAD, side, multiple or None)
+def test_the_mask_selects_exactly_the_sample_and_nothing_else_is_learned(samples, side):
+    batch = pad_batch(samples, PAD, side)
+    assert batch["input_ids"].shape[1] == max(len(sample["input_ids"]) for sample in samples)
     for row, sample in enumerate(samples):
         real = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][real].tolist() == sample["input_ids"]
@@ -58,18 +58,7 @@ def test_the_mask_selects_exactly_the_sample_and_nothing_else_is_learnt(samples,
         assert (edge <= 0).all() if side == "right" else (edge >= 0).all()
 
 
-@settings(max_examples=60, deadline=None)
-@given(samples=samples_of_any_length, multiple=st.integers(1, 9))
-def test_padding_to_a_multiple_is_least_and_idempotent(samples, multiple):
-    width = pad_batch(samples, PAD, pad_to_multiple_of=multiple)["input_ids"].shape[1]
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    assert width % multiple == 0
-    assert longest <= width < longest + multiple
-    again = [{"input_ids": [1] * width}]
-    assert pad_batch(again, PAD, pad_to_multiple_of=multiple)["input_ids"].shape[1] == width
-
-
-def test_the_end_token_is_learnt_although_it_is_the_padding_token():
+def test_the_end_token_is_learned_although_it_is_the_padding_token():
     batch = pad_batch([text_sample(4, 0), text_sample(9, 1)], PAD)
     assert batch["input_ids"][0, 3] == batch["labels"][0, 3] == PAD
     assert batch["attention_mask"][0].tolist() == [1] * 4 + [0] * 5
@@ -91,6 +80,16 @@ def test_tensors_and_lists_and_missing_labels():
         assert torch.equal(value, pad_batch([tensors], PAD)[key])
         assert value.dtype == torch.long
     assert "labels" not in pad_batch([{"input_ids": [1, 2]}], PAD)
+
+
+def test_samples_that_are_left_out_leave_no_trace():
+    gone = {"input_ids": [PAD], "labels": [IGNORE_INDEX], "left_out": True}
+    samples = [image_sample(5, 0), text_sample(7, 1)]
+    for key, value in pad_batch([gone, samples[0], gone, samples[1]], PAD).items():
+        assert torch.equal(value, pad_batch(samples, PAD)[key])
+    empty = pad_batch([gone, gone], PAD)
+    assert empty["input_ids"].shape == (1, 1)
+    assert (empty["labels"] == IGNORE_INDEX).all()
 
 
 def test_bad_samples_are_errors():
@@ -115,39 +114,8 @@ def supervised_after_first(sample):
 def test_batch_loss_is_the_token_weighted_mean_of_single_losses(tiny_vlm, side):
     samples = [image_sample(5, 0), text_sample(11, 1), image_sample(8, 2, n_images=2)]
     with torch.no_grad():
-        batch_loss = tiny_vlm(**pad_batch(samples, PAD, side, 8)).loss
+        batch_loss = tiny_vlm(**pad_batch(samples, PAD, side)).loss
         singles = [tiny_vlm(**pad_batch([sample], PAD)).loss for sample in samples]
     weights = torch.tensor([supervised_after_first(sample) for sample in samples])
     expected = (torch.stack(singles) * weights).sum() / weights.sum()
     torch.testing.assert_close(batch_loss, expected, atol=1e-5, rtol=0)
-
-
-def blank():
-    return DummyImage(torch.zeros(1, 3, SIDE, SIDE), IMAGE_ID, N_IMAGE)
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("lengths", [(4, 11), (7, 7), (6,)])
-def test_a_blank_image_changes_neither_loss_nor_gradient(tiny_vlm, side, lengths):
-    samples = [text_sample(length, length) for length in lengths]
-    results = []
-    for dummy in (None, blank()):
-        batch = pad_batch(samples, PAD, side, dummy_image=dummy)
-        assert ("pixel_values" in batch) == (dummy is not None)
-        tiny_vlm.zero_grad()
-        loss = tiny_vlm(**batch).loss
-        loss.backward()
-        head = tiny_vlm.lm_head.weight.grad.clone()
-        results.append((loss.detach(), head))
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=0)
-    projector = tiny_vlm.model.multi_modal_projector.linear_1.weight.grad
-    assert projector is not None  # it took part, as sharded training needs
-    assert projector.abs().max() == 0
-
-
-def test_a_blank_image_is_not_added_beside_a_real_one_and_uses_free_padding():
-    samples = [text_sample(3, 0), text_sample(12, 1)]
-    assert pad_batch(samples, PAD, dummy_image=blank())["input_ids"].shape == (2, 12)
-    with_image = [image_sample(3, 0), *samples]
-    for key, value in pad_batch(with_image, PAD, dummy_image=blank()).items():
-        assert torch.equal(value, pad_batch(with_image, PAD)[key])
