@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
 from milora_vl.data.encode import Encoded, encode, encode_side_by_side
 from milora_vl.data.images import (
     BadImageError,
+    ImagePathError,
     ImageTransform,
     PictureError,
     ProcessorPictures,
@@ -148,7 +150,11 @@ class ConversationDataset(Dataset):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if "skip" in (self.on_bad_image, self.on_bad_length):
-            self.conversations = [one for one in self.conversations if self._is_usable(one)]
+            lengths = [self._length_if_usable(one) for one in self.conversations]
+            kept = [length is not None for length in lengths]
+            self.conversations = list(compress(self.conversations, kept))
+            if self.on_bad_length == "skip":  # all are encoded, which is not done twice
+                self.lengths = [length for length in lengths if length is not None]
             for reason, count in self.skipped.items():
                 logger.warning("%d records left out: %s", count, reason)
         if not self.conversations:
@@ -239,52 +245,64 @@ class ConversationDataset(Dataset):
                 *(() if as_token else ("token", "tokens")),
             )
 
-    def _is_usable(self, conversation: Conversation) -> bool:
-        """Whether a record is kept, as far as it can be said without decoding an image."""
+    def _length_if_usable(self, conversation: Conversation) -> int | None:
+        """Return a record's length in tokens, or None if it is left out; no image is decoded.
+
+        Where records of any length are taken, nothing is encoded and the length is 0.
+        """
         try:
-            if self.on_bad_length == "skip" or self.pictures:
-                self._encode(conversation)
-            if self.on_bad_image == "skip" and not self.pictures:
-                for path in self._paths(conversation):
-                    self.transform.check_size(*read_image_size(path))
+            if self.on_bad_image == "skip":
+                self._count_image_tokens(conversation, with_headers=True)
+            if self.on_bad_length == "skip":
+                return len(self._encode(conversation).input_ids)
         except BadImageError as error:
             if self.on_bad_image == "error":
-                raise _named(error, conversation) from error
+                raise
             self.skipped["unreadable image"] += 1
-            logger.warning("left out: %s", _named(error, conversation))
-            return False
+            logger.warning("left out: %s", error)
+            return None
         except RecordError as error:
             if self.on_bad_length == "error":
                 raise
             self.skipped[error.reason] += 1
             logger.warning("left out: %s", error)
-            return False
-        return True
+            return None
+        return 0
+
+    def _count_image_tokens(
+        self, conversation: Conversation, with_headers: bool = False
+    ) -> list[int | str]:
+        """Return what ``encode`` needs for each image; headers are read if needed or asked for."""
+        counts: list[int | str] = [self.tokens_per_image] * len(conversation.images)
+        if not conversation.images or not (self.pictures or with_headers):
+            return counts
+        try:
+            sizes = [read_image_size(path) for path in self._paths(conversation)]
+            if self.pictures:
+                return list(self.pictures.expand(sizes))
+            for size in sizes:
+                self.transform.check_size(*size)
+        except BadImageError as error:
+            raise _named(error, conversation) from error
+        except PictureError as error:
+            raise RecordError(_place(conversation), _UNFIT, str(error)) from error
+        return counts
 
     def _encode(self, conversation: Conversation) -> Encoded:
-        where = conversation.where or conversation.id
+        counts = self._count_image_tokens(conversation)
+        as_tokens = self.special_tokens_in_answers == "token"
+        make = encode_side_by_side if self.side_by_side else encode
         try:
-            counts: list[Any] = [self.tokens_per_image] * len(conversation.images)
-            if self.pictures:
-                sizes = [read_image_size(path) for path in self._paths(conversation)]
-                counts = self.pictures.expand(sizes)
-            make = encode_side_by_side if self.side_by_side else encode
             return make(
                 conversation.turns,
                 self.style,
                 self.tokenizer,
                 counts,
                 self.max_length,
-                answer_tokens=(
-                    self._special_tokens if self.special_tokens_in_answers == "token" else ()
-                ),
+                answer_tokens=self._special_tokens if as_tokens else (),
             )
-        except BadImageError as error:
-            raise _named(error, conversation) from error
-        except RecordError:
-            raise
         except (ValueError, TypeError, OverflowError) as error:
-            raise RecordError(where, _UNFIT, str(error)) from error
+            raise RecordError(_place(conversation), _UNFIT, str(error)) from error
 
     def _left_out(self) -> dict[str, Any]:
         """Return what stands for a sample that cannot be read: nothing to see, nothing to learn."""
@@ -298,31 +316,34 @@ class ConversationDataset(Dataset):
         return {**sample, "left_out": True}
 
     def _paths(self, conversation: Conversation) -> list[Path]:
-        if conversation.images and self.image_folder is None:
-            raise RecordError(conversation.where, "no image folder", "set data.image_folder")
-        return [resolve_image(self.image_folder, name) for name in conversation.images]
+        if self.image_folder is None:
+            raise RecordError(_place(conversation), "no image folder", "set data.image_folder")
+        try:
+            return [resolve_image(self.image_folder, name) for name in conversation.images]
+        except ImagePathError as error:
+            raise RecordError(_place(conversation), "bad image path", str(error)) from error
 
     def _read_images(self, conversation: Conversation) -> Tensor | dict[str, Tensor]:
         """Decode the images of a record and turn them into the model's inputs."""
+        paths = self._paths(conversation)
         try:
-            images = [load_image(path) for path in self._paths(conversation)]
+            images = [load_image(path) for path in paths]
             if self.pictures:
                 return self.pictures.read(images)
             return torch.stack([self.transform(one) for one in images])  # [n, 3, H, W]
         except BadImageError as error:
             raise _named(error, conversation) from error
         except PictureError as error:
-            where = conversation.where or conversation.id
-            raise RecordError(where, _UNFIT, str(error)) from error
+            raise RecordError(_place(conversation), _UNFIT, str(error)) from error
+
+
+def _place(conversation: Conversation) -> str:
+    return conversation.where or conversation.id
 
 
 def _named(error: BadImageError, conversation: Conversation) -> BadImageError:
-    """Return the error with its record's place, and the images' names, in front."""
-    where = conversation.where or conversation.id
-    if str(error).startswith(where):
-        return error
-    names = ", ".join(conversation.images)
-    return BadImageError(f"{where}: {names}: {error}")
+    """Return the error with the place of the record and the names of its images in front."""
+    return BadImageError(f"{_place(conversation)}: {', '.join(conversation.images)}: {error}")
 
 
 @dataclass(eq=False)

@@ -81,6 +81,7 @@ def build_dataset(
         pictures=vlm.pictures,
         on_bad_image=section.on_bad_image,
         on_bad_length=section.on_bad_record,
+        special_tokens_in_answers=section.special_tokens_in_answers,
         side_by_side=section.turns == "side_by_side",
     )
 

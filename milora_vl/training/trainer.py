@@ -109,7 +109,8 @@ class VlmTrainer(Trainer):
         loss_sum, n_tokens = token_loss_sum(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = n_tokens
-        loss = loss_sum / num_items_in_batch
+        # a step whose images were all unreadable has no answer token, a loss of 0 and no gradient
+        loss = loss_sum / torch.as_tensor(num_items_in_batch).clamp(min=1)
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged, tokens summed
         return (loss, {"loss": loss}) if return_outputs else loss
