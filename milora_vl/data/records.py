@@ -116,6 +116,7 @@ def read_records(
     image_folder: Path | str | None,
     on_bad: Literal["error", "skip"] = "error",
     ignore_keys: Collection[str] = (),
+    must_exist: bool = True,
 ) -> tuple[list[Conversation], Counter[str]]:
     """Read and validate a file of conversations.
 
@@ -123,10 +124,12 @@ def read_records(
 
     Args:
         path: A JSON list or a JSON Lines file, UTF-8.
-        image_folder: Where image names start; names must exist there. None: files are not looked
-            for (names are still checked to be relative).
+        image_folder: Where image names start. None: files are not looked for (names are still
+            checked to be relative).
         on_bad: Raise at the first bad record, or leave bad records out and count them.
         ignore_keys: Keys that are not read, whatever ``record_keys`` says of them.
+        must_exist: Whether a missing image makes its record bad. False leaves that to whoever reads
+            the images.
 
     Returns:
         The conversations in file order, and how many were left out for which reason.
@@ -149,7 +152,7 @@ def read_records(
             if isinstance(record, RecordError):
                 raise record
             conversation = parse_record(record, where, str(index), ignore_keys, unread)
-            _check_images(conversation, folder)
+            _check_images(conversation, folder, must_exist)
         except RecordError as error:
             if on_bad == "error":
                 raise
@@ -592,11 +595,11 @@ def _check_turns(turns: list[Turn], n_images: int, where: str) -> None:
         )
 
 
-def _check_images(conversation: Conversation, folder: Path | None) -> None:
+def _check_images(conversation: Conversation, folder: Path | None, must_exist: bool) -> None:
     for name in conversation.images:
         try:
             image_path = resolve_image(folder or Path(), name)
-            is_missing = folder is not None and not image_path.is_file()
+            is_missing = folder is not None and must_exist and not image_path.is_file()
         except (ImagePathError, OSError) as error:  # OSError: a name longer than the disk takes
             raise RecordError(conversation.where, "bad image path", str(error)) from error
         if is_missing:

@@ -46,7 +46,11 @@ def load_conversations(
 ) -> list[Conversation]:
     """Read one record file by the section's rules; what is left out is counted and logged."""
     conversations, skipped = read_records(
-        file, section.image_folder or None, section.on_bad_record, section.ignore_keys
+        file,
+        section.image_folder or None,
+        section.on_bad_record,
+        section.ignore_keys,
+        must_exist=section.on_bad_image == "error",  # else the data set leaves missing ones out
     )
     for reason, count in skipped.items():
         logger.warning("%s: %d records left out: %s", file, count, reason)

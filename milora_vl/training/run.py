@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,15 @@ def _first_batches(
     device: torch.device,
     count: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the first ``count`` samples (default: one batch) as batches on ``device``."""
-    indices = range(min(count or size, len(dataset)))
-    batches = [
-        collate([dataset[index] for index in indices[start : start + size]])
-        for start in range(0, len(indices), size)
-    ]
+    """Return the first ``count`` readable samples (default: one batch) as batches on ``device``.
+
+    Raises:
+        ValueError: If no sample can be read.
+    """
+    every = (dataset[index] for index in range(len(dataset)))
+    readable = (sample for sample in every if not sample.get("left_out"))
+    samples = list(islice(readable, count or size))
+    if not samples:
+        raise ValueError("no image of the training data can be read; check data.image_folder")
+    batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in batches]

@@ -128,7 +128,10 @@ def test_every_shipped_config_passes_the_checks_of_a_start(path):
     ("override", "message"),
     [
         ("training.save_strategy=no", r"""YAML reads no as false, write "'no'"""),
-        ("training.save_strategy=step", "save_strategy: unknown choice 'step'; did you mean 'steps'"),
+        (
+            "training.save_strategy=step",
+            "save_strategy: unknown choice 'step'; did you mean 'steps'",
+        ),
         ("training.optim=adamw_torc", "optim: unknown choice"),
         ("training.lr_scheduler_type=cosin", "did you mean 'cosine'"),
         ("training.tf32=maybe", "tf32: true or false"),

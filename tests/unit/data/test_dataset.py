@@ -12,7 +12,7 @@ from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset, mixture
 from milora_vl.data.encode import image_token_id
 from milora_vl.data.images import BadImageError, build_image_transform
-from milora_vl.data.records import Conversation, Turn
+from milora_vl.data.records import Conversation, RecordError, Turn
 
 SIDE, N_IMAGE = 28, 4
 PROCESSOR = CLIPImageProcessor(
@@ -93,24 +93,15 @@ def test_an_unreadable_picture_names_record_and_file(make_dataset, tmp_path):
         make_dataset()[4]
 
 
-def test_an_unreadable_picture_can_be_skipped_and_is_counted(make_dataset, tmp_path, caplog):
-    break_picture(tmp_path, 4)
-    dataset = make_dataset(on_bad_image="skip")
-    assert dataset[4]["input_ids"] == dataset[5]["input_ids"]
-    assert dataset.skipped == {"unreadable image": 1}
-    assert "train.json[4]" in caplog.text
-
-
-def test_skipping_ends_when_no_picture_is_readable(make_dataset, tmp_path):
+def test_a_data_set_without_a_readable_image_is_an_error(make_dataset, tmp_path):
     break_picture(tmp_path, 1)
-    dataset = make_dataset([conversation(1)], on_bad_image="skip")
-    with pytest.raises(ValueError, match=r"no readable picture from train\.json\[1\]"):
-        dataset[0]
+    with pytest.raises(ValueError, match=r"data set is empty.*unreadable image.*1"):
+        make_dataset([conversation(1)], on_bad_image="skip")
 
 
 def test_a_record_that_does_not_fit_names_itself_and_the_numbers(make_dataset):
     dataset = make_dataset(max_length=12)
-    with pytest.raises(ValueError, match=r"train\.json\[1\]: max_length 12 .* of \d+"):
+    with pytest.raises(RecordError, match=r"train\.json\[1\]: .* max_length 12 .* of \d+"):
         _ = dataset.lengths
 
 
@@ -124,7 +115,7 @@ def test_records_that_do_not_fit_can_be_left_out_and_are_counted(make_dataset):
         make_dataset(max_length=2, on_bad_length="skip")
 
 
-@pytest.mark.parametrize("option", ["on_bad_image", "on_bad_length"])
+@pytest.mark.parametrize("option", ["on_bad_image", "on_bad_length", "special_tokens_in_answers"])
 def test_unknown_options_are_errors(make_dataset, option):
     with pytest.raises(ValueError, match=option):
         make_dataset(**{option: "ignore"})
@@ -138,13 +129,42 @@ def test_images_need_a_folder():
         dataset[0]
 
 
-def test_cached_pictures_equal_read_ones_and_are_read_once(make_dataset, tmp_path):
-    plain, cached = make_dataset(), make_dataset(cache_pixels=True)
-    assert torch.equal(plain[1]["pixel_values"], cached[1]["pixel_values"])
-    break_picture(tmp_path, 1)
-    assert torch.equal(cached[1]["pixel_values"], cached[1]["pixel_values"])
-    with pytest.raises(BadImageError):
-        plain[1]
+# --- special tokens in answers --------------------------------------------------------------------
+
+
+def boxed(index, answer):
+    turns = (Turn("user", "Where is <|im_start|>?"), Turn("assistant", answer))
+    return Conversation(str(index), turns, (), f"train.json[{index}]")
+
+
+BOXED = [boxed(0, "<|im_start|>(1,2)"), boxed(1, "nowhere"), boxed(2, "<s> <image> <|im_start|>")]
+
+
+def test_special_tokens_in_answers_are_told_once_with_a_count(make_dataset, caplog):
+    make_dataset(BOXED)
+    (line,) = caplog.messages
+    assert "2 of 3 records (<|im_start|>, <s>) are read as characters" in line
+    assert "data.special_tokens_in_answers: token" in line
+    caplog.clear()
+    make_dataset(BOXED[1:2])
+    assert not caplog.messages
+
+
+def test_special_tokens_in_answers_are_tokens_if_asked_and_images_never(make_dataset):
+    literal = make_dataset(BOXED)
+    tokens = make_dataset(BOXED, special_tokens_in_answers="token")
+    tokenizer = tokens.tokenizer
+    box, start = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<s>"])
+    n_turns = literal[1]["input_ids"].count(box)
+    for index, n_boxes in enumerate((1, 0, 1)):
+        assert literal[index]["input_ids"].count(box) == n_turns
+        assert tokens[index]["input_ids"].count(box) == n_turns + n_boxes
+        assert tokens[index]["labels"].count(box) == n_boxes
+        assert image_token_id(tokenizer) not in tokens[index]["input_ids"]
+    assert tokens[2]["labels"].count(start) == 1
+
+
+# --- worker processes -----------------------------------------------------------------------------
 
 
 def test_worker_processes_give_the_same_batches(make_dataset):

@@ -1,5 +1,6 @@
 """Laws of leaving out: what cannot be read is gone, counted, and nothing stands in for it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from family_models import BUILDERS, build_checkpoint
 from PIL import Image
 
-from milora_vl.config import DataSection
+from milora_vl.config import DataSection, MiloraConfig, ProjectorSection
 from milora_vl.data.images import BadImageError
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, load_vlm
+from milora_vl.training.arguments import build_arguments
 from milora_vl.training.inputs import build_collate, build_dataset
+from milora_vl.training.run import finetune
 from milora_vl.training.trainer import token_loss_sum
 
 FAMILIES = ["llava", "llava_next", "qwen2_vl", "idefics3", "paligemma", "gemma3", "mllama"]
@@ -88,7 +91,7 @@ def test_a_batch_of_nothing_has_a_loss_of_zero_and_no_gradient(vlm, folder):
     vlm.model.train()
     vlm.model.zero_grad()
     loss, n_tokens = token_loss_sum(vlm.model, build_collate(vlm)([dataset[2]]))
-    assert (float(loss), int(n_tokens)) == (0.0, 0)
+    assert (loss.item(), n_tokens.item()) == (0.0, 0)
     loss.backward()
     gradients = [p.grad for p in vlm.model.parameters() if p.grad is not None]
     assert all((gradient == 0).all() for gradient in gradients)
@@ -103,3 +106,37 @@ def test_a_shape_that_the_processor_refuses_is_left_out(vlm, folder):
     if refused:
         with pytest.raises(BadImageError, match=r"made\.json\[1\].*300 x 1 px"):
             _ = build(vlm, folder, talks).lengths
+
+
+def test_training_goes_on_over_steps_without_a_readable_image(tiny_checkpoint, folder, tmp_path):
+    vlm = load_vlm(tiny_checkpoint, dtype=torch.float32, prompt_style="chatml")
+    talks = [talk(0, "a.png"), *(talk(number, "cut.png") for number in range(1, 4))]
+    dataset = build(vlm, folder, talks, on_bad_image="skip")
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    finetune(
+        vlm,
+        MiloraConfig(r=4),
+        dataset,
+        None,
+        build_arguments(settings, tmp_path / "checkpoints", 0),
+        run_folder=tmp_path,
+        projector=ProjectorSection(),
+    )
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss_nats_per_token"] for line in lines if "loss_nats_per_token" in line]
+    assert len(losses) == 4
+    assert losses.count(0.0) == 3
+    assert max(losses) > 0
+    with pytest.raises(ValueError, match="no image of the training data can be read"):
+        finetune(
+            load_vlm(tiny_checkpoint, prompt_style="chatml"),
+            MiloraConfig(r=4),
+            build(vlm, folder, talks[1:], on_bad_image="skip"),
+            None,
+            build_arguments(settings, tmp_path / "checkpoints", 0),
+            run_folder=tmp_path / "other",
+            projector=ProjectorSection(),
+        )
