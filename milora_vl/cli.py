@@ -9,16 +9,21 @@ from typing import Any
 
 import yaml
 
-from milora_vl.config import Config, ConfigError, load_config
+from milora_vl.config import Config, load_config
+from milora_vl.errors import StoppedError, explain_error
 
+INTERRUPTED = 130  # as shells report SIGINT and SIGTERM
+STOPPED = 143
 OVERRIDES_HELP = "section.key=value, for example training.max_steps=10 adapter.r=64"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add CONFIG, overrides and --run."""
+    """Add CONFIG, overrides and --run-folder."""
     parser.add_argument("config", type=Path, help="YAML file; shipped ones are in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES_HELP)
-    parser.add_argument("--run", type=Path, help="run folder (default: run_folder of the config)")
+    text = "run folder (default: run_folder of the config)"
+    # --run alone is taken for torchrun's --run-path when torchrun starts the package
+    parser.add_argument("--run-folder", "--run", dest="run", type=Path, metavar="DIR", help=text)
 
 
 def read_config(arguments: argparse.Namespace) -> tuple[Config, Path]:
@@ -31,10 +36,13 @@ def train(arguments: argparse.Namespace) -> int:
     """Finetune: stage 1 if the config has one, evaluation before and after, report."""
     from milora_vl.eval.report import print_comparison
     from milora_vl.pipeline import run_pipeline
-    from milora_vl.training.trainer import peak_memory_gib
+    from milora_vl.runtime import is_main_process, peak_memory_gib, use_one_device
 
     config, folder = read_config(arguments)
+    use_one_device(f"accelerate launch -m milora_vl train {arguments.config}")
     results = run_pipeline(config, folder)
+    if not is_main_process():
+        return 0
     if results["after"]:
         print_comparison(results["before"], results["after"])
     print(f"base:    {results['base']}")
@@ -197,6 +205,7 @@ def cache(arguments: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     parser = argparse.ArgumentParser(prog="milora-vl", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser(
         "train", help="finetune a model as a config says", description=train.__doc__
@@ -280,19 +289,30 @@ def parse_words(words: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code. Errors that the user can mend print without a trace."""
+    """Run one verb; returns the exit code.
+
+    0: done. 1: an error, printed without a traceback unless ``--debug`` is given. 2: wrong words.
+    130: interrupted. 143: stopped by SIGTERM after a checkpoint.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     if words[:1] == ["eval"]:  # its options are its own; argparse would take them for ours
-        arguments = argparse.Namespace(run_verb=evaluate, rest=words[1:])
+        rest = [*words[1:], "--debug"] if debug else words[1:]
+        arguments = argparse.Namespace(run_verb=evaluate, rest=rest)
     else:
         arguments = parse_words(words)
     try:
         return arguments.run_verb(arguments)
-    except (ConfigError, ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        logging.getLogger("milora_vl").debug("trace", exc_info=True)
-        print(f"milora-vl: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("milora-vl: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except StoppedError as error:
+        print(f"milora-vl: {error}; the same command goes on from here", file=sys.stderr)
+        return STOPPED
+    except Exception as error:  # no user is helped by a traceback that was not asked for
+        if debug:
+            raise
+        print(f"milora-vl: error: {explain_error(error)}", file=sys.stderr)
+        return 1

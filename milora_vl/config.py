@@ -23,13 +23,14 @@ from pydantic import (
     model_validator,
 )
 
+from milora_vl.errors import MiloraError
 from milora_vl.files import cache_folder, write_text_atomic
 from milora_vl.runtime import BF16_CHOICES
 
 logger = logging.getLogger(__name__)
 
 
-class ConfigError(ValueError):
+class ConfigError(MiloraError, ValueError):
     """A configuration that cannot be used; the text says where and what to write instead."""
 
 
@@ -207,6 +208,8 @@ class DataSection(Section):
 
     Attributes:
         train: Files of records, see docs/data.md; ``${MILORA_CACHE}`` is the cache folder.
+        prepare: Command that makes the files and returns at once if they are made; it runs in the
+            repository's folder before anything else. None: they are there.
         image_folder: Folder that the records' image paths start from; empty for text-only records.
         validation: File of records for the validation loss; None for none.
         max_length: Longest sequence in tokens; answers are cut to fit, image tokens never.
@@ -222,6 +225,7 @@ class DataSection(Section):
     """
 
     train: list[str] = Field(min_length=1)
+    prepare: str | None = None
     image_folder: str = ""
     validation: str | None = None
     max_length: int = Field(default=2048, ge=8)

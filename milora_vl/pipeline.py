@@ -1,10 +1,10 @@
-"""The main job: base model, evaluation before, finetuning, evaluation after, report."""
+"""The main job: prepare data, base, evaluate, finetune, evaluate, report.
 
-import hashlib
+The only place that takes the whole config apart; the stages get plain arguments.
+"""
+
 import json
 import logging
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -12,55 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from milora_vl.adapter.portable import installed_versions
-from milora_vl.config import Config, ConfigError, dump_config, load_config
-from milora_vl.data.dataset import mixture
+from milora_vl import forecast, stages
+from milora_vl.config import AlignmentSection, Config, ConfigError
 from milora_vl.data.prompts import get_style
 from milora_vl.environment import describe_environment
-from milora_vl.eval import forgetting
-from milora_vl.eval.benches import BENCHES
-from milora_vl.eval.evaluation import bench_names, evaluate
-from milora_vl.eval.report import write_report
-from milora_vl.files import cache_folder, sha256_of, write_json_atomic
-from milora_vl.model.embedded import cached_demo_base
+from milora_vl.eval.evaluation import bench_names
+from milora_vl.files import write_json_atomic
+from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES
 from milora_vl.model.load import VLM
-from milora_vl.plan import empty_model
+from milora_vl.plan import count_steps, empty_model, guess_load, plan_run
+from milora_vl.run_folder import claim_run_folder, locked
 from milora_vl.runtime import (
     Precision,
-    autocast_as,
     choose_precision,
     count_layer_shapes,
+    from_main_process,
+    gather_json,
+    is_main_process,
+    measure_precisions,
+    memory_gib,
     resolve_device,
+    wait_for_all,
 )
-from milora_vl.training import projector
 from milora_vl.training.arguments import build_arguments
-from milora_vl.training.inputs import build_dataset, load_conversations, load_model
-from milora_vl.training.run import finetune
+from milora_vl.training.inputs import load_model
 
 logger = logging.getLogger(__name__)
-
-
-def claim_run_folder(config: Config, folder: Path) -> None:
-    """Make the run folder, or check that the one there belongs to the same config.
-
-    Raises:
-        ConfigError: If it holds a run with other settings; the sections that differ are named.
-    """
-    file = folder / "config.yaml"
-    if file.exists():
-        before = load_config(file).model_dump(mode="json")
-        now = config.model_dump(mode="json")
-        differing = [key for key in now if now[key] != before[key] and key != "run_folder"]
-        if differing:
-            raise ConfigError(
-                f"{folder} holds a run with other settings ({', '.join(differing)} differ); "
-                "give another folder with --run, or remove it"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no run; give another folder with --run")
-    dump_config(config, file)
 
 
 def check_names(config: Config) -> None:
@@ -124,129 +104,142 @@ def _decided(training: dict[str, Any], precision: Precision) -> dict[str, Any]:
 
 
 def record_environment(config: Config, file: Path) -> dict[str, Precision]:
-    """Write what the run depends on; one that goes on must find its data as they were.
+    """Write what the run depends on, its data apart.
 
     Returns:
         The precision of each stage: decided here, or by the call that began the run.
-
-    Raises:
-        ConfigError: If the data set was built anew since the run began.
     """
-    folder = config.data.image_folder
-    facts = describe_environment(config.seed, Path(folder) / "manifest.json" if folder else None)
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        if before["data_manifest"] != facts["data_manifest"]:
-            raise ConfigError(
-                f"{file.parent} began with another data set than {folder} holds now; give another "
-                "folder with --run, or restore the data"
-            )
         if "precision" in before:  # a run keeps the arithmetic it began with
             return {name: Precision(**kept) for name, kept in before["precision"].items()}
         return decide_precisions(config)
-    manifest = facts["data_manifest"] or {}
-    for source in manifest.get("left_out", []):
-        logger.warning("the data set lacks %s, which means %s", source["name"], source["means"])
-    if manifest.get("drawn_in_code"):
-        logger.warning("the pictures are shapes drawn in code, for tests: the scores say little")
+    facts = describe_environment(config.seed, None)
     precisions = decide_precisions(config)
     facts["precision"] = {name: asdict(one) for name, one in precisions.items()}
     write_json_atomic(file, facts)
     return precisions
 
 
-def check_data(config: Config) -> None:
-    """Check that the files of the config are there, before anything long starts.
+def record_data(image_folder: str, file: Path) -> None:
+    """Add the data's manifest to the environment; a run that goes on must find it as it was.
 
     Raises:
-        ConfigError: If one is missing; the message names it and says how the demo's are made.
+        ConfigError: If the data set was built anew since the run began.
     """
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    source = Path(image_folder) / "manifest.json"
+    is_there = bool(image_folder) and source.exists()
+    manifest = json.loads(source.read_text(encoding="utf-8")) if is_there else None
+    if facts.get("has_data"):
+        if facts["data_manifest"] != manifest:
+            raise ConfigError(
+                f"{file.parent} began with another data set than {image_folder} holds now; give "
+                "another folder with --run-folder, or restore the data"
+            )
+        return
+    for left_out in (manifest or {}).get("left_out", []):
+        logger.warning("the data set lacks %s, which means %s", left_out["name"], left_out["means"])
+    if (manifest or {}).get("drawn_in_code"):
+        logger.warning("the pictures are shapes drawn in code, for tests: the scores say little")
+    write_json_atomic(file, facts | {"data_manifest": manifest, "has_data": True})
+
+
+def needed_files(config: Config) -> list[str | None]:
+    """Return the files and folders that the run reads; None for what it does without."""
     files = [*config.data.train, config.data.validation]
     files += config.alignment.train if config.alignment else []
     folders = [config.data.image_folder, config.eval.data_dir if config.eval.benches else None]
-    for name in [*files, *folders]:
-        if name and not Path(name).exists():
-            raise ConfigError(
-                f"{name}: not found. The demo's data are made by "
-                "`bash scripts/finetune_llava_milora.sh` or `python data_prep/stickervqa.py`"
-            )
+    return [*files, *folders]
 
 
-def prepare_base(config: Config, run_folder: Path) -> Path | str:
-    """Return the base model of stage 2: as named, composed, or composed and aligned (cached)."""
-    base: Path | str = config.model.path
-    if base == "demo":
-        base = cached_demo_base(config.model.image_size_px, config.model.vision_feature_layer)
-    if config.alignment is None:
-        return base
-    section = config.alignment
-    folder = projector.aligned_base_folder(
-        Path(base), config.model, section, config.data, config.seed
+def find_weights(model: nn.Module) -> forecast.ModelWeights:
+    """Count the weights of a model's linear layers by part."""
+    counted = {"tower": 0, "projector": 0, "language_model": 0}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name.endswith("lm_head"):
+            continue
+        words = set(name.split("."))
+        part = "projector" if words & set(PROJECTOR_NAMES) else "language_model"
+        part = "tower" if words & set(TOWER_NAMES) else part
+        counted[part] += module.in_features * module.out_features
+    return forecast.ModelWeights(**counted)
+
+
+def guess_stages(
+    config: Config, precision: Precision, done: Mapping[str, bool]
+) -> dict[str, float]:
+    """Return the seconds of every stage on this computer, or nothing on a GPU."""
+    if resolve_device(config.model.device).type != "cpu":
+        return {}
+    model = empty_model(config.model)
+    weights = find_weights(model)
+    rates = precision.gflops or measure_precisions(count_layer_shapes(model), backward=True)
+    load, samples, _ = guess_load(config.data, model.config, config.training)
+    accumulated = config.training.get("gradient_accumulation_steps", 1)
+    steps = count_steps(config.training, samples, load.samples * accumulated) or 0
+    per_sample = (load.tokens, load.images, load.patches)
+    seen = steps * accumulated * load.samples
+    work = forecast.Work(
+        training=forecast.training_operations(weights, seen, *per_sample),
+        alignment=_alignment_operations(config.alignment, weights, per_sample),
+        evaluation=forecast.evaluation_operations(weights, _count_questions(config), load.patches)
+        * (2 if config.eval.blind else 1),
     )
-    if (folder / "config.json").exists():
-        logger.info("stage 1 is done: aligned base %s", folder)
-        return folder
-    logger.info("stage 1: aligning the projector of %s", base)
-    style = section.prompt_style or config.model.prompt_style
-    # what is saved here is the base of stage 2, whose float weights QMiLoRA needs
-    update = {"prompt_style": style, "quantization": None}
-    vlm = load_model(config.model.model_copy(update=update), base)
-    files = section.train or config.data.train
-    conversations = [
-        item for file in files for item in load_conversations(config.data, file, config.data.limit)
-    ]
-    projector.align_projector(
-        vlm,
-        section,
-        config.data,
-        build_dataset(vlm, config.data, conversations),
-        build_arguments(section.training, run_folder / "alignment", config.seed),
-        metrics_file=run_folder / "metrics.jsonl",
-    )
-    return projector.save_base(vlm, folder)
+    rate = rates["bfloat16" if precision.bf16 else "float32"]
+    return forecast.guess_seconds(work, rate, done)
 
 
-def evaluate_once(
-    vlm: VLM, config: Config, folder: Path, arguments: TrainingArguments, adapter_name: str | None
-) -> dict[str, Any]:
-    """Evaluate into ``folder``, or return the results that an earlier call left there."""
-    if (folder / "results.json").exists():
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    with autocast_as(arguments, vlm.model):
-        return evaluate(
-            vlm,
-            config.eval.benches,
-            config.eval.data_dir,
-            folder,
-            batch_size=config.eval.batch_size,
-            limit=config.eval.limit,
-            blind=config.eval.blind,
-            model_name=vlm.path,
-            adapter_name=adapter_name,
+def _alignment_operations(
+    section: AlignmentSection | None,
+    weights: forecast.ModelWeights,
+    per_sample: tuple[float, float, int],
+) -> float:
+    if section is None:
+        return 0.0
+    patches = per_sample[2]
+    found = 0.0
+    if section.patch_steps:
+        found += 2 * section.patch_pictures * patches * weights.tower
+        found += 6 * section.patch_steps * PATCHES_PER_STEP * weights.projector
+    steps = section.training.get("max_steps", 0)
+    seen = steps * section.training.get("per_device_train_batch_size", 8)
+    return found + forecast.training_operations(weights, seen, *per_sample)
+
+
+PATCHES_PER_STEP = 2304  # the default of ``training.align``, background included
+
+
+def _count_questions(config: Config) -> int:
+    names = bench_names(config.eval.benches) if config.eval.benches else []
+    most = config.eval.limit if isinstance(config.eval.limit, int) else forecast.QUESTIONS
+    return len(names) * min(most, forecast.QUESTIONS)
+
+
+def warn_of_memory(config: Config) -> None:
+    """Say before anything long starts if the run will not fit into this computer's memory."""
+    if resolve_device(config.model.device).type != "cpu":
+        return
+    plan = plan_run(config)
+    needed, there = max(plan.init_gib, plan.training_gib), memory_gib()
+    if needed <= there:
+        return
+    size = config.training.get("per_device_train_batch_size", 8)
+    remedies = ["close other programs"]
+    if size > 1:
+        half = size // 2
+        remedies.append(
+            f"set training.per_device_train_batch_size={half} and "
+            f"training.gradient_accumulation_steps="
+            f"{2 * config.training.get('gradient_accumulation_steps', 1)}"
         )
-
-
-def evaluate_before(
-    vlm: VLM, config: Config, folder: Path, arguments: TrainingArguments
-) -> dict[str, Any]:
-    """Evaluate the base; for a base in the cache the answers are kept there for the next run.
-
-    They depend on base, benches and settings alone; the key is a digest of these.
-    """
-    base, data_dir = Path(vlm.path).resolve(), Path(config.eval.data_dir)
-    manifest = data_dir / "manifest.json"
-    if not base.is_relative_to(cache_folder().resolve()) or not manifest.exists():
-        return evaluate_once(vlm, config, folder, arguments, None)
-    facts = [base.name, config.eval.model_dump(), config.model.model_dump(), sha256_of(manifest)]
-    facts += [arguments.bf16, arguments.fp16, installed_versions()]
-    facts += [BENCHES[name].VERSION for name in bench_names(config.eval.benches)]
-    facts.append(forgetting.VERSION)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    kept = cache_folder() / "evaluations" / f"{base.name}-{digest[:12]}"
-    if not (folder / "results.json").exists():
-        evaluate_once(vlm, config, kept, arguments, None)
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if not config.training.get("gradient_checkpointing"):
+        remedies.append("set training.gradient_checkpointing=true")
+    logger.warning(
+        "this run needs about %.1f GiB of memory (start %.1f, training %.1f), and %.1f GiB are "
+        "free here: %s",
+        *(needed, plan.init_gib, plan.training_gib, there, ", or ".join(remedies)),
+    )
 
 
 def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
@@ -254,56 +247,105 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
 
     Args:
         config: The settings.
-        run_folder: Where everything goes; see the README for its files.
+        run_folder: Where everything goes; see docs/runs.md for its files.
 
     Returns:
-        ``{"before": results, "after": results, "base": path or id}``, results as in
-        ``results.json`` (empty without benches).
+        ``{"before": results, "after": results, "base": path or id, "timing": {...}}``, results as
+        in ``results.json`` (empty without benches).
 
     Raises:
         ConfigError: If the settings cannot be used or the folder holds another run.
+        milora_vl.run_folder.RunBusyError: If another command works in the folder.
     """
     check_names(config)
-    check_data(config)
-    claim_run_folder(config, run_folder)
-    config = with_precisions(config, record_environment(config, run_folder / "environment.json"))
+    if not config.data.prepare:
+        stages.prepare_data(None, needed_files(config))
+    for section in filter(None, (config.training, config.alignment and config.alignment.training)):
+        # transformers refuses wrong values; done before the folder is claimed
+        build_arguments(
+            section | {"bf16": False} if section.get("bf16") == "auto" else section,
+            run_folder / "checkpoints",
+            config.seed,
+        )
+    if not is_main_process():
+        return _run_claimed(config, run_folder)
+    with locked(run_folder):
+        return _run_claimed(config, run_folder)
+
+
+def _run_claimed(config: Config, run_folder: Path) -> dict[str, Any]:
+    environment = run_folder / "environment.json"
+    found = {}
+    if is_main_process():
+        claim_run_folder(config, run_folder)
+        found = {name: asdict(one) for name, one in record_environment(config, environment).items()}
+    precisions = {name: Precision(**one) for name, one in from_main_process(found).items()}
+    config = with_precisions(config, precisions)
     set_seed(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
-    started = time.perf_counter()
-    base = prepare_base(config, run_folder)
-    vlm = load_model(config.model, base)
-    datasets = [
-        build_dataset(vlm, config.data, load_conversations(config.data, file, config.data.limit))
-        for file in config.data.train
-    ]
-    dataset = (
-        mixture(datasets, [1] * len(datasets), config.seed) if len(datasets) > 1 else datasets[0]
-    )
-    validation = None
-    if config.data.validation:
-        records = load_conversations(
-            config.data, config.data.validation, config.data.validation_limit
+    schedule = _schedule(config, run_folder, precisions["training"])
+    with schedule.stage("data"):
+        stages.prepare_data(config.data.prepare, needed_files(config))
+        if is_main_process():
+            record_data(config.data.image_folder, environment)
+        wait_for_all()
+    with schedule.stage("base"):
+        base = stages.prepare_base(
+            config.model, config.alignment, config.data, config.seed, run_folder
         )
-        validation = build_dataset(vlm, config.data, records)
-    before: dict[str, Any] = {}
-    if config.eval.benches:
-        before = evaluate_before(vlm, config, run_folder / "eval_before", arguments)
-    set_seed(config.seed)  # the same training whether or not the stages before were cached
-    tuned = finetune(
+    base_vlm = cache(lambda: load_model(config.model, base))  # a finished run loads none
+    with schedule.stage("before"):
+        before = stages.evaluate_stage(
+            base_vlm,
+            config.eval,
+            run_folder / "eval_before",
+            arguments,
+            kept=stages.kept_evaluation(base, config.model, config.eval, arguments),
+        )
+    tuned_vlm = cache(lambda: _finetune(config, base_vlm(), arguments, run_folder))
+    with schedule.stage("finetuning"):
+        if not all(gather_json(stages.adapter_is_trained(run_folder))):
+            tuned_vlm()
+    with schedule.stage("after"):
+        after = stages.evaluate_stage(
+            tuned_vlm,
+            config.eval,
+            run_folder / "eval_after",
+            arguments,
+            adapter_name=str(run_folder / "adapter"),
+        )
+    results = {"before": before, "after": after, "timing": schedule.to_json()}
+    stages.report_stage(run_folder, results)
+    return {**results, "base": str(base)}
+
+
+def _finetune(config: Config, vlm: VLM, arguments: TrainingArguments, run_folder: Path) -> VLM:
+    return stages.finetune_stage(
         vlm,
         config.adapter,
-        dataset,
-        validation,
+        config.data,
         arguments,
         run_folder=run_folder,
-        projector=config.projector,
+        projector_section=config.projector,
     )
-    after: dict[str, Any] = {}
-    if config.eval.benches:
-        adapter = str(run_folder / "adapter")
-        after = evaluate_once(tuned, config, run_folder / "eval_after", arguments, adapter)
-    results = {"before": before, "after": after}
-    write_json_atomic(run_folder / "results.json", results)
-    write_report(run_folder)
-    logger.info("done in %.1f min", (time.perf_counter() - started) / 60)
-    return {**results, "base": str(base)}
+
+
+def _schedule(config: Config, run_folder: Path, precision: Precision) -> forecast.Schedule:
+    """Guess the time of what is left to do, and say it."""
+    has_benches = bool(config.eval.benches)
+    trained = stages.adapter_is_trained(run_folder)
+    done = {
+        "data": not stages.missing_files(needed_files(config)),
+        "base": stages.base_is_done(config.model, config.alignment, config.data, config.seed),
+        "before": not has_benches or stages.evaluation_is_done(run_folder / "eval_before"),
+        "finetuning": trained,
+        "after": not has_benches or stages.evaluation_is_done(run_folder / "eval_after"),
+    }
+    if not is_main_process():
+        return forecast.Schedule({}, None)
+    guesses = {} if all(done.values()) else guess_stages(config, precision, done)
+    schedule = forecast.Schedule(guesses, run_folder / "timing.json")
+    if guesses:
+        warn_of_memory(config)
+        logger.info("%s", schedule)
+    return schedule

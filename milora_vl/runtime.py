@@ -1,8 +1,10 @@
-"""The process and its machine: memory, threads, device, and the precision of products."""
+"""The process and its machine: its rank, memory, threads, device, and the precision of products."""
 
 import ctypes
+import json
 import logging
 import math
+import os
 import sys
 import threading
 import time
@@ -11,10 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Work = TypeVar("Work")
+
+PATIENCE = timedelta(days=7)
 
 
 def one_ahead(work: Callable[[str], Work], names: Sequence[str]) -> Iterator[Work]:
@@ -48,6 +55,118 @@ def threads_of_one_core(workers: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the workers' setting is also the default of new threads
+
+
+def process_rank() -> int:
+    """Return the number of this process among all of the job, 0 for the main one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes the job has."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes what belongs to the whole job."""
+    return process_rank() == 0
+
+
+def is_local_main_process() -> bool:
+    """Return whether this process writes what belongs to its computer, such as the cache folder."""
+    return process_count() == 1 or int(os.environ.get("LOCAL_RANK", process_rank())) == 0
+
+
+@cache
+def _patient_group() -> Any:
+    # NCCL and gloo give up after 10 to 30 minutes, less than one process may evaluate alone
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def wait_for_all() -> None:
+    """Return when every process of the job has come here, however long that takes."""
+    if process_count() > 1:
+        dist.barrier(group=_patient_group())
+
+
+@contextmanager
+def main_process_first(*, local: bool = False) -> Iterator[bool]:
+    """Run the block in the main process, then in the others, which find what it made.
+
+    If it fails in the main process, the launcher ends the others.
+
+    Args:
+        local: Count by computer: the first process of each runs it first.
+
+    Yields:
+        Whether this process is one of the first.
+    """
+    is_first = is_local_main_process() if local else is_main_process()
+    if not is_first:
+        wait_for_all()
+    yield is_first
+    if is_first:
+        wait_for_all()
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return the JSON values of all processes, in the order of their ranks, in every process."""
+    if process_count() == 1:
+        return [value]
+    group = _patient_group()
+    own = torch.tensor(list(json.dumps(value).encode("utf-8")), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(process_count())]
+    dist.all_gather(lengths, torch.tensor([own.numel()]), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: own.numel()] = own
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded, group=group)
+    pairs = zip(texts, lengths, strict=True)
+    return [json.loads(bytes(text[: int(length)].tolist())) for text, length in pairs]
+
+
+def from_main_process(value: Any) -> Any:
+    """Return the main process's JSON value in every process."""
+    return gather_json(value if is_main_process() else None)[0]
+
+
+def use_one_device(command: str) -> None:
+    """Keep a process without a launcher to one GPU, and say how to use the others.
+
+    Transformers would otherwise spread every batch over all of them (``DataParallel``), which
+    averages the losses of unequal parts. To be called before CUDA starts.
+
+    Args:
+        command: What starts the same work on all GPUs.
+    """
+    visible = torch.cuda.device_count()
+    if visible < 2 or "WORLD_SIZE" in os.environ:
+        return
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = first
+    logger.warning(
+        "%d GPUs are visible, and this is one process: it uses GPU %s alone. For all of them: %s",
+        *(visible, first, command),
+    )
+
+
+def memory_gib() -> float:
+    """Return the memory that a new process can have on this computer, in GiB."""
+    return psutil.virtual_memory().available / 2**30
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident memory of this process so far, in GiB."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 M_TRIM_THRESHOLD = -1  # numbers of malloc.h

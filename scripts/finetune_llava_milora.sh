@@ -2,7 +2,7 @@
 # Finetune a LLaVA-style model with MiLoRA.
 #
 #   bash scripts/finetune_llava_milora.sh                                  the embedded demo, CPU
-#   bash scripts/finetune_llava_milora.sh CONFIG [section.key=value ...] [--run DIR]
+#   bash scripts/finetune_llava_milora.sh CONFIG [section.key=value ...] [--run-folder DIR]
 #
 # Interrupted? The same command goes on where it was. On several GPUs it starts through
 # `accelerate launch` (settings: `accelerate config`, or ACCELERATE_CONFIG=FILE).
@@ -21,12 +21,6 @@ case "${1:-}" in
 esac
 . "$root/scripts/setup_env.sh"
 [ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-15}" # a log needs no moving bars
-
-cache="${MILORA_CACHE:-$HOME/.cache/milora_vl}"
-if grep -q 'MILORA_CACHE}/stickervqa/core' "$config"; then
-    python "$root/data_prep/stickervqa.py" --size core --seed 0 \
-        --if-needed --out "$cache/stickervqa/core"
-fi
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 1 ] || [ -n "${ACCELERATE_CONFIG:-}" ]; then

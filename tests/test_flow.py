@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def finished_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
     patch = pytest.MonkeyPatch()
     patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", str(config_file), "--run", str(folder)]) == 0
+    assert main(["train", str(config_file), "--run-folder", str(folder)]) == 0
     yield folder
     patch.undo()
 
@@ -117,22 +119,45 @@ def test_a_run_says_what_it_took_and_what_was_forgotten(finished_run: Path) -> N
 def test_a_finished_run_is_not_done_again(finished_run: Path, config_file: Path) -> None:
     file = finished_run / "adapter" / "adapter_model.safetensors"
     before = file.stat().st_mtime_ns
-    assert main(["train", str(config_file), "--run", str(finished_run)]) == 0
+    assert main(["train", str(config_file), "--run-folder", str(finished_run)]) == 0
     assert file.stat().st_mtime_ns == before
+
+
+def test_two_processes_share_one_run(config_file: Path, tmp_path: Path) -> None:
+    """One claims, evaluates and writes; the result is that of a whole run."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    words += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    words += ["-m", "milora_vl", "train", str(config_file), "--run-folder", str(tmp_path / "run")]
+    words += ["eval.benches=[pope]", "training.logging_steps=1"]
+    done = subprocess.run(
+        words,
+        env=os.environ | {"MILORA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report: ") == 1  # the main process alone speaks
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["benches"]["pope"]["n"] > 0
+    assert (tmp_path / "run" / "adapter" / "milora.json").exists()
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    steps = [one["step"] for one in log if one["stage"] == "finetune" and "grad_norm" in one]
+    assert steps == [1, 2, 3, 4]  # each once
 
 
 def test_a_run_folder_belongs_to_one_config(
     finished_run: Path, config_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ["train", str(config_file), "adapter.r=2", "--run", str(finished_run)]
+    words = ["train", str(config_file), "adapter.r=2", "--run-folder", str(finished_run)]
     assert main(words) == 1
-    assert "adapter" in capsys.readouterr().err
+    assert "adapter.r was 4, now 2" in capsys.readouterr().err
 
 
 def test_missing_data_are_named(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = ["--run", str(tmp_path / "r")]
+    run = ["--run-folder", str(tmp_path / "r")]
     words = ["train", str(config_file), *run, "data.train=nowhere.json"]  # after an option
     assert main(words) == 1
     assert "nowhere.json" in capsys.readouterr().err
@@ -173,7 +198,7 @@ def test_the_notebook_runs_from_top_to_bottom(finished_run: Path) -> None:
 def test_unknown_names_are_found_before_anything_is_loaded(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str
 ) -> None:
-    for verb in (["check"], ["train", "--run", str(tmp_path / "run")]):
+    for verb in (["check"], ["train", "--run-folder", str(tmp_path / "run")]):
         assert main([verb[0], str(config_file), override, *verb[1:]]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -186,7 +211,7 @@ def test_a_run_does_not_go_on_with_other_data(
     before = manifest.read_text(encoding="utf-8")
     try:
         manifest.write_text(json.dumps({**json.loads(before), "seed": 1}), encoding="utf-8")
-        assert main(["train", str(config_file), "--run", str(finished_run)]) == 1
+        assert main(["train", str(config_file), "--run-folder", str(finished_run)]) == 1
         assert "another data set" in capsys.readouterr().err
     finally:
         manifest.write_text(before, encoding="utf-8")

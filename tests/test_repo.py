@@ -10,14 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A layer may import itself and those before it; files of the package's top level count as layers.
 ORDER = [
-    {"constants", "files", "runtime"},
+    {"constants", "errors", "files", "runtime"},
     {"config"},
     {"data", "model"},
     {"adapter"},
     {"export", "plan"},
     {"training"},
     {"eval"},
-    {"environment", "inference", "pipeline"},
+    {"environment", "inference"},
+    {"forecast", "run_folder", "stages"},
+    {"pipeline"},
     {"cli"},
 ]
 PACKAGE = sorted((ROOT / "milora_vl").rglob("*.py"))

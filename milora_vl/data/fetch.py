@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from milora_vl.errors import MiloraError
 from milora_vl.files import cache_folder, sha256_of
 
 DEFAULT_TIMEOUT_S = 600
 
 
-class FetchError(RuntimeError):
+class FetchError(MiloraError, RuntimeError):
     """A pinned file could not be provided."""
 
 

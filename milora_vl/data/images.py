@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from milora_vl.constants import IGNORE_INDEX
+from milora_vl.errors import MiloraError
 
 _TEXT_FIELDS = (
     "input_ids",
@@ -39,15 +40,15 @@ _MEDIA = ("image", "video", "audio")
 Size = tuple[int, int]
 
 
-class PictureError(ValueError):
+class PictureError(MiloraError, ValueError):
     """More images than a family takes, or a processor that does not say what it does."""
 
 
-class ImagePathError(ValueError):
+class ImagePathError(MiloraError, ValueError):
     """An image name that is a URL or leaves the image folder."""
 
 
-class BadImageError(ValueError):
+class BadImageError(MiloraError, ValueError):
     """An image that cannot be read, or has a size that cannot be used; the message names it."""
 
 

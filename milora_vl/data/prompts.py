@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.records import Turn
+from milora_vl.errors import MiloraError
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ STYLE_NAME = "chat_template"
 _SYSTEM, _Q1, _A1, _Q2, _A2 = (f"probe{word}text" for word in ("zero", "one", "two", "six", "ten"))
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(MiloraError, ValueError):
     """A chat template that cannot be written as segments; choose a prompt style by name."""
 
 

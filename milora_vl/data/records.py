@@ -39,6 +39,7 @@ from milora_vl.data.record_keys import (
     Key,
     find_key,
 )
+from milora_vl.errors import MiloraError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ _WAYS_OUT = (
 _EARLY_ANSWER = "answers before the first question"
 
 
-class RecordError(ValueError):
+class RecordError(MiloraError, ValueError):
     """A record that cannot be used.
 
     Attributes:

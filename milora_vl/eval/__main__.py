@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from milora_vl.errors import explain_error
 from milora_vl.files import cache_folder, write_json_atomic
 from milora_vl.runtime import (
     Precision,
@@ -130,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="ask N questions of each bench again "
         "one by one with plain generate and report how many answers differ",
     )
+    add("--debug", action="store_true", help="show the traceback of an error")
     add("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /chat/completions")
     add("--judge-model", metavar="NAME", help="model of the judge; goes beside every score of it")
     return parser
@@ -252,12 +254,14 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         results = run(arguments)
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
         return 130
+    except Exception as error:  # no user is helped by a traceback that was not asked for
+        if arguments.debug:
+            raise
+        sys.stderr.write(f"error: {explain_error(error)}\n")
+        return 1
     print_results(results)
     sys.stdout.write(f"results: {arguments.out / 'results.json'}\n")
     return 0

@@ -14,13 +14,14 @@ from typing import Any
 
 import pandas as pd
 
+from milora_vl.errors import MiloraError
 from milora_vl.eval.items import ImageSource, find_file, find_image
 
 _OWNERS = ("lmms-lab-encoder", "lmms-lab")
 """Mirrors moved from the second to the first in 2026; a cache may still hold either name."""
 
 
-class MirrorError(OSError):
+class MirrorError(MiloraError, OSError):
     """A mirror could not be loaded; the text says which, why, and what to do instead."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from milora_vl.data.images import resolve_image
+from milora_vl.errors import MiloraError
 
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ class Row:
     details: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(MiloraError, RuntimeError):
     """Samples failed or lack a prediction; neither is ever scored as an empty answer."""
 
 

@@ -25,6 +25,7 @@ from milora_vl.adapter.checkpoint import check_writable, write_adapter
 from milora_vl.adapter.portable import MiloraFile, portable_tensors
 from milora_vl.adapter.quantized import is_quantised
 from milora_vl.adapter.state import recall
+from milora_vl.errors import MiloraError
 from milora_vl.export.logits_check import (
     TOLERANCES,
     LogitsCheck,
@@ -169,7 +170,7 @@ Form = Literal["lora", "lora-small", "merged"]
 MergeOnto = Literal["original", "dequantised"]
 
 
-class ExportError(RuntimeError):
+class ExportError(MiloraError, RuntimeError):
     """An export that does not compute what the live model computes; nothing was put in place."""
 
 

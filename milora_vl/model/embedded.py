@@ -196,10 +196,15 @@ def build_demo_base(
     )
 
 
+def demo_base_folder(image_size_px: int, vision_feature_layer: int | list[int]) -> Path:
+    """Return the cache folder of the composed checkpoint, made or not."""
+    layers = str(vision_feature_layer).strip("[]").replace(", ", "-")
+    return cache_folder() / "models" / f"demo-{image_size_px}px-layer{layers}"
+
+
 def cached_demo_base(image_size_px: int, vision_feature_layer: int | list[int]) -> Path:
     """Return the composed checkpoint of ``build_demo_base`` from the cache, made on first use."""
-    layers = str(vision_feature_layer).strip("[]").replace(", ", "-")
-    folder = cache_folder() / "models" / f"demo-{image_size_px}px-layer{layers}"
+    folder = demo_base_folder(image_size_px, vision_feature_layer)
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

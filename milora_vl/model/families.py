@@ -11,6 +11,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from milora_vl.errors import MiloraError
+
 logger = logging.getLogger(__name__)
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,7 +41,7 @@ TOWER_NAMES: tuple[str, ...] = (
 TokenTypes = Literal["none", "mm_token_type_ids", "token_type_ids", "prefix"]
 
 
-class FamilyError(ValueError):
+class FamilyError(MiloraError, ValueError):
     """An architecture that cannot be adapted; the text says which part is missing."""
 
 

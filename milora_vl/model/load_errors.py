@@ -8,8 +8,10 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from milora_vl.errors import MiloraError
 
-class LoadError(RuntimeError):
+
+class LoadError(MiloraError, RuntimeError):
     """A model that cannot be loaded; the text says why and what to do."""
 
 

@@ -29,6 +29,8 @@ from transformers import (
     ViTModel,
 )
 
+from milora_vl.errors import MiloraError
+
 _KINDS = {
     "open_clip.VisionTransformer": ("ResidualAttentionBlock", "MultiheadAttention"),
     "timm.VisionTransformer": ("Block", "Attention"),
@@ -44,7 +46,7 @@ _FOREIGN = {
 }
 
 
-class TowerError(ValueError):
+class TowerError(MiloraError, ValueError):
     """A tower that no transformers class computes; the text says what stands in the way."""
 
 

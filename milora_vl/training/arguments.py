@@ -17,7 +17,8 @@ def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> Traini
     an epoch is the unit of evaluation and saving.
 
     Raises:
-        ValueError: If transformers refuses a value.
+        ValueError: If transformers refuses a value, or one process would spread its batches over
+            several GPUs.
     """
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -32,4 +33,10 @@ def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> Traini
         "label_names": ["labels"],
     }
     devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by every launcher
-    return TrainingArguments(**(defaults | arguments_for(training, devices)))
+    arguments = TrainingArguments(**(defaults | arguments_for(training, devices)))
+    if arguments.n_gpu > 1:  # DataParallel averages the losses of unequal parts
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start one process a GPU with "
+            "`accelerate launch -m milora_vl train CONFIG`, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments

@@ -65,7 +65,10 @@ def aligned_base_folder(
     base: Path, model: ModelSection, alignment: AlignmentSection, data: DataSection, seed: int
 ) -> Path:
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
-    sections = [model.model_dump(exclude={"device"}), alignment.model_dump(), data.model_dump()]
+    # what is done about bad records and pictures may change while a run goes on
+    without = {"prepare", "on_bad_record", "on_bad_image", "ignore_keys"}
+    sections = [model.model_dump(exclude={"device"}), alignment.model_dump()]
+    sections.append(data.model_dump(exclude=without))
     facts: list[Any] = [str(base), *sections, seed]
     for file in sorted(base.glob("*.safetensors")) if base.is_dir() else []:
         facts.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])

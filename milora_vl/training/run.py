@@ -20,6 +20,7 @@ from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.files import write_json_atomic
 from milora_vl.model.load import VLM
+from milora_vl.runtime import is_main_process, wait_for_all
 from milora_vl.training.inputs import build_collate
 from milora_vl.training.resume import last_checkpoint
 from milora_vl.training.trainer import MetricsWriter, VlmTrainer, supervised_positions
@@ -102,7 +103,9 @@ def finetune(
             calibration=calibration,
             weights=vlm.float_weights,
         )
-        write_json_atomic(run_folder / "certificate.json", json.loads(certificate.to_json()))
+        if is_main_process():
+            facts = json.loads(certificate.to_json())
+            write_json_atomic(run_folder / "certificate.json", facts)
         logger.info("init certificate\n%s", certificate.summary())
     save = partial(save_adapter, peft_model, base=vlm.path, processor=vlm.processor)
     train(
@@ -116,7 +119,9 @@ def finetune(
         stage="finetune",
         projector=projector,
     )
-    save(final)
+    if is_main_process():  # all processes hold the same weights
+        save(final)
+    wait_for_all()
     return vlm.with_model(peft_model.eval())
 
 

@@ -16,6 +16,7 @@ from milora_vl.adapter.quantized import evaluating
 from milora_vl.constants import IGNORE_INDEX
 from milora_vl.data.dataset import group_by_length
 from milora_vl.files import write_text_atomic
+from milora_vl.runtime import peak_memory_gib
 
 
 class GroupedSampler(Sampler[int]):
@@ -252,10 +253,3 @@ def peak_memory() -> dict[str, float]:
     if torch.cuda.is_available():
         found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
-
-
-def peak_memory_gib() -> float:
-    """Return the largest resident memory of this process so far, in GiB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,169 @@
+"""How long a run will take on this computer: said before it starts, corrected after each stage."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from milora_vl.files import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("data", "base", "before", "finetuning", "after")
+PRODUCT_STAGES = ("base", "before", "finetuning", "after")
+"""Stages whose time is that of matrix products: what one of them takes corrects the others."""
+
+TRAINING_EFFICIENCY = 0.5  # share of the probed rate; the rest is attention, norms, the optimizer
+EVALUATION_EFFICIENCY = 0.35
+DATA_SECONDS = 120  # drawing the demo's pictures, on two cores
+COMPOSE_SECONDS = 40  # reading the demo's two models and joining them
+LOADING_SECONDS = 8  # a stage's start: model, records, decompositions
+TOKENS_PER_QUESTION = 45  # the picture and a shared beginning are computed once
+QUESTIONS = 1500  # of a bench whose files are not there yet
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of a run, in floating-point operations.
+
+    Attributes:
+        training: Of the finetuning.
+        alignment: Of stage 1; 0 if there is none.
+        evaluation: Of one evaluation, with and without pictures.
+    """
+
+    training: float
+    alignment: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Weights of the linear layers: of the vision tower, the projector and all others."""
+
+    tower: int
+    projector: int
+    language_model: int
+
+
+def training_operations(
+    weights: ModelWeights, samples: float, tokens: float, pictures: float, patches: int
+) -> float:
+    """Return operations to train on samples: forward, and backward through frozen weights.
+
+    Args:
+        weights: Of the model.
+        samples: How many are seen, repeated ones again.
+        tokens: Of one sample, image tokens included.
+        pictures: Of one sample.
+        patches: Of one picture.
+    """
+    each = 4 * tokens * weights.language_model
+    return samples * (each + 2 * pictures * patches * weights.tower)
+
+
+def evaluation_operations(weights: ModelWeights, questions: int, patches: int) -> float:
+    """Return operations to answer questions with their picture, forward only."""
+    each = 2 * TOKENS_PER_QUESTION * weights.language_model + 2 * patches * weights.tower / 4
+    return questions * each
+
+
+def guess_seconds(work: Work, gflops: float, done: Mapping[str, bool]) -> dict[str, float]:
+    """Return the seconds of every stage, 0 for those that are done.
+
+    Args:
+        work: Operations of the stages.
+        gflops: Rate of products on the model's layers, in the precision of training.
+        done: Stage -> whether it is done; a stage that is absent is not part of the run.
+    """
+    rate = gflops * 1e9
+    seconds = {
+        "data": DATA_SECONDS,
+        "base": COMPOSE_SECONDS + work.alignment / rate / TRAINING_EFFICIENCY,
+        "before": LOADING_SECONDS + work.evaluation / rate / EVALUATION_EFFICIENCY,
+        "finetuning": LOADING_SECONDS + work.training / rate / TRAINING_EFFICIENCY,
+        "after": work.evaluation / rate / EVALUATION_EFFICIENCY,
+    }
+    return {name: 0.0 if done[name] else seconds[name] for name in STAGES if name in done}
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of a stage: guessed at the start of the run, and taken so far."""
+
+    guessed_s: float
+    seconds: float = 0.0
+    is_done: bool = False
+
+
+class Schedule:
+    """The stages of a run with their times; kept in the run folder, so that calls add up.
+
+    Args:
+        guesses: Stage -> seconds.
+        file: Where the times are kept; None for nowhere.
+    """
+
+    def __init__(self, guesses: Mapping[str, float], file: Path | None) -> None:
+        """See the class."""
+        self.file = file
+        self.times = {name: StageTime(guess, is_done=guess == 0) for name, guess in guesses.items()}
+        self.remaining = dict(guesses)
+        if file and file.exists():
+            for name, kept in json.loads(file.read_text(encoding="utf-8")).items():
+                if name in self.times:  # the guess of the first call is the one to judge
+                    is_done = self.times[name].is_done
+                    self.times[name] = StageTime(kept["guessed_s"], kept["seconds"], is_done)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block; afterwards correct what is left and say so."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._record(name, time.perf_counter() - started)
+        left = {key: seconds for key, seconds in self.remaining.items() if seconds}
+        if left:
+            logger.info("%s took %s; %s", name, _minutes_text(self.times[name].seconds), self)
+
+    def _record(self, name: str, seconds: float) -> None:
+        before = self.times.get(name, StageTime(0.0))
+        guess = self.remaining.pop(name, 0.0)
+        self.times[name] = replace(before, seconds=before.seconds + seconds, is_done=True)
+        if guess and name in PRODUCT_STAGES:
+            for other in set(PRODUCT_STAGES) & set(self.remaining):
+                # the same questions are asked again; other work is of another kind
+                same = {name, other} == {"before", "after"}
+                self.remaining[other] *= seconds / guess if same else (seconds / guess) ** 0.5
+        if self.file:
+            write_json_atomic(self.file, self.to_json())
+
+    def revise(self, guesses: Mapping[str, float]) -> None:
+        """Replace the guesses of stages to come, when more is known about their work."""
+        self.remaining |= {name: s for name, s in guesses.items() if name in self.remaining}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return {stage: {"guessed_s", "seconds"}}."""
+        return {
+            name: {"guessed_s": round(one.guessed_s, 1), "seconds": round(one.seconds, 1)}
+            for name, one in self.times.items()
+        }
+
+    def __str__(self) -> str:
+        """Return what is left, such as "about 24 min left: base 4, before 3, ..."."""
+        left = {name: seconds for name, seconds in self.remaining.items() if seconds}
+        parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in left.items())
+        return f"about {_minutes_text(sum(left.values()))} left on this computer: {parts}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}" if seconds >= 90 else f"{seconds / 60:.1f}"
+
+
+def _minutes_text(seconds: float) -> str:
+    return f"{_minutes(seconds)} min"
