@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from milora_vl import forecast, stages
-from milora_vl.config import AlignmentSection, Config, ConfigError
+from milora_vl.config import AlignmentSection, Config, ConfigError, arguments_for
 from milora_vl.data.prompts import get_style
 from milora_vl.environment import describe_environment
 from milora_vl.eval.evaluation import bench_names
@@ -34,6 +34,7 @@ from milora_vl.runtime import (
     is_main_process,
     measure_precisions,
     memory_gib,
+    process_count,
     resolve_device,
     wait_for_all,
 )
@@ -176,8 +177,9 @@ def guess_stages(
     weights = find_weights(model)
     rates = precision.gflops or measure_precisions(count_layer_shapes(model), backward=True)
     load, samples, _ = guess_load(config.data, model.config, config.training)
-    accumulated = config.training.get("gradient_accumulation_steps", 1)
-    steps = count_steps(config.training, samples, load.samples * accumulated) or 0
+    training = arguments_for(config.training, process_count())
+    accumulated = training.get("gradient_accumulation_steps", 1)
+    steps = count_steps(training, samples, load.samples * accumulated) or 0
     per_sample = (load.tokens, load.images, load.patches)
     seen = steps * accumulated * load.samples
     work = forecast.Work(
@@ -343,9 +345,14 @@ def _schedule(config: Config, run_folder: Path, precision: Precision) -> forecas
     }
     if not is_main_process():
         return forecast.Schedule({}, None)
-    guesses = {} if all(done.values()) else guess_stages(config, precision, done)
+    guesses: dict[str, float] = {}
+    try:
+        if not all(done.values()):
+            guesses = guess_stages(config, precision, done)
+            warn_of_memory(config)
+    except Exception as error:  # a guess that fails must not end the run; the run itself will tell
+        logger.info("no time can be foretold: %s", error)
     schedule = forecast.Schedule(guesses, run_folder / "timing.json")
     if guesses:
-        warn_of_memory(config)
         logger.info("%s", schedule)
     return schedule

@@ -27,7 +27,6 @@ FREE_SETTINGS = (
     "data.prepare",
     "data.on_bad_image",
     "data.on_bad_record",
-    "data.ignore_keys",
     "model.device",
     "model.trust_remote_code",
     "model.allow_pickle",
@@ -38,7 +37,14 @@ FREE_SETTINGS = (
         for section in ("training", "alignment.training")
         for key in (
             *("logging_*", "log_*", "report_to", "run_name", "disable_tqdm", "project"),
-            *("save_*", "hub_*", "push_to_hub", "enable_jit_checkpoint", "include_*"),
+            *(
+                "on_non_finite",
+                "save_*",
+                "hub_*",
+                "push_to_hub",
+                "enable_jit_checkpoint",
+                "include_*",
+            ),
             *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"),
             *("dataloader_persistent_workers", "ddp_timeout", "skip_memory_metrics"),
         )

@@ -66,7 +66,7 @@ def aligned_base_folder(
 ) -> Path:
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
     # what is done about bad records and pictures may change while a run goes on
-    without = {"prepare", "on_bad_record", "on_bad_image", "ignore_keys"}
+    without = {"prepare", "on_bad_record", "on_bad_image"}
     sections = [model.model_dump(exclude={"device"}), alignment.model_dump()]
     sections.append(data.model_dump(exclude=without))
     facts: list[Any] = [str(base), *sections, seed]
