@@ -37,6 +37,7 @@ _TEXT_FIELDS = (
     "text_replacement_offsets",
 )
 _MEDIA = ("image", "video", "audio")
+_CUT_MARGIN_PX = 8  # more than any kernel of a resizing that enlarges looks at
 Size = tuple[int, int]
 
 
@@ -406,20 +407,41 @@ class ImageTransform:
     def check_size(self, width: int, height: int) -> None:
         """Check that an image of this size, once resized, is within the limit of pixels.
 
-        A processor that makes the shorter side S turns W x 1 px into W S x S px before it crops.
-
         Raises:
-            BadImageError: If it is not.
+            BadImageError: If it is not, and no crop follows that would show its middle only.
         """
-        edge = (self.image_processor.size or {}).get("shortest_edge")
-        if self.background is not None or not edge or not self.image_processor.do_resize:
-            return
-        longer = edge * max(width, height) // min(width, height)
-        if longer * edge > MAX_IMAGE_PIXELS:
+        edge = self._edge(width, height)
+        if edge and not self._crops():
+            longer = edge * max(width, height) // min(width, height)
             raise BadImageError(
                 f"{width} x {height} px would be resized to {longer} x {edge} px, which is more "
                 f"than the limit of {MAX_IMAGE_PIXELS} px; set data.pad_to_square: true"
             )
+
+    def _edge(self, width: int, height: int) -> int | None:
+        """Return the shorter edge that the processor makes, if the result is beyond the limit.
+
+        Such a processor turns 1500 x 1 px into 504,000 x 336 px before it crops the middle.
+        """
+        edge = (self.image_processor.size or {}).get("shortest_edge")
+        if self.background is not None or not edge or not self.image_processor.do_resize:
+            return None
+        resized = edge * edge * max(width, height) // min(width, height)
+        return edge if resized > MAX_IMAGE_PIXELS else None
+
+    def _crops(self) -> bool:
+        return bool(getattr(self.image_processor, "do_center_crop", False))
+
+    def _cut_middle(self, image: Image.Image, edge: int) -> Image.Image:
+        """Cut an image to the part that the crop behind the resizing shows, and a margin."""
+        sides = list(image.size)
+        at = sides.index(max(sides))
+        crop = self.image_processor.crop_size
+        shown = max(crop["height"], crop["width"]) * min(sides) // edge
+        start = max(0, (sides[at] - shown) // 2 - _CUT_MARGIN_PX)
+        box = [0, 0, *sides]
+        box[at], box[at + 2] = start, sides[at] - start  # as much on both ends: the middle stays
+        return image.crop(tuple(box))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 [3, H, W] of an RGB image.
@@ -428,6 +450,9 @@ class ImageTransform:
             BadImageError: See ``check_size``.
         """
         self.check_size(*image.size)
+        edge = self._edge(*image.size)
+        if edge:
+            image = self._cut_middle(image, edge)
         if self.background is not None:
             image = pad_to_square(image, self.background)
         output = self.image_processor(images=image, return_tensors="pt")

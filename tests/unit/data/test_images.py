@@ -317,11 +317,25 @@ def test_the_pixel_limit_holds_for_what_resizing_makes_of_an_image():
     large = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     transform = build_image_transform(large, pad=False)
     before = peak_gib()
-    with pytest.raises(BadImageError, match=r"1500 x 1 px would be resized to 504000 x 336"):
-        transform(Image.new("RGB", (1500, 1)))
+    for size in ((1500, 1), (1, 1500), (2_000_000, 1)):
+        transform.check_size(*size)
+        assert transform(Image.new("RGB", size)).shape == (3, 336, 336)
     assert peak_gib() - before < 0.1
-    transform.check_size(1500, 2)
+    large.do_center_crop = False
+    with pytest.raises(BadImageError, match=r"1500 x 1 px would be resized to 504000 x 336"):
+        build_image_transform(large, pad=False)(Image.new("RGB", (1500, 1)))
     build_image_transform(large, pad=True).check_size(1500, 1)  # a square first
+
+
+@pytest.mark.parametrize("processor_class", PROCESSORS)
+@pytest.mark.parametrize("size", [(75, 1), (1, 60), (90, 2), (2, 121)])
+def test_a_long_image_cut_before_resizing_gives_the_same_pixels(processor_class, size, monkeypatch):
+    transform = build_image_transform(processor_class(**SIZES), pad=False)
+    picture = noise(*size)
+    expected = transform(picture)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 28 * 28 * 20)
+    assert transform._edge(*size)
+    torch.testing.assert_close(transform(picture), expected, atol=0.02, rtol=0)
 
 
 def test_transform_pickles_for_worker_processes():
