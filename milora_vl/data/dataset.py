@@ -39,6 +39,7 @@ from milora_vl.data.records import Conversation, RecordError
 
 logger = logging.getLogger(__name__)
 
+_MAX_NAMED = 20
 _UNFIT = "does not fit max_length or style"
 
 
@@ -182,8 +183,7 @@ class ConversationDataset(Dataset):
         except BadImageError as error:
             if self.on_bad_image == "error":
                 raise
-            self.skipped["unreadable image"] += 1
-            logger.warning("left out of its batch: %s", error)
+            self._count("unreadable image", error)
             return self._left_out()
         sample: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         if encoded.branches is not None:
@@ -245,6 +245,12 @@ class ConversationDataset(Dataset):
                 *(() if as_token else ("token", "tokens")),
             )
 
+    def _count(self, reason: str, error: ValueError) -> None:
+        """Count what is left out; only the first ones are named, a data set can hold thousands."""
+        self.skipped[reason] += 1
+        if self.skipped[reason] <= _MAX_NAMED:
+            logger.warning("left out: %s", error)
+
     def _length_if_usable(self, conversation: Conversation) -> int | None:
         """Return a record's length in tokens, or None if it is left out; no image is decoded.
 
@@ -258,14 +264,12 @@ class ConversationDataset(Dataset):
         except BadImageError as error:
             if self.on_bad_image == "error":
                 raise
-            self.skipped["unreadable image"] += 1
-            logger.warning("left out: %s", error)
+            self._count("unreadable image", error)
             return None
         except RecordError as error:
             if self.on_bad_length == "error":
                 raise
-            self.skipped[error.reason] += 1
-            logger.warning("left out: %s", error)
+            self._count(error.reason, error)
             return None
         return 0
 

@@ -56,9 +56,10 @@ _ROLES: dict[str, Role] = {
     "developer": "system",
 }
 _WAYS_OUT = (
-    "remove or rename it, name it in data.ignore_keys to leave it unread in all records, or set "
-    "data.on_bad_record to skip to leave such records out"
+    "remove or rename the key, list it in data.ignore_keys to leave it unread in all records, or "
+    "set data.on_bad_record: skip to leave such records out"
 )
+_EMPTY_JSON = ("[]", "{}", "null")  # LLaMA-Factory writes "tools" as JSON inside JSON
 _EARLY_ANSWER = "answers before the first question"
 
 
@@ -266,7 +267,8 @@ class _Reader:
             raise RecordError(self.where, "not an object", f"got {type(record).__name__}")
         fields = self._fields(record, RECORD_KEYS, self.where)
         if not isinstance(fields.get("objects", []), list):
-            raise self._unread("objects", RECORD_KEYS["objects"], self.where)
+            detail = f"'objects' as ms-swift writes them (ref, bbox) are not read; {_WAYS_OUT}"
+            raise RecordError(self.where, "unsupported key", detail)
         outer_names = self._record_images(fields)
         messages = self._messages(fields, bool(outer_names))
         inner_names = [name for message in messages for name in message.names]
@@ -297,18 +299,15 @@ class _Reader:
             if key is None:
                 names = (known for known, row in level.items() if row.use == "read")
                 hint = nearest(str(name), names, "docs/data.md has the known ones")
-                raise RecordError(at, "unknown key", f"{_show(name)} ({hint}): {_WAYS_OUT}")
-            if key.use == "refused":
-                raise self._unread(name, key, at)
+                raise RecordError(at, "unknown key", f"{_show(name)} ({hint}); {_WAYS_OUT}")
+            if key.use == "refused" and value not in _EMPTY_JSON:
+                detail = f"{name!r}: {key.meaning}; {_WAYS_OUT}"
+                raise RecordError(at, "unsupported key", detail)
             if key.use == "ignored":
                 self.ignored.add(name)
-            else:
+            if key.use == "read":
                 fields[name] = value
         return fields
-
-    def _unread(self, name: str, key: Key, at: str) -> RecordError:
-        detail = f"{name!r} is not supported, {key.meaning}: {_WAYS_OUT}"
-        return RecordError(at, "unsupported key", detail)
 
     def _text(self, value: Any, at: str, reason: str = "bad turn", has_marks: bool = True) -> str:
         """Return a text that a tokenizer takes; without marks ``<image>`` in it is escaped."""
@@ -448,7 +447,7 @@ class _Reader:
             raise RecordError(
                 at, "bad loss switch", f"{' and '.join(values)} contradict each other"
             )
-        return all(values.values())
+        return role != "assistant" or all(values.values())
 
     def _parts(self, parts: list[Any], role: Role, at: str) -> tuple[str, list[str]]:
         """Join a content list: texts as they are, a mark for each image."""

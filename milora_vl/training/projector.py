@@ -21,6 +21,7 @@ from milora_vl.adapter.targets import find_projector
 from milora_vl.config import AlignmentSection, DataSection, ModelSection, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform, load_image, resolve_image
+from milora_vl.data.records import RecordError
 from milora_vl.files import cache_folder, replace_folder
 from milora_vl.model.load import VLM
 from milora_vl.training.align import LabelledPicture, align_patches_
@@ -33,32 +34,47 @@ WEIGHTS_FILE = "projector.safetensors"
 
 
 def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
-    """Read pictures with named boxes from the ``objects`` field of LLaVA records.
+    """Read images with named boxes from the ``objects`` field of LLaVA records.
 
     Raises:
-        ValueError: If the file is no JSON list, or a record lacks a name, a box or its image; the
-            message names file and record.
+        ValueError: If the file is no JSON list, or a record lacks a name, a box or its image
+            (``RecordError``, unless bad records are skipped).
     """
     try:
-        records = json.loads(Path(file).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        records = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: patch alignment reads a JSON list: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"{file}: patch alignment reads a JSON list of records")
     pictures = []
+    n_skipped = 0
     for index, record in enumerate(records):
         try:
             if record.get("objects"):
-                names = tuple(item["name"] for item in record["objects"])
-                boxes = tuple(tuple(item["box"]) for item in record["objects"])
-                path = resolve_image(section.image_folder, record["image"])
-                pictures.append(LabelledPicture(str(path), names, boxes, f"{file}[{index}]"))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file}[{index}]: objects need an image in the record, a name and a box each: "
-                f"{type(error).__name__} {error}"
-            ) from error
+                pictures.append(_read_boxes(section, record, f"{file}[{index}]"))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if section.on_bad_record == "error":
+                detail = "an image in the record, a name and a box of four fractions each"
+                raise RecordError(
+                    f"{file}[{index}]",
+                    "bad objects",
+                    f"needs {detail}: {type(error).__name__} {error}",
+                ) from error
+            n_skipped += 1
+    if n_skipped:
+        logger.warning("%s: %d records left out: bad objects", file, n_skipped)
     return pictures
+
+
+def _read_boxes(section: DataSection, record: dict[str, Any], where: str) -> LabelledPicture:
+    names = tuple(item["name"] for item in record["objects"])
+    boxes = tuple(tuple(item["box"]) for item in record["objects"])
+    for name, box in zip(names, boxes, strict=True):
+        left, top, right, bottom = box
+        if not isinstance(name, str) or not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"{name!r} has the box {box!r}")
+    path = resolve_image(section.image_folder, record["image"])
+    return LabelledPicture(str(path), names, boxes, where)
 
 
 def aligned_base_folder(

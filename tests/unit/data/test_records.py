@@ -491,6 +491,10 @@ def test_what_is_null_or_empty_is_absent_in_every_place(empty):
         assert parse_record(record, "x") == expected
 
 
+def test_tools_of_a_record_without_tools_are_absent():
+    assert texts(llava("q", "a", tools="[]")) == ["q", "a"]
+
+
 # --- keys that nobody reads -----------------------------------------------------------------------
 
 

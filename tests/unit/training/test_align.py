@@ -85,6 +85,10 @@ def test_records_without_boxes_are_refused(tiny_checkpoint: Path) -> None:
     [
         ('[{"image": "a.png", "objects": [{"name": "cat"}]}]', r"r.json\[0\].*'box'"),
         ('[{"objects": [{"name": "cat", "box": [0, 0, 1, 1]}]}]', r"r.json\[0\].*'image'"),
+        ('["a record"]', r"r.json\[0\]: bad objects"),
+        ('[{"image": "../a.png", "objects": [{"name": "cat", "box": [0, 0, 1, 1]}]}]', "outside"),
+        ('[{"image": "a.png", "objects": [{"name": "cat", "box": [0, 0, 9, 1]}]}]', "four fract"),
+        ('[{"image": "a.png", "objects": [{"name": 3, "box": [0, 0, 1, 1]}]}]', "four fractions"),
         ('{"image": "a.png"}\n{"image": "b.png"}', "r.json: patch alignment reads a JSON list"),
     ],
 )
@@ -93,6 +97,9 @@ def test_a_record_that_cannot_be_used_is_named(tmp_path: Path, text: str, messag
     data = DataSection(train=["r.json"], image_folder=str(tmp_path))
     with pytest.raises(ValueError, match=message):
         read_objects(data, str(tmp_path / "r.json"))
+    if text.startswith("["):
+        skipping = data.model_copy(update={"on_bad_record": "skip"})
+        assert read_objects(skipping, str(tmp_path / "r.json")) == []
 
 
 def test_an_unreadable_picture_names_its_record_or_is_left_out(
