@@ -112,7 +112,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from milora_vl.plan import plan_run
 
     config, _ = read_config(arguments)
-    print(plan_run(config).summary())
+    print(plan_run(config, arguments.device).summary())
     return 0
 
 
@@ -219,6 +219,11 @@ def build_parser() -> argparse.ArgumentParser:
         "plan", help="what a config would adapt and need, without weights", description=plan.__doc__
     )
     add_config_arguments(verb)
+    verb.add_argument(
+        "--device",
+        metavar="GPUS",
+        help="where it will run, for example 1x24GB, 8x80GB or 4xL40S; nothing is timed here then",
+    )
     verb.set_defaults(run_verb=plan)
     add_export_arguments(
         verbs.add_parser(

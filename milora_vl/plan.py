@@ -6,9 +6,10 @@ What a training batch will hold, judged from the texts of the records.
 """
 
 import json
+import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    LlamaConfig,
+    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -27,13 +30,28 @@ from milora_vl.adapter.baselines import MOMENT_BYTES
 from milora_vl.adapter.minor_svd import KRYLOV_MAX_RANK_RATIO, KRYLOV_MIN_SIDE, multiply, pack
 from milora_vl.adapter.state import PLAIN_INITS
 from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets
-from milora_vl.config import Config, DataSection, MiloraConfig, ModelSection
+from milora_vl.config import (
+    Config,
+    DataSection,
+    MiloraConfig,
+    ModelSection,
+    arguments_for,
+    split_training,
+)
+from milora_vl.devices import Fit, Machine, fit_batch, parse_machine
 from milora_vl.model.embedded import demo_config
 from milora_vl.model.families import has_vision
 from milora_vl.model.load import LoadError
 from milora_vl.runtime import choose_precision, count_layer_shapes, resolve_device
 
+logger = logging.getLogger(__name__)
+
 GIB = 1024**3
+LARGE = 10**9  # parameters above which a CPU is not where a model is trained
+MACHINE_NOTE = (
+    "nothing was timed: rates are of data sheets, and training is assumed to reach 0.4 of them; "
+    "memory is that of the longest batch; neither was compared with a GPU yet"
+)
 PROBE_SIDE = 1024
 PROBE_SECONDS = 0.3
 NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
@@ -46,6 +64,7 @@ EXACT_EFFICIENCY = 0.35
 CPU_TRAINING_EFFICIENCY = 0.35
 ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
 VALUE_SECONDS = 10e-9  # a weight: digests, certificate, copies
+ANSWER_RATIO = 0.25  # of the tokens, at most: those that are learned and have logits
 NF4_SECONDS = 22e-9  # a weight: read, W_p, quantised
 
 
@@ -153,12 +172,14 @@ class TrainingLoad:
         tokens: Tokens a sample, image tokens included.
         images: Pictures a sample, 0 to 1 or more.
         patches: Patches the tower computes for one picture.
+        longest: Tokens of the longest sample.
     """
 
     samples: int
     tokens: float
     images: float
     patches: int
+    longest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,6 +197,7 @@ class ModelSize:
         hidden: Hidden size D.
         intermediate: MLP size I.
         heads: Attention heads.
+        vocabulary: Rows of the output layer.
     """
 
     language_model: int
@@ -188,6 +210,17 @@ class ModelSize:
     hidden: int
     intermediate: int
     heads: int = 0
+    vocabulary: int = 0
+
+
+def moment_bytes(optimizer: str) -> float:
+    """Return bytes of optimizer state for a trained number, by the optimizer's name."""
+    if "paged" in optimizer or optimizer in ("sgd", "adafactor"):
+        return 0.0  # in host memory, none, or a row and a column of a matrix
+    for name, size in (("4bit", 1.0), ("8bit", 2.0)):
+        if name in optimizer:
+            return size
+    return 8.0  # two float32 moments
 
 
 def bytes_per_weight(size: ModelSize, float_bytes: int, in_4_bits: bool) -> float:
@@ -197,14 +230,17 @@ def bytes_per_weight(size: ModelSize, float_bytes: int, in_4_bits: bool) -> floa
     return (size.language_model * decoder + rest * float_bytes) / size.total
 
 
-def step_flops(size: ModelSize, load: TrainingLoad) -> float:
+def step_flops(size: ModelSize, load: TrainingLoad, *, checkpointing: bool = False) -> float:
     """Return operations of one micro-batch, forward and backward.
 
     A token costs 2 operations a parameter forward and 2 backward through frozen weights (the
     gradient of the input), 6 through trained ones; attention adds 6 T D a layer (causal, both
     ways); the tower runs forward only. The output layer sees answer tokens alone and is left out.
+    Gradient checkpointing runs the decoder forward once more: 2 operations a parameter.
     """
     per_token = 4 * (size.language_model + size.frozen) + 6 * size.adapter
+    if checkpointing:
+        per_token += 2 * (size.language_model + size.frozen + size.adapter)
     per_token += 6 * load.tokens * size.hidden * size.layers
     per_picture = 2 * size.tower * load.patches + 6 * size.projector * load.patches
     return load.samples * (load.tokens * per_token + load.images * per_picture)
@@ -218,14 +254,18 @@ def training_gib(
     low: bool,
     checkpointing: bool,
     eager: bool = False,
+    dropout: bool = False,
+    optimizer: str = "adamw_torch",
 ) -> float:
-    """Estimate the memory of training.
+    """Estimate the memory of training, host libraries not counted.
 
-    Weights; float32 adapters, their gradients and two Adam moments (16 bytes a trained number, 4
-    for the anchor); and activations: 14 D + 5 I numbers a token and layer (norms, projections,
-    attention, gate and up), in the dtype of the products; with gradient checkpointing 1 D a layer
-    and one layer in full. Eager attention keeps its T^2 probabilities a head and layer, in float32
-    and in the dtype of the products. Autocast keeps copies of the decoder's float32 weights.
+    Weights; float32 adapters, their gradients and the optimizer's state (8 bytes a trained number
+    and ``moment_bytes``, 4 for the anchor); and activations: 14 D + 5 I numbers a token and layer
+    (norms, projections, attention, gate and up), in the dtype of the products; with gradient
+    checkpointing 1 D a layer and one layer in full. Eager attention keeps its T^2 probabilities a
+    head and layer, in float32 and in the dtype of the products. Autocast keeps copies of the
+    decoder's float32 weights and of the trained ones. Answer tokens, at most a quarter of all, have
+    float32 logits and their gradients.
 
     Args:
         size: Of the model.
@@ -234,19 +274,27 @@ def training_gib(
         low: Whether products run in 16 bits.
         checkpointing: Whether activations are computed again in the backward pass.
         eager: Whether attention is the eager one.
+        dropout: Whether adapters drop some of their input: each keeps its own copy and a mask.
+        optimizer: Its name in ``TrainingArguments``.
     """
-    fixed = size.total * weight_bytes + 16 * (size.adapter + size.projector)
+    trained = size.adapter + size.projector
+    fixed = size.total * weight_bytes + (8 + moment_bytes(optimizer)) * trained
     fixed += 4 * size.frozen
     width = 14 * size.hidden + 5 * size.intermediate
+    if dropout:
+        width += 1.5 * (6 * size.hidden + size.intermediate)
     layers = size.layers * (size.hidden if checkpointing else width) + width * checkpointing
     narrow = 2 if low else 4
     activations = load.samples * load.tokens * layers * narrow
+    activations += load.samples * load.tokens * size.vocabulary * ANSWER_RATIO * 8
     if eager:
         kept = 1 if checkpointing else size.layers
         activations += load.samples * size.heads * load.tokens**2 * kept * (4 + narrow)
+    if low:
+        fixed += trained * narrow
     if low and weight_bytes == 4:
         fixed += size.language_model * narrow
-    return (fixed + activations) / GIB + LIBRARIES_GIB
+    return (fixed + activations) / GIB
 
 
 CHARACTERS_PER_TOKEN = 4
@@ -274,7 +322,8 @@ def guess_load(
     files = [Path(name) for name in data.train]
     if not all(file.exists() for file in files):
         notes = [f"the records are not here: every sample counted as {data.max_length} tokens long"]
-        load = TrainingLoad(per_device, data.max_length, float(bool(vision)), int(side**2))
+        longest = data.max_length
+        load = TrainingLoad(per_device, longest, float(bool(vision)), int(side**2), longest)
         return load, None, notes
     texts = [text for file in files for text in _read_texts(file)[: data.limit]]
     characters = sum(len(text) for text, _, _ in texts)
@@ -282,11 +331,20 @@ def guess_load(
     mean = (characters / CHARACTERS_PER_TOKEN + TOKENS_PER_TURN * turns) / max(len(texts), 1)
     mean += image_tokens * pictures / max(len(texts), 1)
     tokens = min(mean, data.max_length)
+    longest = max(
+        (
+            len(text) / CHARACTERS_PER_TOKEN + TOKENS_PER_TURN * turns + image_tokens * has
+            for text, turns, has in texts
+        ),
+        default=mean,
+    )
     notes = [
         f"{len(texts):,} samples of about {tokens:.0f} tokens ({CHARACTERS_PER_TOKEN} characters a "
         "token); seconds and memory are good to about a factor of two, for one process"
     ]
-    load = TrainingLoad(per_device, tokens, pictures / max(len(texts), 1), int(side**2))
+    pictures_each = pictures / max(len(texts), 1)
+    longest = min(longest, data.max_length)
+    load = TrainingLoad(per_device, tokens, pictures_each, int(side**2), longest)
     return load, len(texts), notes
 
 
@@ -343,12 +401,15 @@ class Plan:
         projector: Full name of the projector and its parameters, if it trains.
         trainable: Trainable parameters.
         total: Parameters of the base model.
-        gflops: Measured rate of matrix products: of decompositions, and in the dtype of training.
-        init_seconds: To start the adapters.
+        gflops: Rate of matrix products, measured or of the named device: of decompositions, and in
+            the dtype of training; None: unknown.
+        init_seconds: To start the adapters; None without a rate.
         init_gib: Memory while starting.
         steps: Optimiser steps.
-        step_seconds: Of one optimiser step.
-        training_gib: Memory while training.
+        step_seconds: Of one optimiser step; None without a rate.
+        training_gib: Memory while training, of one device.
+        device: Where that is.
+        fit: What fits on a named device.
         notes: What the estimates assume.
     """
 
@@ -360,13 +421,15 @@ class Plan:
     projector: tuple[str, int] | None
     trainable: int
     total: int
-    gflops: tuple[float, float]
-    init_seconds: float
+    gflops: tuple[float, float] | None
+    init_seconds: float | None
     init_gib: float
     steps: int | None
-    step_seconds: float
+    step_seconds: float | None
     training_gib: float
     notes: tuple[str, ...]
+    device: str = "here"
+    fit: Fit | None = None
 
     def summary(self) -> str:
         """Return the table and the totals."""
@@ -387,34 +450,50 @@ class Plan:
         for reason, count in Counter(self.skipped.values()).items():
             lines.append(f"left out: {count} layers, because {reason}")
         share = 100 * self.trainable / self.total
-        lines += [
-            f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)",
-            f"matrix products here: {self.gflops[0]:.0f} GFLOP/s as decomposed (float32), "
-            f"{self.gflops[1]:.0f} as trained",
-            f"start: about {_duration(self.init_seconds)}, {self.init_gib:.1f} GiB",
-        ]
-        whole = ""
-        if self.steps:
-            whole = f", {_duration(self.steps * self.step_seconds)} for {self.steps:,} steps"
-        lines.append(
-            f"training: about {self.step_seconds:.2g} s a step{whole}, {self.training_gib:.1f} GiB"
-        )
+        lines.append(f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)")
+        lines += self._costs()
         return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
 
+    def _costs(self) -> list[str]:
+        """Return the lines on rates, start, training and what fits."""
+        lines, start, step = [], "", ""
+        if self.gflops:
+            lines.append(
+                f"matrix products {self.device}: {self.gflops[0]:.0f} GFLOP/s as decomposed "
+                f"(float32), {self.gflops[1]:.0f} as trained"
+            )
+        if self.init_seconds is not None:
+            start = f"about {_duration(self.init_seconds)}, "
+        if self.step_seconds is not None:
+            step = f"about {self.step_seconds:.2g} s a step"
+            if self.steps:
+                whole = _duration(self.steps * self.step_seconds)
+                step += f", {whole} for {self.steps:,} steps"
+            step += ", "
+        lines.append(f"start: {start}{self.init_gib:.1f} GiB")
+        lines.append(f"training: {step}{self.training_gib:.1f} GiB")
+        return lines + (self.fit.lines() if self.fit else [])
 
-def plan_run(config: Config) -> Plan:
+
+def plan_run(config: Config, device: str | None = None) -> Plan:
     """Plan a run from its config; no weight file is opened.
 
     The model is built without memory (meta device). Seconds come from operation counts, see
-    ``milora_vl.plan``, and a matrix product timed on this machine.
+    ``milora_vl.plan``, and a rate: that of ``device``, or of a matrix product timed on this
+    machine. A model that wants a GPU where there is none is not timed.
+
+    Args:
+        config: The settings.
+        device: Where the run will go, as ``milora_vl.devices.parse_machine`` reads it; None: here.
 
     Raises:
         milora_vl.model.load.LoadError: If the model's config cannot be found.
-        ValueError: If ``target_modules`` reaches something that may not be adapted, or r is too
-            large for a layer.
+        ValueError: If ``target_modules`` reaches something that may not be adapted, r is too
+            large for a layer, or ``device`` is unknown.
     """
-    model = empty_model(config.model)
-    adapter, training = config.adapter, config.training
+    machine = parse_machine(device) if device else None
+    model, adapter = empty_model(config.model), config.adapter
+    training = arguments_for(config.training, machine.count if machine else 1)
     targets = find_targets(
         model, adapter.target_modules, allow_outside=adapter.allow_outside_language_model
     )
@@ -426,20 +505,12 @@ def plan_run(config: Config) -> Plan:
     residual = _residual(adapter, weights, config.model.quantization, stored)
     size = _size(model, targets, adapter, groups, residual)
     load, samples, notes = guess_load(config.data, model.config, training)
-    device = resolve_device(config.model.device)
-    low = bool(training.get("fp16")) or weights != torch.float32
-    if not low:
-        bf16 = training.get("bf16", False)
-        low = choose_precision(bf16, lambda: count_layer_shapes(model), device).bf16
-    flops = measure_flops(torch.float32, device, packed=True)
-    trained_flops = measure_flops(torch.bfloat16 if low else torch.float32, device)
-    accumulated = training.get("gradient_accumulation_steps", 1)
-    on_cpu = device.type == "cpu"
-    share = CPU_TRAINING_EFFICIENCY if on_cpu else ACCELERATOR_TRAINING_EFFICIENCY
-    micro_step = step_flops(size, load) / (share * trained_flops)
-    start_gib = init_workspace_gib(shapes, adapter.r) + LIBRARIES_GIB
-    in_4_bits = bool(config.model.quantization) or stored
-    weight_bytes = bytes_per_weight(size, weights.itemsize, in_4_bits)
+    rates, low, more = _rates(model, config.model, training, weights, machine)
+    notes += more
+    start_gib = init_workspace_gib(shapes, adapter.r)
+    weight_bytes = bytes_per_weight(
+        size, weights.itemsize, bool(config.model.quantization or stored)
+    )
     start_gib += (size.total * weight_bytes + 4 * (size.adapter + size.frozen)) / GIB
     if adapter.init == "null_space":
         moments = sum(4 * shape.count * shape.d_in**2 for shape in shapes)
@@ -447,6 +518,35 @@ def plan_run(config: Config) -> Plan:
         notes.append(
             f"null_space also runs {adapter.calibration_batches} batches forward before it starts"
         )
+    checkpointing = bool(training.get("gradient_checkpointing"))
+    work = step_flops(size, load, checkpointing=checkpointing)
+    micro_step = rates and work / (rates[2] * rates[1])
+    libraries = 0.0 if machine else LIBRARIES_GIB
+    if machine:  # the longest batch decides whether it fits, not the mean
+        load = replace(load, tokens=load.longest)
+    in_4_bits = bytes_per_weight(size, weights.itemsize, in_4_bits=True)
+    eager = config.model.attn_implementation == "eager"
+
+    def gib(batch: int, changes: tuple[str, ...] = ()) -> float:
+        """Return a device's memory with a batch and with some of ``REMEDIES`` taken."""
+        four = "model.quantization=nf4" in changes
+        return training_gib(
+            replace(size, frozen=0) if four else size,
+            replace(load, samples=batch),
+            in_4_bits if four else weight_bytes,
+            low=low,
+            checkpointing=checkpointing or "training.gradient_checkpointing=true" in changes,
+            eager=eager,
+            dropout=adapter.lora_dropout > 0,
+            optimizer="adamw_8bit"
+            if "training.optim=adamw_8bit" in changes
+            else training.get("optim", "adamw_torch"),
+        )
+
+    accumulated = training.get("gradient_accumulation_steps", 1)
+    devices = machine.count if machine else 1
+    global_batch = devices * load.samples * accumulated
+    wanted = split_training(config.training)[0].global_batch_size or global_batch
     return Plan(
         groups=groups,
         skipped=targets.skipped,
@@ -456,27 +556,66 @@ def plan_run(config: Config) -> Plan:
         projector=(targets.projector, size.projector) if size.projector else None,
         trainable=size.adapter + size.projector,
         total=size.total,
-        gflops=(flops / 1e9, trained_flops / 1e9),
-        init_seconds=init_seconds(
+        gflops=(rates[0] / 1e9, rates[1] / 1e9) if rates else None,
+        init_seconds=rates
+        and init_seconds(
             shapes,
             adapter.r,
             _method(adapter),
-            flops,
+            rates[0],
             quantised=bool(config.model.quantization) and residual == "subtract",
         ),
-        init_gib=start_gib,
-        steps=count_steps(training, samples, load.samples * accumulated),
-        step_seconds=accumulated * micro_step,
-        training_gib=training_gib(
-            size,
-            load,
-            weight_bytes,
-            low=low,
-            checkpointing=bool(training.get("gradient_checkpointing")),
-            eager=config.model.attn_implementation == "eager",
-        ),
+        init_gib=start_gib + libraries,
+        steps=count_steps(training, samples, global_batch),
+        step_seconds=micro_step and accumulated * micro_step,
+        training_gib=gib(load.samples) + libraries,
         notes=tuple(notes),
+        device=f"on {machine.count} x {machine.name}" if machine else "here",
+        fit=fit_batch(machine, load.samples, wanted, gib) if machine else None,
     )
+
+
+def _rates(
+    model: PreTrainedModel,
+    section: ModelSection,
+    training: dict[str, Any],
+    weights: torch.dtype,
+    machine: Machine | None,
+) -> tuple[tuple[float, float, float] | None, bool, list[str]]:
+    """Return (rate of decompositions, rate of training, share reached), 16-bit products?, notes."""
+    low = bool(training.get("fp16")) or weights != torch.float32
+    bf16, gpu = training.get("bf16", False), machine and machine.gpu
+    if gpu:
+        low, notes = low or bool(bf16), [MACHINE_NOTE]
+        if not gpu.bf16 and (bf16 is True or weights == torch.bfloat16):
+            notes.append(
+                f"{machine.name} does not compute in bfloat16: training.bf16=false "
+                "training.fp16=true model.dtype=float16"
+            )
+        if gpu.tflops is None or gpu.float32_tflops is None:
+            return None, low, [*notes, "give a GPU's name instead of its memory for seconds"]
+        trained = gpu.tflops if low else gpu.float32_tflops
+        rates = (1e12 * gpu.float32_tflops, 1e12 * trained, ACCELERATOR_TRAINING_EFFICIENCY)
+        return rates, low, notes
+    device = resolve_device(section.device)
+    if device.type == "cpu" and section.device == "auto" and count(model) > LARGE:
+        note = "no GPU here, so nothing is timed; name the machine that will train: --device 8xH100"
+        return None, low or bool(bf16), [note]
+    if not low:
+        low = choose_precision(bf16, lambda: count_layer_shapes(model), device).bf16
+    flops = measure_flops(torch.float32, device, packed=True)
+    trained = measure_flops(torch.bfloat16 if low else torch.float32, device)
+    on_cpu = device.type == "cpu"
+    share = CPU_TRAINING_EFFICIENCY if on_cpu else ACCELERATOR_TRAINING_EFFICIENCY
+    return (flops, trained, share), low, []
+
+
+def known_shape(path: str) -> PreTrainedConfig | None:
+    """Return the shape of a published 7B model that a path names, for a plan without its files."""
+    name = Path(path).name.lower()
+    if "llava-1.5-7b" in name:
+        return LlavaConfig()  # transformers' defaults are its sides
+    return LlamaConfig() if "llama-2-7b" in name or "vicuna-7b" in name else None
 
 
 def empty_model(section: ModelSection) -> PreTrainedModel:
@@ -495,11 +634,15 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
                 trust_remote_code=section.trust_remote_code,
             )
         except (OSError, ValueError) as error:
-            raise LoadError(
-                f"{section.path}: no config.json, neither in a folder here nor on the hub. A plan "
-                "needs that one file: without a network connection, download it elsewhere and set "
-                f"model.path to its folder. {str(error).strip().splitlines()[0]}"
-            ) from error
+            config = known_shape(section.path)
+            if config is None:
+                raise LoadError(
+                    f"{section.path}: no config.json, neither in a folder here nor on the hub. A "
+                    "plan needs that one file: without a network connection, download it elsewhere "
+                    "and set model.path to its folder. "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
+            logger.warning("%s is not here: planned by its name, as a model of 7B", section.path)
     sees = has_vision(config)
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with init_empty_weights():
@@ -576,6 +719,7 @@ def _size(
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocabulary=text.vocab_size,
     )
 
 

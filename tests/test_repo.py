@@ -14,7 +14,7 @@ ORDER = [
     {"config"},
     {"data", "model"},
     {"adapter"},
-    {"export", "plan"},
+    {"devices", "export", "plan"},
     {"training"},
     {"eval"},
     {"environment", "inference"},

@@ -172,3 +172,55 @@ def test_a_plan_in_4_bits_is_that_of_the_attached_adapter(tmp_path, stored):
     assert plan.trainable == certificate.trainable_parameters
     assert plan.total == certificate.total_parameters == in_float.total
     assert plan.training_gib < in_float.training_gib
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "lines"),
+    [
+        ("llava15_7b_milora", "8x80GB", ["it fits", "128 = 8 devices x 16 x 1"]),
+        (
+            "llava15_7b_milora",
+            "8xA100-40GB",
+            ["per_device_train_batch_size=8", "8 devices x 8 x 2"],
+        ),
+        ("llava15_7b_milora", "1x24GB", ["NOT fit", "per_device_train_batch_size=1", "1 x 128"]),
+        ("llava15_7b_milora", "1x16GB", ["NOT fit", "model.quantization=nf4"]),
+        ("llava15_7b_qmilora", "1xL4", ["it fits", "128 = 1 devices x 4 x 32", "a step"]),
+        ("llava15_7b_milora", "8xV100-32GB", ["does not compute in bfloat16"]),
+    ],
+)
+def test_the_7b_recipes_are_planned_for_a_machine_that_is_not_here(
+    name, device, lines, capsys, monkeypatch
+):
+    def measure(*words, **named):
+        raise AssertionError("this machine was timed")
+
+    monkeypatch.setattr(plan, "measure_flops", measure)
+    assert main(["plan", f"configs/{name}.yaml", "--device", device]) == 0
+    printed = capsys.readouterr().out
+    for line in lines:
+        assert line in printed, printed
+    assert ("a step" in printed) == any(gpu in device for gpu in ("A100", "L4", "V100"))
+
+
+def test_a_cpu_is_not_timed_for_a_model_that_wants_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["plan", "configs/llava15_7b_milora.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "name the machine that will train: --device" in printed
+    assert "GFLOP" not in printed
+    assert main(["plan", "configs/llava15_7b_milora.yaml", "--device", "H10"]) == 1
+    assert "RTX4090" in capsys.readouterr().err
+
+
+def test_the_optimizer_and_checkpointing_count():
+    size = plan.ModelSize(10**9, 0, 10**9, 10**8, 0, 0, 32, 4096, 11008, vocabulary=32000)
+    load = plan.TrainingLoad(4, 2048, 1, 576)
+
+    def gib(**more):
+        return plan.training_gib(size, load, 2, low=True, **{"checkpointing": True, **more})
+
+    assert (gib() - gib(optimizer="adamw_8bit")) * plan.GIB == pytest.approx(6 * 10**8)
+    assert gib(checkpointing=False) > gib(dropout=True) > gib() > gib(optimizer="paged_adamw_8bit")
+    again = plan.step_flops(size, load, checkpointing=True) / plan.step_flops(size, load)
+    assert 1.3 < again < 1.5
