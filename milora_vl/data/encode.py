@@ -98,8 +98,7 @@ def encode(
     runs = _build_runs(segments, style, tokenizer, image_token_counts, silent, answer_tokens)
     input_ids: list[int] = []
     labels: list[int] = []
-    bos_comes_later = style.bos_after_image and any(run.is_image for run in runs)
-    if style.bos and tokenizer.bos_token_id is not None and not bos_comes_later:
+    if style.bos and tokenizer.bos_token_id is not None and not _brings_bos(runs, style):
         input_ids.append(tokenizer.bos_token_id)
         labels.append(IGNORE_INDEX)
     ends: list[int] = []  # where each answer ends
@@ -139,6 +138,16 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, advice: str) -> in
     if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
         raise ValueError(f"the tokenizer has no single token {token!r}; {advice}")
     return token_id
+
+
+def _brings_bos(runs: Sequence[_Run], style: PromptStyle) -> bool:
+    """Whether BOS stands behind the images of this conversation; no text may come before it."""
+    images = [position for position, run in enumerate(runs) if run.is_image]
+    if not (style.bos_after_image and images):
+        return False
+    if any(run.ids is None for run in runs[: images[-1]]):
+        raise ValueError(f"prompt style {style.name!r} holds no text before an image")
+    return True
 
 
 def _silent_segments(segments: Sequence[Segment], turns: Sequence[Turn]) -> set[int]:

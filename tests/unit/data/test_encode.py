@@ -9,7 +9,7 @@ from transformers import LlamaTokenizer
 
 from milora_vl.constants import IGNORE_INDEX, IMAGE_TEXT, IMAGE_TOKEN
 from milora_vl.data.encode import encode, encode_side_by_side, image_token_id
-from milora_vl.data.prompts import PROMPT_STYLES, render_segments
+from milora_vl.data.prompts import PROMPT_STYLES, prefix_style, render_segments
 from milora_vl.data.records import Turn
 
 CHAT_STYLES = [name for name, style in PROMPT_STYLES.items() if not style.images_only]
@@ -314,3 +314,15 @@ def test_special_tokens_in_answers_are_characters_unless_they_are_named(kind):
     chosen = encode(turns, "vicuna_v1", tokenizer, [], answer_tokens=(box,))
     assert chosen.input_ids.count(box_id) == chosen.labels.count(box_id) == 1
     assert box in tokenizer.decode(literal.input_ids)
+
+
+def test_a_style_with_images_first_takes_no_text_before_them():
+    tokenizer = build("byte_level")
+    answer = Turn("assistant", "Two")
+    encode(
+        [Turn("user", f"{IMAGE_TOKEN}\nHow many?"), answer], prefix_style(tokenizer), tokenizer, [2]
+    )
+    for question in (f"How many?{IMAGE_TOKEN}", f"{IMAGE_TOKEN}\nIs it {IMAGE_TOKEN}?"):
+        counts = [2] * question.count(IMAGE_TOKEN)
+        with pytest.raises(ValueError, match="no text before an image"):
+            encode([Turn("user", question), answer], prefix_style(tokenizer), tokenizer, counts)
