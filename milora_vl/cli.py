@@ -33,13 +33,21 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Finetune: stage 1 if the config has one, evaluation before and after, report."""
+    """Finetune: stage 1 if the config has one, evaluation before and after, report.
+
+    A config with ``compare`` trains each of its entries and writes one page that compares them.
+    """
     from milora_vl.eval.report import print_comparison
-    from milora_vl.pipeline import run_pipeline
+    from milora_vl.pipeline import run_comparison, run_pipeline
     from milora_vl.runtime import is_main_process, peak_memory_gib, use_one_device
 
     config, folder = read_config(arguments)
     use_one_device(f"accelerate launch -m milora_vl train {arguments.config}")
+    if config.compare:
+        page = run_comparison(config, folder)
+        if is_main_process():
+            print(f"page: {page}")
+        return 0
     results = run_pipeline(config, folder)
     if not is_main_process():
         return 0

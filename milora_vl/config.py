@@ -299,10 +299,27 @@ class TrainingExtras(Section):
     global_batch_size: int | None = Field(default=None, ge=1)
 
 
+class VariantSection(Section):
+    """One side of a comparison: the run's own settings with these put over them.
+
+    Attributes:
+        name: Its folder below the run folder, and its name on the page.
+        adapter: Keys of the ``adapter`` section.
+        projector: Keys of the ``projector`` section.
+        training: Keys of the ``training`` section.
+    """
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    adapter: dict[str, Any] = {}
+    projector: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+
 class Config(Section):
-    """All settings of one run.
+    """All settings of one run, or of runs to be compared.
 
     ``training`` holds keys of ``transformers.TrainingArguments`` and those of ``TrainingExtras``.
+    ``compare`` lists what is trained instead of one run, each in a folder of its name.
     """
 
     model: ModelSection
@@ -312,6 +329,7 @@ class Config(Section):
     alignment: AlignmentSection | None = None
     training: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
+    compare: list[VariantSection] = []
     run_folder: str = "runs/run"
     seed: int = 0
 
@@ -349,7 +367,27 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     _check_training(config.training, f"{where}: training")
     if config.alignment:
         _check_training(config.alignment.training, f"{where}: alignment.training")
+    if config.compare:
+        variants(config, where)
     return config
+
+
+def variants(config: Config, where: str = "config") -> dict[str, Config]:
+    """Return the config of every run that ``compare`` lists, by name.
+
+    Raises:
+        ConfigError: If there is only one, a name stands twice, or a key or value is wrong.
+    """
+    names = [variant.name for variant in config.compare]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError(f"{where}: compare: two names or more are needed, all different: {names}")
+    found = {}
+    for variant in config.compare:
+        values = config.model_dump(exclude={"compare"})
+        for section in ("adapter", "projector", "training"):
+            values[section] = values[section] | getattr(variant, section)
+        found[variant.name] = parse_config(values, f"{where}: compare: {variant.name}")
+    return found
 
 
 def dump_config(config: Config, path: Path | str) -> None:

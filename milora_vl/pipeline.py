@@ -16,9 +16,10 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from milora_vl import forecast, stages
-from milora_vl.config import AlignmentSection, Config, ConfigError, arguments_for
+from milora_vl.config import AlignmentSection, Config, ConfigError, arguments_for, variants
 from milora_vl.data.prompts import get_style
 from milora_vl.environment import describe_environment
+from milora_vl.eval.comparison import compare_runs
 from milora_vl.eval.evaluation import bench_names
 from milora_vl.files import write_json_atomic
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES
@@ -110,16 +111,19 @@ def record_environment(config: Config, file: Path) -> dict[str, Precision]:
     Returns:
         The precision of each stage: decided here, or by the call that began the run.
     """
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if "precision" in before:  # a run keeps the arithmetic it began with
-            return {name: Precision(**kept) for name, kept in before["precision"].items()}
-        return decide_precisions(config)
+    if file.exists():  # a run keeps the arithmetic it began with
+        return read_precisions(file) or decide_precisions(config)
     facts = describe_environment(config.seed, None)
     precisions = decide_precisions(config)
     facts["precision"] = {name: asdict(one) for name, one in precisions.items()}
     write_json_atomic(file, facts)
     return precisions
+
+
+def read_precisions(file: Path) -> dict[str, Precision]:
+    """Return the precision of each stage from an ``environment.json``; empty in older ones."""
+    kept = json.loads(file.read_text(encoding="utf-8")).get("precision", {})
+    return {name: Precision(**values) for name, values in kept.items()}
 
 
 def record_data(image_folder: str, file: Path) -> None:
@@ -244,12 +248,44 @@ def warn_of_memory(config: Config) -> None:
     )
 
 
-def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
+def run_comparison(config: Config, run_folder: Path) -> Path:
+    """Do the whole job once for every entry of ``compare``, and write a page that compares them.
+
+    They share seed, order of samples, base, precision and the evaluation of the base.
+
+    Args:
+        config: The settings, with two entries or more in ``compare``.
+        run_folder: Gets a run folder of each entry's name, and ``comparison.html``.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: As ``run_pipeline`` does.
+    """
+    folders = []
+    decided: dict[str, Precision] | None = None
+    for number, (name, variant) in enumerate(variants(config).items(), start=1):
+        logger.info("run %d of %d: %s", number, len(config.compare), name)
+        if decided:
+            variant = with_precisions(variant, decided)
+        folders.append(run_folder / name)
+        run_pipeline(variant, folders[-1], shared=run_folder)
+        decided = decided or read_precisions(folders[-1] / "environment.json")
+    page = run_folder / "comparison.html"
+    if is_main_process():
+        compare_runs(folders, page)
+    wait_for_all()
+    return page
+
+
+def run_pipeline(config: Config, run_folder: Path, *, shared: Path | None = None) -> dict[str, Any]:
     """Do the whole job; what an interrupted earlier call finished is not done again.
 
     Args:
-        config: The settings.
+        config: The settings of one run.
         run_folder: Where everything goes; see docs/runs.md for its files.
+        shared: Folder that keeps the evaluation of the base for runs on the same base.
 
     Returns:
         ``{"before": results, "after": results, "base": path or id, "timing": {...}}``, results as
@@ -270,12 +306,12 @@ def run_pipeline(config: Config, run_folder: Path) -> dict[str, Any]:
             config.seed,
         )
     if not is_main_process():
-        return _run_claimed(config, run_folder)
+        return _run_claimed(config, run_folder, shared)
     with locked(run_folder):
-        return _run_claimed(config, run_folder)
+        return _run_claimed(config, run_folder, shared)
 
 
-def _run_claimed(config: Config, run_folder: Path) -> dict[str, Any]:
+def _run_claimed(config: Config, run_folder: Path, shared: Path | None) -> dict[str, Any]:
     environment = run_folder / "environment.json"
     found = {}
     if is_main_process():
@@ -302,7 +338,8 @@ def _run_claimed(config: Config, run_folder: Path) -> dict[str, Any]:
             config.eval,
             run_folder / "eval_before",
             arguments,
-            kept=stages.kept_evaluation(base, config.model, config.eval, arguments),
+            kept=stages.kept_evaluation(base, config.model, config.eval, arguments)
+            or (shared and shared / "eval_before"),
         )
     tuned_vlm = cache(lambda: _finetune(config, base_vlm(), arguments, run_folder))
     with schedule.stage("finetuning"):

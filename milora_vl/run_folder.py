@@ -23,7 +23,6 @@ STARTED_BY = ("config.yaml", "environment.json")
 
 FREE_SETTINGS = (
     "run_folder",
-    "compare",
     "data.prepare",
     "data.on_bad_image",
     "data.on_bad_record",

@@ -146,6 +146,34 @@ def test_two_processes_share_one_run(config_file: Path, tmp_path: Path) -> None:
     assert steps == [1, 2, 3, 4]  # each once
 
 
+def test_two_methods_are_trained_and_compared_by_one_command(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
+    sides = (
+        "[{name: lora, adapter: {init: lora}, training: {learning_rate: 1.0e-3}}, {name: milora}]"
+    )
+    words = ["train", str(config_file), f"compare={sides}", "eval.benches=[pope]"]
+    words += ["training.learning_rate=3.0e-4", "--run-folder", str(tmp_path / "both")]
+    assert main(words) == 0
+    runs = {name: tmp_path / "both" / name for name in ("lora", "milora")}
+    rates, orders, bases = [], [], []
+    for folder in runs.values():
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        rates.append(config["training"]["learning_rate"])
+        orders.append((config["seed"], config["data"], config["training"]["max_steps"]))
+        adapter = json.loads((folder / "adapter" / "milora.json").read_text())
+        bases.append((adapter["base"]["name_or_path"], (folder / "environment.json").exists()))
+    assert rates == [1e-3, 3e-4]
+    assert orders[0] == orders[1]
+    assert bases[0] == bases[1]
+    before = [(folder / "eval_before" / "results.json").read_text() for folder in runs.values()]
+    assert before[0] == before[1]  # the base was asked once
+    page = (tmp_path / "both" / "comparison.html").read_text()
+    for part in ("not distinguishable", "update_norm", "Forgetting", "losses over"):
+        assert part in page, part
+
+
 def test_a_run_folder_belongs_to_one_config(
     finished_run: Path, config_file: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import safe_open
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import plots, statistics
@@ -157,6 +158,10 @@ class Run:
             facts["trainable_parameters"] = self.certificate.trainable_parameters
             facts["init_seconds"] = self.certificate.seconds
             facts["init_peak_memory_gib"] = self.certificate.peak_memory_gib
+        adapter = self.eval_folder.parent / "adapter"
+        norm = update_norm(adapter) if self.eval_folder.name == "eval_after" else None
+        if norm is not None:
+            facts["update_norm"] = norm
         return facts
 
     def forgetting(self) -> dict[str, Any]:
@@ -167,6 +172,57 @@ class Run:
         base = (self.before or {}).get("text_probe")
         change = compare_text_loss(base, probe) if base else None
         return change or {"text_loss_after_nats_per_token": probe["loss_nats_per_token"]}
+
+
+def update_norm(adapter: Path) -> float | None:
+    """Return the Frobenius norm of what an adapter adds to all weights; None where unknown.
+
+    That is the root of the sum of ||scaling B A||^2 over the layers, which needs only the small
+    products B^T B and A A^T. DoRA also rescales the weights, so its update is not this product.
+    """
+    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    if not (weights.is_file() and settings.is_file()):
+        return None
+    config = read_json_object(settings)
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        return None
+    scaling = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    total = 0.0
+    with safe_open(weights, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  not a mapping
+            if ".lora_A." in name:
+                down = tensors.get_tensor(name).float()  # [r, d_in]
+                up = tensors.get_tensor(name.replace(".lora_A.", ".lora_B.")).float()
+                total += float(((up.T @ up) * (down @ down.T)).sum())
+    return scaling * math.sqrt(max(total, 0.0))
+
+
+def verdict(bench: str, first: str, name: str, change: Mapping[str, Any]) -> str:
+    """Say in a sentence whether two runs differ on a bench; "not" is an answer like any other."""
+    if "why_not" in change:
+        return f"{bench}: {first} and {name} cannot be compared: {change['why_not']}."
+    low, high = change["interval_95"]
+    if low <= 0 <= high:
+        return (
+            f"{bench}: {first} and {name} are not distinguishable on these questions: the 95 % "
+            "interval of their difference contains 0."
+        )
+    better, worse = (name, first) if low > 0 else (first, name)
+    return (
+        f"{bench}: {better} is better than {worse}: the 95 % interval of their difference does "
+        "not contain 0."
+    )
+
+
+def verdicts(
+    runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> list[str]:
+    """Return the sentence of ``verdict`` for every bench and every run but the first."""
+    return [
+        verdict(bench_title(bench, runs[0].results), runs[0].name, name, change)
+        for bench, of_runs in changes.items()
+        for name, change in of_runs.items()
+    ]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -335,6 +391,8 @@ def compare_runs(
     }
     console = console or Console()
     console.print(runs_table(runs, changes))
+    for sentence in verdicts(runs, changes):
+        console.print(sentence, markup=False)
     for run in runs:
         if found := forgetting_text(run.forgetting()):
             console.print(f"{run.name}: {', '.join(map(' '.join, found.items()))}", markup=False)
@@ -395,13 +453,16 @@ def render_comparison(
         " where an answer is right or wrong. McNemar takes questions as independent, the bootstrap"
         " does not. No p-value is corrected for the number of comparisons.</p>"
     )
+    parts += [f"<p><b>{html.escape(text)}</b></p>" for text in verdicts(runs, changes)]
     parts.append(_scores(runs, changes))
     entries = {bench: [run.results["benches"].get(bench) for run in runs] for bench in changes}
     parts.append(figure(plots.plot_run_scores(names, entries), "scores with intervals"))
     curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
     if curves:
         parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
-    parts += _facts("Throughput and memory", {run.name: run.facts() for run in runs})
+    parts += _facts(
+        "Throughput, memory and size of the update", {run.name: run.facts() for run in runs}
+    )
     parts += _facts("Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs})
     for run in runs:
         if run.certificate is not None:

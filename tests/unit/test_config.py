@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from milora_vl.cli import main
-from milora_vl.config import ConfigError, arguments_for, dump_config, load_config, parse_config
+from milora_vl.config import (
+    ConfigError,
+    arguments_for,
+    dump_config,
+    load_config,
+    parse_config,
+    variants,
+)
 from milora_vl.pipeline import check_names
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -174,3 +181,27 @@ def test_the_global_batch_gives_the_accumulation(caplog, devices, batch, steps, 
     caplog.clear()
     arguments_for({**training, "gradient_accumulation_steps": 5}, devices)
     assert "not the 128" in caplog.text
+
+
+def test_a_comparison_needs_two_names_and_right_keys():
+    values = {"model": {"path": "x", "prompt_style": "chatml"}, "data": {"train": "x"}}
+    sides = [{"name": "lora", "adapter": {"init": "lora"}}, {"name": "milora"}]
+    made = variants(parse_config(values | {"compare": sides}))
+    assert [made[name].adapter.init for name in ("lora", "milora")] == ["lora", "milora"]
+    for wrong, text in (
+        (sides[:1], "two names"),
+        ([sides[0], sides[0]], "two names"),
+        ([sides[0], {"name": "../up"}], "name"),
+        ([sides[0], {"name": "m", "adapter": {"rank": 3}}], "compare: m.*adapter.rank"),
+        ([sides[0], {"name": "m", "training": {"lerning_rate": 3}}], "compare: m.*lerning_rate"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            parse_config(values | {"compare": wrong})
+
+
+def test_the_comparison_of_the_demo_is_the_demo():
+    demo, compared = load_config("configs/demo_cpu.yaml"), load_config("configs/demo_compare.yaml")
+    assert [one.name for one in compared.compare] == ["lora", "milora"]
+    both = [one.model_dump(exclude={"compare", "run_folder"}) for one in (demo, compared)]
+    assert both[0] == both[1], "copy what changed in demo_cpu.yaml into demo_compare.yaml"
+    assert variants(compared)["milora"].training == demo.training
