@@ -35,7 +35,7 @@ from milora_vl.data.images import (
     resolve_image,
 )
 from milora_vl.data.prompts import PromptStyle
-from milora_vl.data.records import Conversation, RecordError
+from milora_vl.data.records import Conversation, DataError, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class ConversationDataset(Dataset):
             for reason, count in self.skipped.items():
                 logger.warning("%d records left out: %s", count, reason)
         if not self.conversations:
-            raise ValueError(f"the data set is empty; left out: {dict(self.skipped) or 'nothing'}")
+            raise DataError(f"the data set is empty; left out: {dict(self.skipped) or 'nothing'}")
         self._tell_special_tokens()
 
     def __len__(self) -> int:
@@ -411,6 +411,6 @@ def mixture(
         indices += generator.sample(range(len(dataset)), share)
         places += [(part, index) for index in indices]
     if not places:
-        raise ValueError("the mixture is empty: every weight is 0 or rounds to no sample")
+        raise DataError("the mixture is empty: every weight is 0 or rounds to no sample")
     generator.shuffle(places)
     return Mixture(datasets, places)

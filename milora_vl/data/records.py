@@ -63,7 +63,11 @@ _EMPTY_JSON = ("[]", "{}", "null")  # LLaMA-Factory writes "tools" as JSON insid
 _EARLY_ANSWER = "answers before the first question"
 
 
-class RecordError(MiloraError, ValueError):
+class DataError(MiloraError, ValueError):
+    """Records that cannot be used as a whole: a file, or a data set without a sample."""
+
+
+class RecordError(DataError):
     """A record that cannot be used.
 
     Attributes:
@@ -137,7 +141,7 @@ def read_records(
         The conversations in file order, and how many were left out for which reason.
 
     Raises:
-        ValueError: If the file is not JSON (with line and column), holds no usable record, or, with
+        DataError: If the file is not JSON (with line and column), holds no usable record, or, with
             ``on_bad="error"``, a record is bad (``RecordError``, naming file and record).
         OSError: If the file cannot be read.
     """
@@ -163,7 +167,7 @@ def read_records(
             conversations.append(conversation)
             ignored.update(unread)
     if not conversations:
-        raise ValueError(f"{path}: no usable record; left out: {dict(skipped) or 'none'}")
+        raise DataError(f"{path}: no usable record; left out: {dict(skipped) or 'none'}")
     if ignored:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(ignored.items()))
         logger.warning(
@@ -203,12 +207,12 @@ def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
     if text.lstrip()[:1] == "[" and path.suffix != ".jsonl":
         try:
             records = json.loads(text, object_pairs_hook=_build_object)
         except (ValueError, RecursionError) as error:  # ValueError: also a number without end
-            raise ValueError(f"{path}: malformed JSON: {error}") from error
+            raise DataError(f"{path}: malformed JSON: {error}") from error
         for index, record in enumerate(records):
             yield f"{path}[{index}]", index, record
         return

@@ -12,7 +12,7 @@ from milora_vl.config import DataSection, ModelSection
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform
-from milora_vl.data.records import Conversation, read_records
+from milora_vl.data.records import Conversation, DataError, read_records
 from milora_vl.model.families import check_side_by_side
 from milora_vl.model.load import VLM, load_vlm
 
@@ -70,7 +70,7 @@ def build_dataset(
         check_side_by_side(vlm.model, section.max_length)
     with_image = next((one for one in conversations if one.images), None)
     if with_image and not vlm.sees:
-        raise ValueError(f"{with_image.where}: has images, but {vlm.path} is a text model")
+        raise DataError(f"{with_image.where}: has images, but {vlm.path} is a text model")
     plain = vlm.sees and not vlm.pictures
     return ConversationDataset(
         conversations,

@@ -18,6 +18,7 @@ from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
+from milora_vl.data.records import DataError
 from milora_vl.files import write_json_atomic
 from milora_vl.model.load import VLM
 from milora_vl.runtime import is_main_process, wait_for_all
@@ -141,6 +142,6 @@ def _first_batches(
     readable = (sample for sample in every if not sample.get("left_out"))
     samples = list(islice(readable, count or size))
     if not samples:
-        raise ValueError("no image of the training data can be read; check data.image_folder")
+        raise DataError("no image of the training data can be read; check data.image_folder")
     batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in batches]

@@ -621,6 +621,17 @@ def test_any_structure_gives_a_valid_conversation_or_a_record_error(record):
     encode(conversation.turns, "chatml", tokenizer, [2] * len(conversation.images))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(records=st.lists(json_values | damaged_records, min_size=1, max_size=5))
+def test_any_file_is_read_with_every_record_used_or_counted(records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, FULL]))
+    (folder / "a.png").touch()
+    conversations, skipped = read_records(path, folder, "skip")
+    assert len(conversations) + skipped.total() == len(records) + 1
+
+
 @pytest.mark.parametrize("key", ["id", "image", "system", "instruction", "conversations"])
 def test_a_number_too_long_to_be_written_is_an_error_of_its_record(key):
     with pytest.raises(RecordError):
