@@ -31,7 +31,7 @@ from milora_vl.config import (
     ProjectorSection,
 )
 from milora_vl.data.dataset import mixture
-from milora_vl.errors import MiloraError
+from milora_vl.data.records import DataError
 from milora_vl.eval import forgetting
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.evaluation import bench_names, evaluate
@@ -53,10 +53,6 @@ from milora_vl.training.inputs import build_dataset, load_conversations, load_mo
 from milora_vl.training.run import finetune
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(MiloraError, ValueError):
-    """Files of the config are missing, or the command that makes them failed."""
 
 
 def missing_files(files: Sequence[str | None]) -> list[str]:

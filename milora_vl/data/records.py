@@ -64,7 +64,7 @@ _EARLY_ANSWER = "answers before the first question"
 
 
 class DataError(MiloraError, ValueError):
-    """Records that cannot be used as a whole: a file, or a data set without a sample."""
+    """A file of records that is missing or cannot be read, or a data set without a sample."""
 
 
 class RecordError(DataError):
