@@ -136,9 +136,10 @@ def compare(arguments: argparse.Namespace) -> int:
 def convert_llava(arguments: argparse.Namespace) -> int:
     """Turn an original LLaVA-1.5 checkpoint into a plain transformers one."""
     from milora_vl.model.convert_llava import convert_llava as convert
+    from milora_vl.model.convert_llava import fetch_original
 
     out = convert(
-        arguments.source,
+        fetch_original(arguments.source),
         arguments.out,
         base=arguments.base,
         vision=arguments.vision,
@@ -268,7 +269,7 @@ def add_model_verbs(verbs: Any) -> None:
     """Add the verbs that make checkpoints."""
     text = "original LLaVA-1.5 checkpoint to transformers"
     verb = verbs.add_parser("convert-llava", help=text, description=convert_llava.__doc__)
-    verb.add_argument("source", type=Path, help="folder in the original layout")
+    verb.add_argument("source", help="folder or hub id in the original layout")
     verb.add_argument("--out", type=Path, required=True, help="folder to write")
     verb.add_argument("--base", help="language model of a projector or LoRA: id or folder")
     verb.add_argument("--vision", help="CLIP tower: id or folder (default: as the config says)")

@@ -178,6 +178,7 @@ class ModelSection(Section):
 
     Attributes:
         path: Hub id, folder, or "demo" for the embedded small model.
+        prepare: Command that makes the folder ``path``; it runs when the folder is not there.
         revision: Hub revision (branch, tag or commit).
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
         quantization: "nf4" quantises the language model's linears while they are read.
@@ -191,6 +192,7 @@ class ModelSection(Section):
     """
 
     path: str
+    prepare: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["nf4"] | None = None

@@ -305,6 +305,7 @@ def run_pipeline(config: Config, run_folder: Path, *, shared: Path | None = None
             run_folder / "checkpoints",
             config.seed,
         )
+    stages.prepare_model(config.model.prepare, config.model.path)
     if not is_main_process():
         return _run_claimed(config, run_folder, shared)
     with locked(run_folder):

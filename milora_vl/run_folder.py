@@ -24,6 +24,7 @@ STARTED_BY = ("config.yaml", "environment.json")
 FREE_SETTINGS = (
     "run_folder",
     "data.prepare",
+    "model.prepare",
     "data.on_bad_image",
     "data.on_bad_record",
     "model.device",

@@ -72,23 +72,46 @@ def prepare_data(command: str | None, files: Sequence[str | None]) -> None:
     """
     with main_process_first(local=True) as is_first:
         if command and is_first:
-            _run_command(command)
+            root = Path(milora_vl.__file__).parents[1]
+            _run_command("data.prepare", command, root)
     if missing := missing_files(files):
         made_by = f"`{command}` did not make it" if command else "no data.prepare makes it"
         raise DataError(
-            f"{missing[0]}: not found, and {made_by}. Correct the path, or set data.prepare to the "
-            "command that makes it (configs/demo_cpu.yaml does so)"
+            f"{missing[0]}: not found, and {made_by}. Put it there, correct its path (data.train, "
+            "data.validation, data.image_folder, or eval.data_dir; eval.benches=[] goes without "
+            "benches), or set data.prepare to the command that makes it"
         )
 
 
-def _run_command(command: str) -> None:
+def prepare_model(command: str | None, path: str) -> None:
+    """Run the command that makes the folder of the base model, if that is not there.
+
+    Args:
+        command: As in a terminal, from the current folder; None: ``path`` is loaded as it is.
+        path: What must be there afterwards.
+
+    Raises:
+        DataError: If the command fails or makes something else.
+    """
+    if command is None:
+        return
+    with main_process_first(local=True) as is_first:
+        if is_first and not Path(path).exists():
+            logger.info("model.prepare: %s", command)
+            _run_command("model.prepare", command, Path.cwd())
+    if not Path(path).exists():
+        raise DataError(f"model.path: {path} is not what model.prepare makes (`{command}`)")
+
+
+def _run_command(key: str, command: str, folder: Path) -> None:
     words = shlex.split(os.path.expandvars(command))
     if words[0] == "python":
         words[0] = sys.executable
-    root = Path(milora_vl.__file__).parents[1]
-    done = subprocess.run(words, cwd=root, check=False)
+    elif words[0] == "milora-vl":  # may not be on the path of a batch job
+        words[:1] = [sys.executable, "-m", "milora_vl"]
+    done = subprocess.run(words, cwd=folder, check=False)
     if done.returncode != 0:
-        raise DataError(f"data.prepare: `{command}` ended with code {done.returncode}, see above")
+        raise DataError(f"{key}: `{command}` ended with code {done.returncode}, see above")
 
 
 def base_is_done(

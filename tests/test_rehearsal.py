@@ -33,9 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Everything the config names, where it names it; TF32 is there to be switched on."""
     folder = tmp_path_factory.mktemp("rehearsal")
     write_playground(folder / "playground" / "data")
-    source, base = write_stage1(folder / "hub")
-    words = ["convert-llava", str(source), "--base", str(base)]
-    assert main([*words, "--out", str(folder / "checkpoints" / "llava-1.5-7b-stage1")]) == 0
+    write_stage1(folder / "hub")
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(AMPERE)
     kept = torch.backends.fp32_precision
@@ -52,7 +50,9 @@ def smaller(**more: object) -> list[str]:
     values = {
         "adapter.r": 8, "adapter.lora_alpha": 8, "data.max_length": 512, "eval.limit": 2,
         "training.per_device_train_batch_size": 2, "training.global_batch_size": 4,
-        "training.save_steps": 2, "training.dataloader_num_workers": 2, **more,
+        "training.save_steps": 2, "training.dataloader_num_workers": 2,
+        "model.prepare": "milora-vl convert-llava hub/llava-stage1 --base hub/vicuna "
+        "--out checkpoints/llava-1.5-7b-stage1", **more,
     }  # fmt: skip
     return [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
 

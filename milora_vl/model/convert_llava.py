@@ -211,15 +211,25 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _read_language_model(name: Path | str) -> dict[str, Tensor]:
-    folder = Path(name)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
+def fetch_original(source: str) -> Path:
+    """Return the folder of a checkpoint in the original layout: as given, or fetched from the hub.
 
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.bin"]))
-        except (OSError, ValueError) as error:
-            raise explain(str(name), error) from error
+    Raises:
+        LoadError: If it is neither a folder nor a hub id that can be reached.
+    """
+    if Path(source).exists():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.bin", "*.safetensors", "tokenizer*"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise explain(source, error) from error
+
+
+def _read_language_model(name: Path | str) -> dict[str, Tensor]:
+    folder = fetch_original(str(name))
     files = _weight_files(folder)
     if not files:
         raise LoadError(f"{folder}: no model*.safetensors or pytorch_model*.bin")

@@ -14,7 +14,9 @@ from milora_vl.config import (
     parse_config,
     variants,
 )
+from milora_vl.data.records import DataError
 from milora_vl.pipeline import check_names
+from milora_vl.stages import prepare_model
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 MINIMAL = """
@@ -205,3 +207,15 @@ def test_the_comparison_of_the_demo_is_the_demo():
     both = [one.model_dump(exclude={"compare", "run_folder"}) for one in (demo, compared)]
     assert both[0] == both[1], "copy what changed in demo_cpu.yaml into demo_compare.yaml"
     assert variants(compared)["milora"].training == demo.training
+
+
+def test_the_base_model_is_made_by_the_command_of_the_config(minimal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_model(None, "some/hub-id")
+    make = "python -c \"import pathlib; pathlib.Path('base').mkdir()\""
+    for _ in range(2):  # the second call would fail if it ran the command again
+        prepare_model(make, "base")
+    with pytest.raises(DataError, match=r"model\.path: other is not what"):
+        prepare_model("python -c pass", "other")
+    with pytest.raises(DataError, match=r"model\.prepare: `milora-vl nonsense` ended with code 2"):
+        prepare_model("milora-vl nonsense", "other")

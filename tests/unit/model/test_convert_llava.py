@@ -194,6 +194,19 @@ def test_the_command_says_that_a_projector_needs_its_base(
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_hub_id_is_fetched_and_explained_where_there_is_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    source, options = Original(tmp_path).write("projector")
+    words = ["convert-llava", "some-org/stage1", "--out", str(tmp_path / "out")]
+    assert main([*words, "--base", options["base"]]) == 1
+    assert "some-org/stage1: neither a folder here nor found" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(source))
+    assert main([*words, "--base", options["base"]]) == 0
+    stored = load_vlm(tmp_path / "out").model.dtype
+    assert stored == torch.float16
+
+
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
     source, options = Original(tmp_path).write("projector")
     with pytest.raises(FileExistsError, match="nothing in it is overwritten"):
