@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data_prep.stickervqa import build_stickervqa
-from milora_vl.cli import main
+from milora_vl.cli import STOPPED, main
 from milora_vl.eval.comparison import read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -144,6 +145,28 @@ def test_two_processes_share_one_run(config_file: Path, tmp_path: Path) -> None:
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     steps = [one["step"] for one in log if one["stage"] == "finetune" and "grad_norm" in one]
     assert steps == [1, 2, 3, 4]  # each once
+
+
+def test_a_stopped_command_saves_its_step_and_exits_with_143(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    words = ["train", str(config_file), "eval.benches=[]", "training.max_steps=400"]
+    words += ["training.save_steps=400", "--run-folder", str(folder)]
+    command = subprocess.Popen([sys.executable, "-m", "milora_vl", *words], stderr=subprocess.PIPE)
+    log = folder / "metrics.jsonl"
+    while command.poll() is None and not (log.exists() and '"finetune"' in log.read_text()):
+        time.sleep(0.05)
+    command.terminate()
+    text = command.communicate(timeout=120)[1].decode()
+    assert command.returncode == STOPPED, text
+    assert "Traceback" not in text
+    (checkpoint,) = (folder / "checkpoints").glob("checkpoint-*")
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert 0 < step < 400
+    assert f"step {step} is saved" in text
+    assert not (folder / "adapter").exists()
 
 
 def test_two_methods_are_trained_and_compared_by_one_command(

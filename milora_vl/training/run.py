@@ -24,6 +24,7 @@ from milora_vl.model.load import VLM
 from milora_vl.runtime import is_main_process, wait_for_all
 from milora_vl.training.inputs import build_collate
 from milora_vl.training.resume import last_checkpoint
+from milora_vl.training.stop import StopOnSigterm
 from milora_vl.training.trainer import MetricsWriter, VlmTrainer, supervised_positions
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def train(  # noqa: PLR0913  settings by keyword
     """Train what requires a gradient; go on from the last complete checkpoint if there is one."""
     if validation is None:
         arguments.eval_strategy = "no"
+    stop = StopOnSigterm()
     trainer = VlmTrainer(
         model=model,
         args=arguments,
@@ -52,13 +54,14 @@ def train(  # noqa: PLR0913  settings by keyword
         data_collator=build_collate(vlm),
         save_weights=save_weights,
         projector_learning_rate=projector.learning_rate,
-        callbacks=[MetricsWriter(metrics_file, stage)],
+        callbacks=[MetricsWriter(metrics_file, stage), stop],
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(Path(arguments.output_dir))
     if checkpoint:
         logger.info("%s: going on from %s", stage, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stop.check()
     # the Trainer wraps forward in autocast; what follows runs the model as it is
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
 

@@ -1,0 +1,61 @@
+"""SIGTERM ends a training with a checkpoint of its last step, as job schedulers ask for."""
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from milora_vl.errors import StoppedError
+from milora_vl.runtime import gather_json
+
+logger = logging.getLogger(__name__)
+
+
+class StopOnSigterm(TrainerCallback):
+    """Finishes the step, saves and stops; ``check`` afterwards says so with an error."""
+
+    def __init__(self) -> None:
+        """Nothing was asked yet."""
+        self._is_asked = False
+        self._stopped_at: int | None = None
+        self._before: Any = None
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._is_asked = True
+        logger.warning("SIGTERM: this step is finished and saved, then the run stops")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen from now on; only the main thread of a process may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop if any process was asked: all must stop at the same step."""
+        if any(gather_json(self._is_asked)):
+            control.should_save = control.should_training_stop = True
+            self._stopped_at = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signal back."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        if self._stopped_at == state.max_steps:  # it was the last one: the run is whole
+            self._stopped_at = None
+
+    def check(self) -> None:
+        """Raise if the training was stopped.
+
+        Raises:
+            StoppedError: Naming the step that was saved.
+        """
+        if self._stopped_at is not None:
+            raise StoppedError(f"stopped by SIGTERM; step {self._stopped_at} is saved")
