@@ -22,9 +22,10 @@ from safetensors import safe_open
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import plots, statistics
+from milora_vl.eval.bench_files import read_json_lines, read_json_object
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
-from milora_vl.eval.items import Row, read_json_lines, read_json_object
+from milora_vl.eval.items import Row
 from milora_vl.eval.pages import (
     bench_title,
     figure,
@@ -39,7 +40,7 @@ from milora_vl.files import write_text_atomic
 
 
 def read_rows(folder: Path | str) -> dict[str, list[Row]]:
-    """Read the judged answers of an evaluation folder, by bench.
+    """Read the scored answers of an evaluation folder, by bench; those without a label are skipped.
 
     Raises:
         FileNotFoundError: If ``predictions.jsonl`` is not there.
@@ -52,6 +53,8 @@ def read_rows(folder: Path | str) -> dict[str, list[Row]]:
         missing = {"bench", *names} - set(line)
         if missing:
             raise ValueError(f"{path} line {number}: no key {', '.join(sorted(missing))}")
+        if line["score"] is None:
+            continue  # without a label there is nothing to compare
         values = {name: line[name] for name in names}
         values["answers"] = tuple(line["answers"])
         rows.setdefault(line["bench"], []).append(Row(**values))

@@ -20,11 +20,12 @@ import torch
 
 from milora_vl.data.prompts import get_style
 from milora_vl.eval import statistics
+from milora_vl.eval.bench_files import BenchError, read_json_object, shorten
 from milora_vl.eval.benches import BENCHES, Bench
 from milora_vl.eval.forgetting import measure_text_loss
 from milora_vl.eval.generate_plain import build_answerer
 from milora_vl.eval.generate_shared import Answerer
-from milora_vl.eval.items import Answer, EvaluationError, Item, Request, Row, read_json_object
+from milora_vl.eval.items import Answer, EvaluationError, Item, Request, Row
 from milora_vl.eval.judge import Judge
 from milora_vl.eval.published import published_scores
 from milora_vl.eval.text_tasks import run_text_tasks
@@ -163,7 +164,8 @@ def run_bench(
     if not items:
         raise ValueError(f"{name}: no question left to ask")
     bench = BENCHES[name]
-    is_published = all(item.answers for item in items)
+    is_judged = hasattr(bench, "judge_prompt")
+    labeled = [item for item in items if item.answers]
     options = {
         "max_new_tokens": conditions.max_new_tokens or bench.MAX_NEW_TOKENS,
         "allow_errors": conditions.allow_errors,
@@ -174,26 +176,30 @@ def run_bench(
     answers = answerer.answer(_requests(items), label=name, **options)
     seconds = time.perf_counter() - started + conditions.journal.served_seconds - resumed_s
     rows = judge_all(bench, items, answers)
-    blind_rows: list[Row] | None = None
+    blind_rows: dict[str, Row] = {}
     result: dict[str, Any] = {"blind": None, "blind_interval_95": None, "majority": None}
-    if is_published:
-        result = {**bench.summarise(rows), **result, "majority": bench.majority(items)}
+    if labeled:
+        # a question without a label is neither right nor wrong
+        scored = [row for row in rows if row.answers]
+        result = {**bench.summarise(scored), **result, "majority": bench.majority(labeled)}
     else:
         result |= {"metric": bench.METRIC, "score": None, "interval_95": None, "by_category": {}}
         result["n"] = len(items)
-    if is_published and conditions.blind and any(item.image for item in items):
-        requests = [Request(item.id, item.prompt, choices=item.choices) for item in items]
+    if conditions.blind and any(item.image for item in labeled):
+        requests = [Request(item.id, item.prompt, choices=item.choices) for item in labeled]
         blind_answers = answerer.answer(requests, label=f"{name}, no picture", **options)
-        blind_rows = judge_all(bench, items, blind_answers)
-        result |= _against_blind(bench, rows, blind_rows)
-    if not is_published:
+        blind_rows = {row.id: row for row in judge_all(bench, labeled, blind_answers)}
+        result |= _against_blind(bench, scored, list(blind_rows.values()))
+    if not labeled:
         texts = {row.id: row.text for row in rows}
         paths = bench.write_submission(items, texts, conditions.out_dir, conditions.data_dir)
         result["submission"] = [str(path) for path in paths]
-        if conditions.judge is not None and hasattr(bench, "judge_prompt"):
+        if conditions.judge is not None and is_judged:
             rows = _grade(name, items, rows, conditions.judge, conditions)
             result |= bench.summarise(rows)
             result |= {"judge": conditions.judge.model, "judge_prompt": bench.JUDGE_PROMPT}
+    if not is_judged:
+        result["n_unlabeled"] = len(items) - len(labeled)
     result |= _how_it_went(items, rows, answers)
     result |= {
         "seconds_per_item": seconds / len(items),
@@ -204,7 +210,7 @@ def run_bench(
         result["parity"] = check_parity(
             bench, answerer, items, answers, conditions.parity_check, options["max_new_tokens"]
         )
-    result["note"] = _note(result, is_judged=hasattr(bench, "judge_prompt"))
+    result["note"] = _note(result, is_judged=is_judged)
     return result, _lines(name, items, answers, rows, blind_rows)
 
 
@@ -287,6 +293,8 @@ def _note(result: Mapping[str, Any], *, is_judged: bool) -> str:
         notes.append("no score without a judge: see the predictions and the judge's prompts")
     elif result["score"] is None:
         notes.append("answers not published: see the submission file")
+    elif result.get("n_unlabeled"):
+        notes.append(f"{result['n_unlabeled']} questions have no label and are not scored")
     gain = result.get("gain_over_blind_interval_95")
     if gain and gain[0] <= 0:
         notes.append("not clearly above the score without pictures")
@@ -304,10 +312,10 @@ def _lines(
     items: Sequence[Item],
     answers: Mapping[str, Answer],
     rows: Sequence[Row],
-    blind_rows: Sequence[Row] | None,
+    blind_rows: Mapping[str, Row],
 ) -> list[str]:
     lines = []
-    for place, (item, row) in enumerate(zip(items, rows, strict=True)):
+    for item, row in zip(items, rows, strict=True):
         answer = answers[item.id]
         entry = {
             "bench": name,
@@ -321,15 +329,14 @@ def _lines(
             "answers": list(item.answers),
             "text": row.text,
             "parsed": row.parsed,
-            "score": row.score,
+            "score": row.score if row.answers or "judge_reply" in row.details else None,
             "well_formed": row.well_formed,
             "ended": answer.ended,
             "n_tokens": answer.n_tokens,
             "error": answer.error,
             "details": row.details,
         }
-        if blind_rows is not None:
-            other = blind_rows[place]
+        if (other := blind_rows.get(item.id)) is not None:
             entry |= {"blind_text": other.text, "blind_parsed": other.parsed}
             entry["blind_score"] = other.score
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -514,10 +521,13 @@ def load_items(
             if not is_all:
                 raise
             absent.append(name)
+        else:
+            if not items[name]:
+                raise BenchError(f"{name}: no question in {data_dir or 'its hub mirror'}")
     if is_all and not items:
         raise FileNotFoundError(f"{data_dir}: no files of any bench ({', '.join(absent)})")
     if absent:
-        logger.warning("no files, left out: %s", ", ".join(absent))
+        logger.warning("skipped, since their files are not there: %s", ", ".join(absent))
     return items
 
 
@@ -569,7 +579,7 @@ def bench_names(benches: str | Sequence[str]) -> list[str]:
             unknown.append(name)
     if unknown or not found:
         raise ValueError(
-            f"unknown bench {unknown or benches!r}; choose from {', '.join(BENCHES)}, all, "
-            "stickervqa, lm:TASK"
+            f"unknown bench {shorten(repr(unknown or benches))}; choose from "
+            f"{', '.join(BENCHES)}, all, stickervqa, lm:TASK"
         )
     return list(dict.fromkeys(found))

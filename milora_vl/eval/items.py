@@ -3,17 +3,34 @@
 import base64
 import binascii
 import hashlib
-import json
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from milora_vl.data.images import resolve_image
 from milora_vl.errors import MiloraError
 
 T = TypeVar("T")
+
+_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 text, which may be a data URI, be wrapped into lines or lack its padding.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    head = _DATA_URI.match(text.lstrip()[:200])
+    plain = "".join((text.lstrip()[head.end() :] if head else text).split()).translate(_URL_SAFE)
+    plain = plain.rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"the image is not valid base64: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -23,7 +40,7 @@ class ImageSource:
     Attributes:
         where: What to name in an error, such as "mmbench.tsv row 17 (index 1000017)".
         path: The file, or None.
-        encoded: Base64 text of an image file, or None.
+        encoded: Base64 text of an image file, or a data URI; or None.
         fetch: Returns the bytes of the image file, or None; ``where`` tells two of them apart.
     """
 
@@ -49,13 +66,17 @@ class ImageSource:
         if self.encoded is None:
             raise ValueError(f"{self.where}: the row has no image")
         try:
-            return base64.b64decode(self.encoded, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"{self.where}: the image is not valid base64: {error}") from error
+            return decode_base64(self.encoded)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
 
     def key(self) -> str:
         """Return a hash of the image file's bytes; raises as ``read`` does."""
         return hashlib.sha256(self.read()).hexdigest()
+
+    def same_as(self) -> Any:
+        """Return a value that is equal for sources of the same file, text or row of a table."""
+        return self.path or self.encoded or self
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,11 @@ class Row:
 
 
 class EvaluationError(MiloraError, RuntimeError):
-    """Samples failed or lack a prediction; neither is ever scored as an empty answer."""
+    """An evaluation that cannot give a score; what failed is never scored as an empty answer."""
+
+
+class NonFiniteError(EvaluationError):
+    """The model's logits are NaN or infinite: whatever token comes out of them means nothing."""
 
 
 @dataclass(frozen=True)
@@ -153,108 +178,6 @@ class Answer:
     ended: bool | None = False
     error: str | None = None
     seconds: float = field(default=0.0, compare=False)
-
-
-def find_file(
-    data_dir: Path,
-    folders: Sequence[str],
-    patterns: Sequence[str],
-    accept: Callable[[str], bool] = lambda name: True,
-) -> Path | None:
-    """Return the one file that matches the first successful pattern, or None.
-
-    Args:
-        data_dir: Where to start.
-        folders: Folders below ``data_dir``, in order of preference; "." is itself.
-        patterns: Glob patterns, in order of preference.
-        accept: Which file names count.
-
-    Raises:
-        ValueError: If a pattern matches several files of a folder: the choice is the user's.
-    """
-    for folder in folders:
-        for pattern in patterns:
-            found = sorted(path for path in (data_dir / folder).glob(pattern) if accept(path.name))
-            if len(found) > 1:
-                names = ", ".join(str(path) for path in found)
-                raise ValueError(f"several files match {pattern}: {names}; keep one in the folder")
-            if found:
-                return found[0]
-    return None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file of objects; empty lines are skipped.
-
-    Raises:
-        ValueError: Naming file and line, if a line is not a JSON object.
-    """
-    rows = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number}: a JSON object was expected")
-            rows.append(row)
-    return rows
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        ValueError: Naming the file, if it does not.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object was expected")
-    return value
-
-
-def require(row: dict[str, Any], name: str, where: str) -> Any:
-    """Return ``row[name]``.
-
-    Raises:
-        ValueError: Naming the row and the key, if it is absent.
-    """
-    if name not in row:
-        raise ValueError(f"{where}: no key {name!r}; it has {', '.join(sorted(row))}")
-    return row[name]
-
-
-def find_image(folders: Sequence[Path], *names: str) -> Path:
-    """Return the first ``folder / name`` that exists, else the first candidate.
-
-    A missing file is not an error yet: it becomes one, naming the row, when the picture is read.
-
-    Raises:
-        ImagePathError: If a name points out of the folder.
-    """
-    # one by one: a bench has hundreds of thousands of rows and a dozen candidates for each
-    candidates = (resolve_image(folder, name) for name in names for folder in folders)
-    found = next((path for path in candidates if path.is_file()), None)
-    return found or resolve_image(folders[0], names[0])
-
-
-def reject_duplicates(ids: Iterable[Hashable], where: str) -> None:
-    """Check that ids are unique.
-
-    Raises:
-        ValueError: Naming the first id that occurs twice.
-    """
-    seen: set[Hashable] = set()
-    for one in ids:
-        if one in seen:
-            raise ValueError(f"{where}: id {one!r} occurs twice")
-        seen.add(one)
 
 
 def split_rows(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, list[Row]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from milora_vl.eval.items import EvaluationError, read_json_lines
+from milora_vl.eval.bench_files import read_json_lines, shorten
+from milora_vl.eval.items import EvaluationError
 from milora_vl.files import write_bytes_atomic
 
 KEY_VARIABLES = ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY")
@@ -117,8 +118,9 @@ class Judge:
                     if reply is None or not is_usable(reply):
                         reply = self.ask(prompt)
                 if reply is None or not is_usable(reply):
+                    shown = shorten(repr(reply))
                     raise JudgeError(
-                        f"judge {self.model}: no score in the reply on {name}: {reply!r}"
+                        f"judge {self.model}: no score in the reply on {name}: {shown}"
                     )
                 replies[name] = reply
                 if known.get(prompt) != reply:

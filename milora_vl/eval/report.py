@@ -14,9 +14,10 @@ from rich.console import Console
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import plots
+from milora_vl.eval.bench_files import read_json_lines, read_json_object
 from milora_vl.eval.comparison import compare_folders, read_comparison
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
-from milora_vl.eval.items import Item, read_json_lines, read_json_object
+from milora_vl.eval.items import Item
 from milora_vl.eval.pages import (
     as_percent,
     bench_title,

@@ -1,25 +1,32 @@
 """Your own questions: a JSONL file of ``question``, ``image`` and ``choices`` or ``answers``.
 
-A line with ``choices`` is lettered and has ``answer``, a letter or the text of a choice; one with
-``answers`` is free and right if it equals one of them once both are normalised. With neither there
-is no score. Optional: ``id``, ``category``, ``prompt`` (the whole prompt, used as it is).
+A line with ``choices`` (a list, or an object of letters and texts) is lettered and has ``answer``,
+a letter or the text of a choice. Any other line is free: it has ``answers``, a list, or one
+``answer``, and is right if the model says one of them once both are normalised. With neither
+there is no score. ``image`` is a file name, a data URI or base64 text. Optional: ``id``,
+``category``, ``prompt`` (the whole prompt, used as it is).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c, parse_option, vqa_official
-from milora_vl.eval.bench_files import locate, picture_file
-from milora_vl.eval.items import (
-    Item,
-    Row,
-    read_json_lines,
+from milora_vl.eval.bench_files import (
+    Record,
+    check_options,
+    gold_letter,
+    locate,
+    numbered,
+    picture_file,
     reject_duplicates,
-    require,
-    take_sample,
+    shorten,
 )
+from milora_vl.eval.items import Item, Row, take_sample
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 METRIC = "accuracy"
@@ -29,6 +36,13 @@ headline_sums = scoring.mean_sums
 headline = statistics.ratio
 
 
+_KNOWN = (
+    *("id", "question", "image", "images", "choices", "answer", "answers", "category", "prompt"),
+)
+_MEANT = {"options": "choices", "label": "answer", "labels": "answers", "gold": "answer"}
+"""Keys of other formats that would change the question or its score if they were left out."""
+
+
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions.
 
@@ -36,59 +50,91 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
         data_dir: The JSONL file, or a folder with ``custom.jsonl``; pictures are named relative to
             the file.
         limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: Naming the line, if it is malformed.
     """
     if data_dir is None:
         raise FileNotFoundError("the bench 'custom' has no mirror: name its JSONL file with --data")
     path = locate(data_dir, ("custom",), ("*custom.jsonl",), "questions of your own")
-    rows = enumerate(read_json_lines(path), start=1)
-    items = [_item(row, path, number) for number, row in rows]
+    rows = list(numbered(path))
+    items = [_item(row, path, number) for number, row in enumerate(rows, start=1)]
     reject_duplicates((item.id for item in items), str(path))
+    ignored = sorted({str(key) for row in rows for key in row.values} - set(_KNOWN))
+    if ignored:
+        logger.warning("%s: keys that are not read: %s", path, shorten(", ".join(ignored), 200))
     return take_sample(items, limit)
 
 
-def _item(row: dict[str, Any], path: Path, number: int) -> Item:
-    where = f"{path.name} row {number}"
-    question = str(require(row, "question", where))
-    choices = tuple(str(one) for one in row.get("choices") or ())
-    if choices and row.get("answers"):
-        raise ValueError(f"{path} row {number}: choices and answers; give one of the two")
-    if len(choices) > len(scoring.LETTERS) or len(choices) == 1:
-        raise ValueError(f"{path} row {number}: {len(choices)} choices, 2 to 10 are possible")
+def _item(row: Record, path: Path, number: int) -> Item:
+    question = row.text("question")
+    image = row.picture_name("image", "images")
+    row.reject_other_pictures(_KNOWN, has_picture=image is not None)
+    for key, meant in _MEANT.items():
+        if row.has(key):
+            raise row.error(f"key {key!r} is not read; {meant!r} is what it is called here")
+    choices = _choices(row)
     letters = tuple(scoring.LETTERS[: len(choices)])
     ending = scoring.LETTER_ANSWER if choices else scoring.SHORT_ANSWER
     prompt = "\n".join([question, *scoring.lettered(choices), ending])
-    image = row.get("image")
-    answers = tuple(str(one) for one in row.get("answers") or ())
-    if choices and row.get("answer") is not None:
-        answers = (_letter(str(row["answer"]), choices, f"{path} row {number}"),)
+    key = row.text("id", str(number))
     return Item(
-        id=str(row.get("id", number)),
-        image=picture_file(path, ("images",), where, str(image)) if image else None,
-        prompt=str(row.get("prompt", prompt)),
-        answers=answers,
-        group=str(image or row.get("id", number)),
-        category=str(row.get("category", "all")),
+        id=key,
+        image=None if image is None else picture_file(path, ("images",), row, image),
+        prompt=row.text("prompt", prompt),
+        answers=_answers(row, choices),
+        group=image or key,
+        category=row.text("category", "all"),
         options=choices,
         question=question,
         choices=letters,
     )
 
 
-def _letter(answer: str, choices: Sequence[str], where: str) -> str:
-    if answer in choices:
-        return scoring.LETTERS[choices.index(answer)]
-    if len(answer) == 1 and answer in scoring.LETTERS[: len(choices)]:
-        return answer
-    raise ValueError(f"{where}: answer {answer!r} is neither a letter nor one of the choices")
+def _choices(row: Record) -> tuple[str, ...]:
+    if not row.has("choices") or row.values["choices"] == []:
+        return ()
+    value = row.values["choices"]
+    if isinstance(value, dict):
+        if list(value) != list(scoring.LETTERS[: len(value)]):
+            raise row.error(
+                f"choices {shorten(repr(list(value)))}: A, B, ... were expected as keys"
+            )
+        row = Record({"choices": list(value.values())}, row.where)
+    choices = check_options(row.texts("choices"), row)
+    if not all(one.strip() for one in choices) or len(set(choices)) < len(choices):
+        raise row.error("a choice is empty, or two are equal")
+    return choices
+
+
+def _answers(row: Record, choices: tuple[str, ...]) -> tuple[str, ...]:
+    if choices:
+        if row.has("answers"):
+            raise row.error("choices and answers; give one of the two")
+        return (_letter(row, choices),) if row.has("answer") else ()
+    if row.has("answer") and row.has("answers"):
+        raise row.error("answer and answers; give one of the two")
+    key = "answer" if row.has("answer") else "answers"
+    is_list = isinstance(row.values.get(key), (list, tuple))
+    answers = row.texts(key) if is_list else (row.text(key),) if row.has(key) else ()
+    if "" in map(_normalise, answers):
+        # what is left of an empty answer is what is left of "the"
+        raise row.error(f"{key}: nothing is left of one of them once it is normalised")
+    return answers
+
+
+def _letter(row: Record, choices: tuple[str, ...]) -> str:
+    answer = row.text("answer")
+    letter = gold_letter(answer, choices, row)
+    if answer in choices and choices.index(answer) != scoring.LETTERS.index(letter):
+        raise row.error(f"answer {answer!r} is a letter and also the text of another choice")
+    return letter
+
+
+def _normalise(text: str) -> str:
+    return vqa_official(m4c(text))
 
 
 def parse(item: Item, text: str) -> str | None:
     """Return the letter, or the answer as it is compared."""
-    return parse_option(text, item.options) if item.options else vqa_official(m4c(text))
+    return parse_option(text, item.options) if item.options else _normalise(text)
 
 
 def judge(item: Item, text: str | None) -> Row:
@@ -97,7 +143,7 @@ def judge(item: Item, text: str | None) -> Row:
     if item.options:
         is_formed = scoring.is_bare_letter(text, len(item.options))
         return scoring.judged(item, text, said, float(said in item.answers), is_formed)
-    right = {vqa_official(m4c(answer)) for answer in item.answers}
+    right = {_normalise(answer) for answer in item.answers}
     return scoring.judged(item, text, said, float(said in right), bool(said))
 
 

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
-from milora_vl.eval.bench_files import Mirror, locate, picture, picture_file, rows_without
-from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
+    by_id,
+    locate,
+    picture_file,
+    reject_duplicates,
+    rows_without,
+    table_picture,
+)
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "exact_match"
@@ -32,17 +41,7 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the balanced questions.
-
-    Args:
-        data_dir: Folder with ``testdev_balanced_questions.json`` or that file; None: hub mirror.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no questions file.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If the file is malformed.
-    """
+    """Read the balanced questions."""
     items = _from_files(data_dir) if data_dir is not None else _from_mirror()
     return take_sample(items, limit)
 
@@ -50,53 +49,72 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
 def _from_files(data_dir: Path) -> list[Item]:
     path = locate(data_dir, _FOLDERS, _FILES, "GQA questions")
     items = []
-    for key, row in read_json_object(path).items():
-        where = f"{path.name} question {key}"
-        name = f"{require(row, 'imageId', where)}.jpg"
-        if row.get("isBalanced", True):
-            items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, where, name), where))
+    for key, row in by_id(path, "question"):
+        name = f"{row.text('imageId')}.jpg"
+        row.reject_other_pictures(("imageId",), has_picture=True)
+        if _is_balanced(row):
+            items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, row, name)))
     return items
+
+
+def _is_balanced(row: Record) -> bool:
+    value = row.values.get("isBalanced", True)
+    if not isinstance(value, bool):
+        raise row.error(f"isBalanced is {value!r}; true or false was expected")
+    return value
 
 
 def _from_mirror() -> list[Item]:
     questions, images = (mirror.open() for mirror in MIRRORS)
-    places = {row["id"]: place for place, row in enumerate(rows_without(images, "image"))}
+    rows = [Record(row, f"GQA mirror row {i}") for i, row in enumerate(rows_without(images))]
+    places = {row.text("id"): place for place, row in enumerate(rows)}
     items = []
-    for row in rows_without(questions, "image"):
-        where = f"GQA mirror question {row['id']}"
-        if row["imageId"] not in places:
-            raise ValueError(f"{where}: no picture {row['imageId']}")
-        if row.get("isBalanced", True):
-            source = picture(images, places[row["imageId"]], f"{where} ({row['imageId']})")
-            items.append(_item(str(row["id"]), row, source, where))
+    for place, values in enumerate(rows_without(questions, "image")):
+        row = Record(values, f"GQA mirror question {values.get('id', place)}")
+        image_id = row.text("imageId")
+        if image_id not in places:
+            raise row.error(f"no picture {image_id}")
+        if _is_balanced(row):
+            source = table_picture(images, places[image_id], f"{row.where} ({image_id})")
+            items.append(_item(row.text("id"), row, source))
+    reject_duplicates((item.id for item in items), "GQA mirror")
     return items
 
 
-def _item(key: str, row: Mapping[str, Any], image: ImageSource, where: str) -> Item:
-    question = require(dict(row), "question", where)
-    types = row.get("types") or {}
-    answer = row.get("answer")
+def _item(key: str, row: Record, image: ImageSource) -> Item:
+    question = row.text("question")
+    types = row.object("types")
+    structural = types.text("structural", "None")
+    program = row.records("semantic") if row.has("semantic") else []
     return Item(
         id=key,
         image=image,
         prompt=f"{question}\n{scoring.SHORT_ANSWER}",
-        answers=() if answer is None else (str(answer),),
-        group=str(row["imageId"]),
-        category="open" if types.get("structural") == "query" else "binary",
+        answers=(_label(row),) if row.has("answer") else (),
+        group=row.text("imageId"),
+        category="open" if structural == "query" else "binary",
         question=question,
         details={
-            "structural": str(types.get("structural")),
-            "semantic": str(types.get("semantic")),
+            "structural": structural,
+            "semantic": types.text("semantic", "None"),
             "n_words": len(question.split()),
-            "n_steps": _count_steps(row.get("semantic") or ()),
-            "answer_group": (row.get("groups") or {}).get("global"),
+            "n_steps": _count_steps(program),
+            "answer_group": row.object("groups").text("global", "") or None,
         },
     )
 
 
-def _count_steps(program: Sequence[Mapping[str, Any]]) -> int:
+def _label(row: Record) -> str:
+    """Return the right answer in the form of a parsed one, or it could never be matched."""
+    label = row.text("answer").strip().rstrip(".").lower()
+    if not label:
+        raise row.error("the answer is nothing but periods")
+    return label
+
+
+def _count_steps(program: Sequence[Record]) -> int:
     """Count the operations of a question's program but for those that only ask its last step."""
-    texts = [f"{one.get('operation')}: {one.get('argument')}" for one in program]
+    texts = [f"{one.values.get('operation')}: {one.values.get('argument')}" for one in program]
     return sum(not any(part in text for part in _NO_STEPS) for text in texts)
 
 

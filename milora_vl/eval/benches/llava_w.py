@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 
 from milora_vl.eval import scoring, statistics
-from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
-from milora_vl.eval.items import (
-    ImageSource,
-    Item,
-    Row,
-    read_json_lines,
+from milora_vl.eval.bench_files import (
+    BenchError,
+    Mirror,
+    Record,
+    locate,
+    numbered,
+    picture_file,
+    read_mirror,
     reject_duplicates,
-    require,
-    split_rows,
-    take_sample,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
 
 VERSION = 1
 METRIC = "judge_score_over_reference"
@@ -47,18 +47,7 @@ majority = scoring.no_majority
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read questions, contexts and reference answers.
-
-    Args:
-        data_dir: Folder with ``questions.jsonl``, ``context.jsonl``, ``answers_gpt4.jsonl``; None:
-            hub mirror.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If a question has no context or no reference.
-    """
+    """Read questions, contexts and reference answers."""
     items = _from_files(data_dir) if data_dir is not None else _from_mirror()
     return take_sample(items, limit)
 
@@ -68,44 +57,49 @@ def _from_files(data_dir: Path) -> list[Item]:
     context = _read_by(path.with_name("context.jsonl"), "image", "caption")
     reference = _read_by(path.with_name("answers_gpt4.jsonl"), "question_id", "text")
     items = []
-    for number, row in enumerate(read_json_lines(path), start=1):
-        where = f"{path.name} row {number}"
-        name, key = str(require(row, "image", where)), str(require(row, "question_id", where))
-        for known, wanted, what in ((context, name, "context"), (reference, key, "reference")):
-            if wanted not in known:
-                raise ValueError(f"{where}: no {what} for {wanted}")
-        image = picture_file(path, ("images",), where, name)
-        items.append(_item(row, image, context[name], reference[key]))
+    for row in numbered(path):
+        name = row.picture_name("image") or row.text("image")
+        row.reject_other_pictures(("image",), has_picture=True)
+        key = row.text("question_id")
+        if name not in context:
+            raise row.error(f"context.jsonl has no context for {name}")
+        if key not in reference:
+            raise row.error(f"answers_gpt4.jsonl has no reference for {key}")
+        image = picture_file(path, ("images",), row, name)
+        items.append(_item(row, "text", name, image, (context[name], reference[key])))
     reject_duplicates((item.id for item in items), str(path))
     return items
 
 
 def _read_by(path: Path, key: str, value: str) -> dict[str, str]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; LLaVA-Bench needs it beside questions.jsonl")
-    rows = enumerate(read_json_lines(path), start=1)
-    return {
-        str(require(row, key, f"{path.name} row {number}")): str(row[value]) for number, row in rows
-    }
+        raise BenchError(f"{path} is missing; LLaVA-Bench needs it beside questions.jsonl")
+    rows = [(row.text(key), row.text(value)) for row in numbered(path)]
+    reject_duplicates((name for name, _ in rows), str(path))
+    return dict(rows)
 
 
 def _from_mirror() -> list[Item]:
     items = []
-    for row, image, where in read_mirror(MIRRORS, "LLaVA-Bench"):
-        official = {**row, "text": row["question"], "image": row.get("image_id", where)}
-        items.append(_item(official, image, str(row["caption"]), str(row["gpt_answer"])))
+    for row, image in read_mirror(MIRRORS, "LLaVA-Bench"):
+        texts = row.text("caption"), row.text("gpt_answer")
+        items.append(_item(row, "question", row.text("image_id", row.where), image, texts))
     return items
 
 
-def _item(row: Mapping[str, Any], image: ImageSource, context: str, reference: str) -> Item:
+def _item(
+    row: Record, question_key: str, group: str, image: ImageSource, texts: tuple[str, str]
+) -> Item:
+    question = row.text(question_key)
+    context, reference = texts
     return Item(
-        id=str(row["question_id"]),
+        id=row.text("question_id"),
         image=image,
-        prompt=str(row["text"]),
+        prompt=question,
         answers=(),
-        group=str(row["image"]),
-        category=str(row.get("category", "all")).removeprefix("llava_bench_"),
-        question=str(row["text"]),
+        group=group,
+        category=row.text("category", "all").removeprefix("llava_bench_"),
+        question=question,
         details={"context": context, "reference": reference},
     )
 

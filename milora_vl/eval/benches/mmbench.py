@@ -4,8 +4,10 @@ Official file: a TSV with ``index, question, hint, A, B, C, D, answer, category,
 rotated copies of a question are rows of the file, ``index = base + k * 1_000_000``.
 """
 
+import ast
 import importlib.util
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -18,23 +20,20 @@ import pandas as pd
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import most_common, parse_option
 from milora_vl.eval.bench_files import (
+    BenchError,
     Mirror,
-    find_tsv,
-    is_chinese,
-    known,
-    picture,
-    read_tsv,
-    resolve_image,
-    rows_without,
-)
-from milora_vl.eval.items import (
-    ImageSource,
-    Item,
-    Row,
+    Record,
+    find_file,
+    gold_letter,
+    holds_picture,
+    is_encoded,
+    is_missing,
     reject_duplicates,
-    split_rows,
-    take_sample,
+    rows_without,
+    shorten,
+    table_picture,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
 from milora_vl.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -47,19 +46,23 @@ MIRRORS_CN = (Mirror("MMBench", "cn", "dev"),)
 
 _SUFFIX_CN = "请直接回答选项字母。"
 _ROTATION_STEP = 1_000_000
+_LONGEST_REFERENCE_CHARS = 64
+_LOST_ANSWER = "answer that reads as missing"
+_MISSING_WORDS = frozenset(
+    (
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"),
+        *("1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
+)
+"""What pandas reads as no value unless it is told otherwise."""
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions, all rotations included.
 
     Args:
-        data_dir: Folder with the TSV, or the TSV; None: hub mirror of the dev split.
+        data_dir: Folder with the TSV, or the TSV.
         limit: Number of base questions; each comes with all its rotations.
-
-    Raises:
-        FileNotFoundError: If there is no TSV.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If a column is missing, or an index is not a number or occurs twice.
     """
     return _load(data_dir, limit, chinese=False)
 
@@ -70,60 +73,194 @@ def load_chinese(data_dir: Path | None, *, limit: int | None = None) -> list[Ite
 
 
 def _load(data_dir: Path | None, limit: int | None, *, chinese: bool) -> list[Item]:
+    sources: list[ImageSource] | None = None
     if data_dir is None:
         (mirror,) = MIRRORS_CN if chinese else MIRRORS
         table, name = mirror.open(), f"MMBench-{mirror.config} mirror"
-        rows = [known(row) for row in rows_without(table, "image")]
-        sources = [picture(table, place, f"{name} row {place}") for place in range(len(rows))]
+        values = [_present(row) for row in rows_without(table, "image")]
+        sources = [table_picture(table, i, f"{name} row {i}") for i in range(len(values))]
     else:
-        path = find_tsv(data_dir, chinese=chinese)
-        name, chinese = path.name, is_chinese(path.name)
-        rows, sources = read_tsv(path), None
-    indices = [_index(row, f"{name} row {number}") for number, row in enumerate(rows, start=1)]
+        path = _find_tsv(data_dir, chinese=chinese)
+        name, chinese = path.name, _is_chinese(path.name)
+        values = _read_tsv(path)
+    rows = [Record(row, f"{name} row {number}") for number, row in enumerate(values, start=1)]
+    indices = [_index(row) for row in rows]
     reject_duplicates(indices, str(data_dir or name))
-    images = {index: row.get("image") for index, row in zip(indices, rows, strict=True)}
+    images = {index: _picture(row) for index, row in zip(indices, rows, strict=True)}
+    resolved = {index: _resolve_image(images, index) for index in images}
+    groups = _groups(indices, rows, resolved)
     items = []
     for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
-        where = f"{name} row {place + 1} (index {index})"
-        encoded = ImageSource(where, encoded=resolve_image(images, index))
-        items.append(_item(row, index, sources[place] if sources else encoded, chinese))
+        row = Record(row.values, f"{row.where} (index {index})")
+        source = sources[place] if sources else ImageSource(row.where, encoded=resolved[index])
+        items.append(_item(row, index, groups[index], source, chinese))
+    _check_labels(items)
     kept = set(take_sample(list(dict.fromkeys(item.group for item in items)), limit))
     items = [item for item in items if item.group in kept]
     _warn_about_rotations(items, str(data_dir or name))
     return items
 
 
-def _index(row: Mapping[str, str], where: str) -> int:
+def _find_tsv(data_dir: Path, *, chinese: bool) -> Path:
+    """Return the TSV: ``data_dir`` itself, or the one with "mmbench" in its name in that folder."""
+    if data_dir.is_file():
+        return data_dir
+    patterns = ("mmbench.tsv", "*[mM][mM][bB]ench*.tsv")
+    folders = (".", "mmbench", "MMBench", *(("mmbench_cn",) if chinese else ()))
+    path = find_file(data_dir, folders, patterns, lambda name: _is_chinese(name) == chinese)
+    if path is None:
+        language = "Chinese" if chinese else "English"
+        raise FileNotFoundError(f"no {language} *mmbench*.tsv in {data_dir} or its folder mmbench")
+    return path
+
+
+def _is_chinese(name: str) -> bool:
+    return bool(re.search(r"(?i)(?:^|[_-])(?:cn|cc)(?:[_.-]|$)", name))
+
+
+def _read_tsv(path: Path) -> list[dict[str, str]]:
     try:
-        return int(float(row["index"]))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where}: the index is not a number: {row.get('index')!r}") from error
+        table = pd.read_csv(path, sep="\t", dtype=str, encoding="utf-8-sig", keep_default_na=False)
+    except (ValueError, OSError) as error:  # those of pandas and of UTF-8 are ValueErrors
+        raise BenchError(f"{path}: cannot be read as a table: {error}") from error
+    missing = {"index", "question", "A", "B", "image"} - set(table.columns)
+    if missing:
+        raise BenchError(f"{path}: no column {', '.join(sorted(missing))}")
+    rows = []
+    for raw in table.to_dict("records"):
+        # Missing values as the official loaders parse them: an option "None" is not offered.
+        row = {name: cell for name, cell in raw.items() if cell not in _MISSING_WORDS}
+        label = raw.get("answer", "").strip()
+        if label not in row and raw.get(label):
+            row[_LOST_ANSWER] = label
+        rows.append(row)
+    return rows
 
 
-def _item(row: Mapping[str, str], index: int, image: ImageSource, chinese: bool) -> Item:
-    lettered = {name: row[name] for name in takewhile(row.__contains__, scoring.LETTERS)}
-    group = row.get("g_index", str(index % _ROTATION_STEP))
-    question = row.get("question", "")
-    lines = [row["hint"]] if "hint" in row else []
+def _present(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Drop missing values, which mirrors also write as the word "nan"."""
+    return {name: value for name, value in row.items() if not is_missing(value) and value != "nan"}
+
+
+def _index(row: Record) -> int:
+    text = row.text("index").strip()
+    if not re.fullmatch(r"\d{1,15}(?:\.0+)?", text):
+        raise row.error(f"the index is not a number: {shorten(repr(text))}")
+    return int(text.split(".")[0])
+
+
+def _picture(row: Record) -> str | None:
+    """Return the base64 text of a row's picture, or the index of the row that has it."""
+    value = row.values.get("image")
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            names = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise row.error(f"image is no list: {shorten(repr(value))}") from error
+        row = Record({**row.values, "image": names}, row.where)
+    name = row.picture_name("image")
+    row.reject_other_pictures(("image",), has_picture=True)
+    is_file = name is not None and not is_encoded(name) and holds_picture(name)
+    if is_file:
+        raise row.error(f"image {shorten(repr(name))} is a file name; base64 text was expected")
+    return name
+
+
+def _resolve_image(images: Mapping[int, str | None], index: int) -> str | None:
+    """Follow short "images", which are the index of the row that holds the picture."""
+    seen = {index}
+    image = images[index]
+    while image and len(image) <= _LONGEST_REFERENCE_CHARS and image.strip().isdecimal():
+        target = int(image)
+        if target in seen or target not in images:
+            return None
+        seen.add(target)
+        image = images[target]
+    return image
+
+
+def _groups(
+    indices: Sequence[int], rows: Sequence[Record], images: Mapping[int, str | None]
+) -> dict[int, str]:
+    """Return which question each row belongs to: its base's, if it is a rotation of it.
+
+    Two questions may differ by a multiple of a million by chance, where a file has ids of its own:
+    a rotation has the question, the picture and the options of its base.
+    """
+    by_index = dict(zip(indices, rows, strict=True))
+    bases: dict[int, int] = {}
+    for index in sorted(indices):
+        bases.setdefault(index % _ROTATION_STEP, index)
+    groups, strangers = {}, []
+    for index, row in by_index.items():
+        base = bases[index % _ROTATION_STEP]
+        group = str(index % _ROTATION_STEP)
+        is_same = base == index or (
+            images[base] == images[index] and _is_rotation(by_index[base], row)
+        )
+        if not is_same and not row.has("g_index"):
+            group = str(index)
+            strangers.append(index)
+        groups[index] = row.text("g_index", group)
+    if strangers:
+        logger.warning(
+            "%d rows have the index of a rotation but another question, picture or options, the "
+            "first is index %d: each counts as a question of its own",
+            *(len(strangers), strangers[0]),
+        )
+    return groups
+
+
+def _is_rotation(base: Record, row: Record) -> bool:
+    if base.text("question").split() != row.text("question").split():
+        return False
+    options = [{one.text(name) for name in scoring.LETTERS if one.has(name)} for one in (base, row)]
+    return bool(options[0] & options[1]) or not any(options)
+
+
+def _item(row: Record, index: int, group: str, image: ImageSource, chinese: bool) -> Item:
+    lettered = {name: row.text(name) for name in takewhile(row.has, scoring.LETTERS)}
+    question = row.text("question")
+    lines = [row.text("hint")] if row.has("hint") else []
     lines += [question, *scoring.lettered(list(lettered.values()))]
     lines.append(_SUFFIX_CN if chinese else scoring.LETTER_ANSWER)
-    answer = row.get("answer", "").strip()
+    answer = _label(row, lettered) if row.has("answer") else None
+    # of a row that is no rotation after all, the index says nothing
+    is_own = "g_index" not in row.values and group == str(index)
     return Item(
         id=str(index),
         image=image,
         prompt="\n".join(lines),
-        answers=(answer,) if answer else (),
+        answers=() if answer is None else (answer,),
         group=group,
-        category=row.get("category", "all"),
+        category=row.text("category", "all"),
         options=tuple(lettered.values()),
         question=question,
         details={
-            "l2": row.get("l2-category", row.get("L2-category", "all")),
-            "rotation": index // _ROTATION_STEP,
-            "answer_text": lettered.get(answer),
+            "l2": row.text("l2-category", row.text("L2-category", "all")),
+            "rotation": 0 if is_own else index // _ROTATION_STEP,
+            "answer_text": lettered.get(answer or ""),
         },
         choices=tuple(lettered),
     )
+
+
+def _label(row: Record, lettered: Mapping[str, str]) -> str:
+    answer = row.text("answer").strip()
+    if answer in scoring.LETTERS and answer not in lettered and row.has(_LOST_ANSWER, answer):
+        # It, or one before it, reads as missing ("None"): the official prompt does not offer it.
+        logger.warning("%s: answer %s is not among the options shown", row.where, answer)
+        return answer
+    return gold_letter(answer, list(lettered.values()), row)
+
+
+def _check_labels(items: Sequence[Item]) -> None:
+    """Check that a question has a label in all of its rotations, or in none."""
+    labelled = {item.group for item in items if item.answers}
+    for item in items:
+        if item.group in labelled and not item.answers:
+            where = item.image.where if item.image else item.id
+            raise BenchError(f"{where}: no answer, but a rotation of this question has one")
 
 
 def _warn_about_rotations(items: Sequence[Item], path: str) -> None:

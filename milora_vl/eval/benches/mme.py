@@ -6,6 +6,7 @@ of the ten perception categories, each 100 * accuracy + 100 * share of pictures 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ import numpy as np
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_yes_no
-from milora_vl.eval.bench_files import Mirror, read_mirror
+from milora_vl.eval.bench_files import (
+    BenchError,
+    Mirror,
+    Record,
+    gold_yes_no,
+    read_mirror,
+    read_text,
+)
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
 
 VERSION = 1
@@ -40,13 +48,8 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions.
 
     Args:
-        data_dir: Folder with the categories' folders, or one above it; None: hub mirror.
+        data_dir: Folder with the categories' folders, or one above it.
         limit: Number of questions, rounded up to whole pictures.
-
-    Raises:
-        FileNotFoundError: If no category is there, or a picture is missing.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If a picture has not two questions, or an answer is neither yes nor no.
     """
     items = _from_files(data_dir) if data_dir is not None else _from_mirror()
     _check_pairs(items)
@@ -73,39 +76,40 @@ def _from_files(data_dir: Path) -> list[Item]:
             for number, line in enumerate(_lines(file)):
                 where = f"{category}/{file.name} line {number + 1}"
                 question, _, answer = line.rpartition("\t")
+                row = Record({"question": question, "answer": answer}, where)
                 source = ImageSource(where, path=image)
-                items.append(_item(category, file.stem, number, question, answer, source))
+                items.append(_item(category, file.stem, number, row, source))
     return items
 
 
 def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in read_text(file).split("\n") if line.strip()]
 
 
 def _find_picture(folder: Path, file: Path) -> Path:
     names = [folder / f"{file.stem}{suffix}" for suffix in _SUFFIXES]
     found = next((path for path in names if path.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{file}: no picture {file.stem} (.jpg, .png) in {folder}")
+        raise BenchError(f"{file}: no picture {file.stem} (.jpg, .png) in {folder}")
     return found
 
 
 def _from_mirror() -> list[Item]:
     items, seen = [], {}
-    for row, source, _ in read_mirror(MIRRORS, "MME"):
-        category, stem = row["category"], str(row["question_id"]).rpartition("/")[2]
+    for row, source in read_mirror(MIRRORS, "MME"):
+        category, stem = row.text("category"), row.text("question_id").rpartition("/")[2]
+        if category not in (*PERCEPTION, *COGNITION):
+            raise row.error(f"category {category!r} is not one of MME's")
         number = seen[category, stem] = seen.get((category, stem), -1) + 1
-        items.append(_item(category, stem, number, row["question"], row["answer"], source))
+        items.append(_item(category, stem, number, row, source))
     return items
 
 
-def _item(
-    category: str, stem: str, number: int, question: str, answer: str, image: ImageSource
-) -> Item:
-    label = answer.strip().lower().rstrip(".")
-    if label not in ("yes", "no"):
-        raise ValueError(f"{image.where}: answer {answer!r} is neither Yes nor No")
-    asked = _REQUEST.sub("", question.strip())
+def _item(category: str, stem: str, number: int, row: Record, image: ImageSource) -> Item:
+    # a line without a tab is all answer, so the label is looked at first
+    label = gold_yes_no(row.text("answer"), row, "answer")
+    question = row.text("question").strip()
+    asked = _REQUEST.sub("", question)
     return Item(
         id=f"{category}/{stem}/{number}",
         image=image,
@@ -113,18 +117,16 @@ def _item(
         answers=(label,),
         group=f"{category}/{stem}",
         category=category,
-        question=question.strip(),
+        question=question,
         choices=scoring.YES_NO,
     )
 
 
 def _check_pairs(items: Sequence[Item]) -> None:
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item.group] = counts.get(item.group, 0) + 1
+    counts = Counter(item.group for item in items)
     odd = [group for group, n in counts.items() if n != 2]
     if odd:
-        raise ValueError(f"MME {odd[0]}: {counts[odd[0]]} questions, two a picture expected")
+        raise BenchError(f"MME {odd[0]}: {counts[odd[0]]} questions, two a picture expected")
 
 
 def parse(item: Item, text: str) -> str | None:

@@ -13,8 +13,19 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import is_open_answer_right, parse_choice
-from milora_vl.eval.bench_files import Mirror, keep_encoded, picture, rows_without
-from milora_vl.eval.items import Item, Row, reject_duplicates, require, take_sample
+from milora_vl.eval.bench_files import (
+    BenchError,
+    Mirror,
+    Record,
+    check_options,
+    gold_letter,
+    keep_encoded,
+    reject_duplicates,
+    rows_without,
+    shorten,
+    table_picture,
+)
+from milora_vl.eval.items import Item, Row, take_sample
 
 VERSION = 1
 METRIC = "accuracy"
@@ -34,28 +45,23 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
 
     Args:
         data_dir: Folder with ``*validation*.parquet`` (else ``*test*.parquet``), at any depth below
-            it or its folder ``mmmu``; or one such file; None: hub mirror of the validation split.
+            it or its folder ``mmmu``; or one such file.
         limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no parquet file.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If a row is malformed.
     """
     if data_dir is None:
-        table = MIRRORS[0].open()
-        label = "MMMU mirror"
+        table, label = MIRRORS[0].open(), "MMMU mirror"
     else:
-        table, label = _open_files(data_dir), "MMMU"
-    items = [
-        _item(row, table, place, f"{label} row {place} ({row.get('id')})")
-        for place, row in enumerate(rows_without(table, *_PICTURES))
-    ]
+        table, label = _open_files(data_dir)
+    items = []
+    for place, values in enumerate(rows_without(table, *_PICTURES)):
+        row = Record(values, f"{label} row {place} ({values.get('id')})")
+        row.reject_other_pictures((), has_picture=True)
+        items.append(_item(row, table, place))
     reject_duplicates((item.id for item in items), label)
     return take_sample(items, limit)
 
 
-def _open_files(data_dir: Path) -> Any:
+def _open_files(data_dir: Path) -> tuple[Any, str]:
     import datasets
 
     files = [data_dir] if data_dir.is_file() else []
@@ -66,46 +72,63 @@ def _open_files(data_dir: Path) -> Any:
                 files = sorted((data_dir / folder).glob(f"**/*{split}*.parquet"))
     if not files:
         raise FileNotFoundError(f"no *validation*.parquet in {data_dir} or its folders mmmu, MMMU")
-    return keep_encoded(datasets.Dataset.from_parquet([str(file) for file in files]))
+    label = files[0].name if len(files) == 1 else f"MMMU ({len(files)} files)"
+    try:
+        table = keep_encoded(datasets.Dataset.from_parquet([str(file) for file in files]))
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise BenchError(f"{files[0]}: cannot be read as parquet: {error}") from error
+    if _PICTURES[0] not in table.column_names:
+        raise BenchError(f"{files[0]}: no column {_PICTURES[0]}")
+    return table, label
 
 
-def _item(row: dict[str, Any], table: Any, place: int, where: str) -> Item:
-    question = require(row, "question", where)
-    options = _read_list(row.get("options"), where)
-    is_lettered = require(row, "question_type", where) == "multiple-choice"
-    letters = tuple(scoring.LETTERS[: len(options)]) if is_lettered else ()
-    lines = [question, *(scoring.lettered(options) if is_lettered else ())]
+def _item(row: Record, table: Any, place: int) -> Item:
+    question = row.text("question")
+    options = _read_list(row, "options") if row.has("options") else ()
+    kind = row.text("question_type")
+    if kind not in ("multiple-choice", "open"):
+        raise row.error(f"question_type {kind!r} is neither multiple-choice nor open")
+    is_lettered = kind == "multiple-choice"
+    options = check_options(options, row) if is_lettered else ()
+    lines = [question, *scoring.lettered(options)]
     lines.append(scoring.LETTER_ANSWER if is_lettered else scoring.SHORT_ANSWER)
-    key = str(require(row, "id", where))
+    key = row.text("id")
+    answers = _read_answers(row)
     return Item(
         id=key,
-        image=picture(table, place, where, lambda full: full["image_1"]),
+        image=table_picture(table, place, row.where, lambda full: full["image_1"]),
         prompt="\n".join(lines),
-        answers=_read_answers(str(row.get("answer") or _NOT_PUBLISHED), where),
+        answers=tuple(gold_letter(one, options, row) for one in answers) if options else answers,
         group=key,
         category=_subject(key),
-        options=tuple(options) if is_lettered else (),
+        options=options,
         question=question,
         details={"question_type": "lettered" if is_lettered else "open"},
-        choices=letters,
+        choices=tuple(scoring.LETTERS[: len(options)]),
     )
 
 
-def _read_list(text: Any, where: str) -> list[str]:
+def _read_list(row: Record, key: str) -> tuple[str, ...]:
     """Read a list that the file keeps as text; nothing in it is run."""
-    if isinstance(text, list):
-        return [str(one) for one in text]
-    try:
-        value = ast.literal_eval(text or "[]")
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{where}: options are not a list: {text!r}") from error
-    return [str(one) for one in value]
+    value = row.get(key)
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value or "[]")
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise row.error(f"{key} are not a list: {shorten(repr(value))}") from error
+    return Record({key: value}, row.where).texts(key)
 
 
-def _read_answers(text: str, where: str) -> tuple[str, ...]:
-    if text == _NOT_PUBLISHED:
+def _read_answers(row: Record) -> tuple[str, ...]:
+    if not row.has("answer") or row.values["answer"] in ("", _NOT_PUBLISHED):
         return ()
-    return tuple(_read_list(text, where)) if text.startswith("[") else (text,)
+    value = row.values["answer"]
+    is_list = not isinstance(value, (str, int, float)) or str(value).startswith("[")
+    answers = _read_list(row, "answer") if is_list else (row.text("answer"),)
+    if not answers or not all(one.strip() for one in answers):
+        # every text holds an empty one, so that any answer at all would be right
+        raise row.error(f"answer {shorten(repr(value))} has an empty part")
+    return answers
 
 
 def _subject(key: str) -> str:

@@ -15,8 +15,15 @@ from typing import Any
 import numpy as np
 
 from milora_vl.eval import scoring, statistics
-from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
-from milora_vl.eval.items import ImageSource, Item, Row, read_json_object, require, take_sample
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
+    by_id,
+    locate,
+    picture_file,
+    read_mirror,
+)
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "judge_score"
@@ -42,36 +49,26 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions.
-
-    Args:
-        data_dir: Folder with ``mm-vet.json``, or that file; None: hub mirror.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no questions file.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If the file is malformed.
-    """
+    """Read the questions."""
     if data_dir is None:
-        items = []
-        for row, image, where in read_mirror(MIRRORS, "MM-Vet"):
-            skills = row.get("capability") or []
-            row["capability"] = skills.split(",") if isinstance(skills, str) else skills
-            items.append(_item(str(require(row, "question_id", where)), row, image, where))
+        rows = read_mirror(MIRRORS, "MM-Vet")
+        items = [_item(row.text("question_id"), row, image) for row, image in rows]
         return take_sample(items, limit)
     path = locate(data_dir, _FOLDERS, ("*mm-vet.json",), "MM-Vet questions")
     items = []
-    for key, row in read_json_object(path).items():
-        where = f"{path.name} question {key}"
-        name = str(require(row, "imagename", where))
-        items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, where, name), where))
+    for key, row in by_id(path, "question"):
+        name = row.picture_name("imagename") or row.text("imagename")
+        row.reject_other_pictures(("imagename", "imagesource"), has_picture=True)
+        items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, row, name)))
     return take_sample(items, limit)
 
 
-def _item(key: str, row: dict[str, Any], image: ImageSource, where: str) -> Item:
-    question = require(row, "question", where)
-    skills = sorted(str(one).strip() for one in row.get("capability") or ())
+def _item(key: str, row: Record, image: ImageSource) -> Item:
+    question = row.text("question")
+    skills = row.values.get("capability")
+    # the mirror writes the list as one text, joined by commas
+    names = skills.split(",") if isinstance(skills, str) else row.texts("capability", ())
+    skills = sorted(name.strip() for name in names)
     return Item(
         id=key,
         image=image,
@@ -80,7 +77,7 @@ def _item(key: str, row: dict[str, Any], image: ImageSource, where: str) -> Item
         group=key,
         category="+".join(skills) or "all",
         question=question,
-        details={"reference": str(require(row, "answer", where)), "skills": skills},
+        details={"reference": row.text("answer"), "skills": skills},
     )
 
 

@@ -14,19 +14,17 @@ import numpy as np
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_yes_no
-from milora_vl.eval.bench_files import Mirror, read_mirror
-from milora_vl.eval.items import (
-    ImageSource,
-    Item,
-    Row,
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
     find_file,
-    find_image,
-    read_json_lines,
+    find_picture,
+    gold_yes_no,
+    numbered,
+    read_mirror,
     reject_duplicates,
-    require,
-    split_rows,
-    take_sample,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +46,8 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions of all category files that are there.
 
     Args:
-        data_dir: Folder with ``pope/{category}.jsonl`` or ``coco_pope_{category}.json``; None: hub
-            mirror.
+        data_dir: Folder with ``pope/{category}.jsonl`` or ``coco_pope_{category}.json``.
         limit: Number of questions over all categories; half of them "yes", as far as there are.
-
-    Raises:
-        FileNotFoundError: If no category file is there.
-        ValueError: If a line is malformed or an id occurs twice; names file and line.
     """
     parts = _from_files(data_dir) if data_dir is not None else _from_mirror()
     missing = sorted(set(CATEGORIES) - set(parts))
@@ -82,44 +75,43 @@ def _from_files(data_dir: Path) -> dict[str, list[Item]]:
 
 
 def _from_mirror() -> dict[str, list[Item]]:
-    parts: dict[str, list[Item]] = {}
-    for row, image, where in read_mirror(MIRRORS, "POPE"):
-        official = {"question_id": row["question_id"], "text": row["question"]}
-        official |= {"label": row["answer"], "image": f"{row['image_source']}.jpg"}
-        category = str(row["category"])
-        parts.setdefault(category, []).append(_item(official, category, where, image))
-    parts = {name: parts[name] for name in CATEGORIES if name in parts}
+    parts: dict[str, list[Item]] = {name: [] for name in CATEGORIES}
+    for row, image in read_mirror(MIRRORS, "POPE"):
+        category = row.text("category")
+        if category not in parts:
+            raise row.error(f"category {category!r} is none of {', '.join(CATEGORIES)}")
+        name = f"{row.text('image_source')}.jpg"
+        parts[category].append(_item(row, category, name, image, ("question", "answer")))
     reject_duplicates((item.id for part in parts.values() for item in part), "POPE mirror")
-    return parts
+    return {name: part for name, part in parts.items() if part}
 
 
 def _read_category(data_dir: Path, category: str, path: Path) -> list[Item]:
     folders = [data_dir / name for name in _IMAGE_FOLDERS] + [path.parent]
     items = []
-    for number, row in enumerate(read_json_lines(path), start=1):
-        where = f"{path.name} row {number}"
-        for name in ("text", "label", "image"):
-            require(row, name, where)
-        image = find_image(folders, str(row["image"]))
-        items.append(_item(row, category, where, ImageSource(where, path=image)))
+    for row in numbered(path):
+        for name in ("text", "label"):
+            row.text(name)
+        name = row.picture_name("image") or row.text("image")
+        row.reject_other_pictures(("image",), has_picture=True)
+        image = find_picture(folders, row, name)
+        items.append(_item(row, category, name, image, ("text", "label")))
     reject_duplicates((item.id for item in items), str(path))
     return items
 
 
-def _item(row: dict[str, Any], category: str, where: str, image: ImageSource) -> Item:
-    question = row["text"]
-    label = str(row["label"]).strip().lower()
-    if label not in ("yes", "no"):
-        raise ValueError(f"{where}: label {label!r} is neither yes nor no")
+def _item(row: Record, category: str, name: str, image: ImageSource, keys: tuple[str, str]) -> Item:
+    question_key, label_key = keys
+    question = row.text(question_key)
     return Item(
-        id=f"{category}/{require(row, 'question_id', where)}",
+        id=f"{category}/{row.text('question_id')}",
         image=image,
         prompt=f"{question}\n{scoring.SHORT_ANSWER}",
-        answers=(label,),
-        group=str(row["image"]),
+        answers=(gold_yes_no(row.text(label_key), row, label_key),),
+        group=name,
         category=category,
         question=question,
-        details={"question_id": row["question_id"], "image": str(row["image"])},
+        details={"question_id": row.get("question_id"), "image": name},
         choices=scoring.YES_NO,
     )
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
-from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
-from milora_vl.eval.items import (
-    ImageSource,
-    Item,
-    Row,
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
+    gold_letter,
+    locate,
+    picture_file,
     read_json_object,
+    read_mirror,
     reject_duplicates,
-    require,
-    take_sample,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "accuracy"
@@ -36,76 +37,73 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read all questions, of pictures and of videos.
-
-    Args:
-        data_dir: Folder with ``SEED-Bench.json``, or that file; None: hub mirror.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no questions file.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If the file is malformed.
-    """
+    """Read all questions, of pictures and of videos."""
     return take_sample(_read(data_dir), limit)
 
 
 def load_images(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the picture questions; see ``load``."""
+    """Read the picture questions."""
     items = [item for item in _read(data_dir) if item.details["data_type"] == "image"]
     return take_sample(items, limit)
 
 
 def _read(data_dir: Path | None) -> list[Item]:
     if data_dir is None:
-        return [
-            _item(row, image, {}, where)
-            for row, image, where in read_mirror(MIRRORS, "SEED-Bench", _middle_frame)
-        ]
+        rows = read_mirror(MIRRORS, "SEED-Bench", _middle_frame)
+        return [_item(row, image, {}) for row, image in rows]
     path = locate(data_dir, _FOLDERS, ("*SEED-Bench.json",), "SEED-Bench questions")
-    content = read_json_object(path)
-    names = {str(number): name for name, number in content.get("question_type", {}).items()}
+    content = Record(read_json_object(path), path.name)
+    kinds = content.object("question_type")
+    names = {kinds.text(name): name for name in kinds.values}
     items = []
-    for place, row in enumerate(require(content, "questions", str(path))):
-        where = f"{path.name} questions[{place}]"
-        image = picture_file(path, _IMAGE_FOLDERS, where, *_file_names(row, where))
-        items.append(_item(row, image, names, where))
+    for row in content.records("questions"):
+        row.reject_other_pictures(("data_id",), has_picture=True)
+        image = picture_file(path, _IMAGE_FOLDERS, row, *_file_names(row))
+        items.append(_item(row, image, names))
     reject_duplicates((item.id for item in items), str(path))
     return items
 
 
 def _middle_frame(row: Mapping[str, Any]) -> Any:
     frames = row["image"]
-    return frames[len(frames) // 2] if frames else None
+    if isinstance(frames, list):  # of a video all its frames, of a picture a list of one
+        return frames[len(frames) // 2] if frames else None
+    return frames
 
 
-def _file_names(row: dict[str, Any], where: str) -> list[str]:
+def _file_names(row: Record) -> list[str]:
     """Return what a picture may be called; a video's frame is named by question or by video."""
-    data_id = str(require(row, "data_id", where))
-    if row.get("data_type") == "image":
+    data_id = row.text("data_id")
+    if _data_type(row) == "image":
         return [data_id, f"{data_id}.jpg", f"{data_id}.png"]
-    number, kind = row["question_id"], row.get("question_type_id")
-    stems = (str(number), f"{kind}_{number}", Path(data_id).stem)
+    number, kind = row.text("question_id"), row.text("question_type_id", "None")
+    stems = (number, f"{kind}_{number}", Path(data_id).stem)
     return [f"{stem}{suffix}" for stem in stems for suffix in (".png", ".jpg")]
 
 
-def _item(row: dict[str, Any], image: ImageSource, names: Mapping[str, str], where: str) -> Item:
-    question = require(row, "question", where)
-    options = tuple(str(require(row, name, where)) for name in _CHOICES)
-    kind = str(row.get("question_type_id", "all"))
-    answer = row.get("answer")
-    letters = tuple(scoring.LETTERS[: len(options)])
+def _data_type(row: Record) -> str:
+    kind = row.text("data_type", "image")
+    if kind not in ("image", "video"):
+        raise row.error(f"data_type {kind!r} is neither image nor video")
+    return kind
+
+
+def _item(row: Record, image: ImageSource, names: Mapping[str, str]) -> Item:
+    question = row.text("question")
+    options = tuple(row.text(name, blank=True) for name in _CHOICES)
+    kind = row.text("question_type_id", "all")
+    number = row.text("question_id")
     return Item(
-        id=str(row["question_id"]),
+        id=number,
         image=image,
         prompt="\n".join([question, *scoring.lettered(options), scoring.LETTER_ANSWER]),
-        answers=() if answer is None else (str(answer),),
-        group=str(row.get("data_id", row["question_id"])),
+        answers=(gold_letter(row.text("answer"), options, row),) if row.has("answer") else (),
+        group=row.text("data_id", number),
         category=names.get(kind, kind),
         options=options,
         question=question,
-        details={"data_type": str(row.get("data_type", "image"))},
-        choices=letters,
+        details={"data_type": _data_type(row)},
+        choices=tuple(scoring.LETTERS[: len(options)]),
     )
 
 

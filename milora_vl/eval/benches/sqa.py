@@ -11,16 +11,22 @@ from typing import Any, Literal
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import parse_option
-from milora_vl.eval.bench_files import Mirror, locate, picture, picture_file, rows_without
-from milora_vl.eval.items import (
-    EvaluationError,
-    ImageSource,
-    Item,
-    Row,
+from milora_vl.eval.bench_files import (
+    BenchError,
+    Mirror,
+    Record,
+    by_id,
+    check_options,
+    is_encoded,
+    locate,
+    picture_file,
     read_json_object,
-    require,
-    take_sample,
+    reject_duplicates,
+    rows_without,
+    shorten,
+    table_picture,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "img_accuracy"
@@ -39,22 +45,16 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions of the test split that have a picture.
-
-    Args:
-        data_dir: Folder with ``problems.json`` and ``pid_splits.json``; None: hub mirror.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If a file is malformed.
-    """
-    return take_sample([item for item in _read(data_dir) if item.image is not None], limit)
+    """Read the questions of the test split that have a picture."""
+    items = [item for item in _read(data_dir) if item.image is not None]
+    if not items:
+        source = data_dir or "ScienceQA mirror"
+        raise BenchError(f"{source}: no question of the test split has a picture; use sqa-full")
+    return take_sample(items, limit)
 
 
 def load_full(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read all questions of the test split, with and without a picture; see ``load``."""
+    """Read all questions of the test split, with and without a picture."""
     return take_sample(_read(data_dir), limit)
 
 
@@ -63,53 +63,68 @@ def _read(data_dir: Path | None) -> list[Item]:
         table = MIRRORS[0].open()
         # the mirror has no column of ids: its row number is the id
         items = []
-        for place, row in enumerate(rows_without(table, "image")):
-            where = f"ScienceQA mirror row {place}"
-            has_picture = table[place]["image"] is not None
-            image = picture(table, place, where) if has_picture else None
-            items.append(_item(f"row{place}", row, image, where))
+        for place, values in enumerate(rows_without(table, "image")):
+            row = Record(values, f"ScienceQA mirror row {place}")
+            has_picture = table[place].get("image") is not None
+            image = table_picture(table, place, row.where) if has_picture else None
+            items.append(_item(f"row{place}", row, image))
         return items
     path = locate(data_dir, _FOLDERS, ("problems.json",), "ScienceQA problems")
     splits = path.with_name("pid_splits.json")
     if not splits.is_file():
-        raise FileNotFoundError(f"{splits} is missing: it says which problems are the test split")
-    problems = read_json_object(path)
+        raise BenchError(f"{splits} is missing: it says which problems are the test split")
+    problems = dict(by_id(path, "problem"))
+    test = Record(read_json_object(splits), splits.name).texts("test")
+    reject_duplicates(test, str(splits))
     items = []
-    for key in require(read_json_object(splits), "test", str(splits)):
-        where = f"{path.name} problem {key}"
-        row = require(problems, key, str(path))
+    for key in test:
+        if key not in problems:
+            raise BenchError(f"{path}: no problem {key!r}, which {splits.name} names as test")
+        row = problems[key]
+        name = row.picture_name("image")
+        row.reject_other_pictures(("image",), has_picture=name is not None)
         image = None
-        if row.get("image"):
-            names = (f"{key}/{row['image']}", f"test/{key}/{row['image']}")
-            image = picture_file(path, _IMAGE_FOLDERS, where, *names)
-        items.append(_item(key, row, image, where))
+        if name is not None:
+            names = (name,) if is_encoded(name) else (f"{key}/{name}", f"test/{key}/{name}")
+            image = picture_file(path, _IMAGE_FOLDERS, row, *names)
+        items.append(_item(key, row, image))
     return items
 
 
-def _item(key: str, row: dict[str, Any], image: ImageSource | None, where: str) -> Item:
-    question, options = require(row, "question", where), list(require(row, "choices", where))
-    hint = row.get("hint") or ""
+def _item(key: str, row: Record, image: ImageSource | None) -> Item:
+    question, options = row.text("question"), check_options(row.texts("choices"), row)
+    hint = row.text("hint", "", blank=True)
     lines = [f"Context: {hint}"] if hint else []
     lines += [question, *scoring.lettered(options), scoring.LETTER_ANSWER]
-    answer = row.get("answer")
     letters = tuple(scoring.LETTERS[: len(options)])
     return Item(
         id=key,
         image=image,
         prompt="\n".join(lines),
-        answers=() if answer is None else (letters[int(answer)],),
+        answers=(letters[_number(row, len(options))],) if row.has("answer") else (),
         group=key,
-        category=str(row.get("subject", "all")),
-        options=tuple(options),
+        category=row.text("subject", "all"),
+        options=options,
         question=question,
         details={
             "context": "image" if image else "text" if hint else "none",
             "has_image": image is not None,
             "has_text": bool(hint),
-            "grades": "1-6" if row.get("grade") in _LOWER_GRADES else "7-12",
+            "grades": "1-6" if row.text("grade", "") in _LOWER_GRADES else "7-12",
         },
         choices=letters,
     )
+
+
+def _number(row: Record, n_options: int) -> int:
+    """Return the number of the right choice, from 0. A letter or a text is not what files hold."""
+    answer = row.get("answer")
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if not is_number or answer not in range(n_options):
+        raise row.error(
+            f"answer {shorten(repr(answer))} is not the number of a choice, 0 to {n_options - 1}"
+        )
+    return int(answer)
 
 
 def parse(item: Item, text: str) -> str | None:
@@ -150,8 +165,6 @@ def summarise_full(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _summarise(rows: Sequence[Row], metric: Literal["img_accuracy", "accuracy"]) -> dict[str, Any]:
-    if not rows:
-        raise EvaluationError("no question with a picture among those asked; use sqa-full")
     lenient = sum(row.details["lenient"] in row.answers for row in rows) / len(rows)
     return {
         **scoring.summarise_mean(

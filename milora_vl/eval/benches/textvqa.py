@@ -10,18 +10,18 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c
-from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_mirror
-from milora_vl.eval.items import (
-    ImageSource,
-    Item,
-    Row,
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
     find_file,
-    read_json_lines,
+    locate,
+    numbered,
+    picture_file,
     read_json_object,
+    read_mirror,
     reject_duplicates,
-    require,
-    take_sample,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -34,6 +34,7 @@ _OCR_FILES = ("*Rosetta_OCR*val.json", "*textvqa*ocr.jsonl")
 _IMAGE_FOLDERS = ("train_images", "test_images", "train_val_images/train_images")
 _OCR_LINE = "Reference OCR token: "
 _N_ANSWERS = 10
+_NO_PICTURES = ("image_id", "flickr_original_url", "flickr_300k_url")
 
 parse = scoring.parse_m4c
 judge = scoring.judge_m4c
@@ -42,17 +43,7 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions, prompts without OCR words.
-
-    Args:
-        data_dir: Folder with ``TextVQA_0.5.1_val.json``, or that file; None: hub mirror.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If a file is malformed or a question has not ten answers.
-    """
+    """Read the questions, prompts without OCR words."""
     return take_sample(_read(data_dir, with_ocr=False), limit)
 
 
@@ -60,7 +51,7 @@ def load_with_ocr(data_dir: Path | None, *, limit: int | None = None) -> list[It
     """Read the questions, prompts with OCR words as LLaVA-1.5 was evaluated.
 
     The words come from ``TextVQA_Rosetta_OCR_*_val.json`` or LLaVA's
-    ``llava_textvqa_val_v051_ocr.jsonl`` beside the questions; see ``load``.
+    ``llava_textvqa_val_v051_ocr.jsonl`` beside the questions.
     """
     return take_sample(_read(data_dir, with_ocr=True), limit)
 
@@ -68,63 +59,66 @@ def load_with_ocr(data_dir: Path | None, *, limit: int | None = None) -> list[It
 def _read(data_dir: Path | None, *, with_ocr: bool) -> list[Item]:
     if data_dir is None:
         return [
-            _item(row, image, ", ".join(row["ocr_tokens"]) if with_ocr else None, where)
-            for row, image, where in read_mirror(MIRRORS, "TextVQA")
+            _item(row, image, ", ".join(row.texts("ocr_tokens")) if with_ocr else None)
+            for row, image in read_mirror(MIRRORS, "TextVQA")
         ]
     path = locate(data_dir, _FOLDERS, _FILES, "TextVQA questions")
-    words_of = _read_ocr(path) if with_ocr else {}
+    ocr_file, words_of = _read_ocr(path) if with_ocr else ("", {})
     items = []
-    for place, row in enumerate(require(read_json_object(path), "data", str(path))):
-        where = f"{path.name} data[{place}]"
-        image_id = str(require(row, "image_id", where))
+    for row in Record(read_json_object(path), path.name).records("data"):
+        row.reject_other_pictures(_NO_PICTURES, has_picture=True)
+        image_id = row.text("image_id")
         words = None
         if with_ocr:
-            key = (image_id, require(row, "question", where).strip().lower())
+            key = (image_id, row.text("question").strip().lower())
             words = words_of.get(key, words_of.get((image_id, None)))
             if words is None:
-                raise ValueError(f"{where}: no OCR words for picture {image_id} and its question")
-        image = picture_file(path, _IMAGE_FOLDERS, where, f"{image_id}.jpg")
-        items.append(_item(row, image, words, where))
+                raise row.error(
+                    f"no OCR words for picture {image_id} and its question in {ocr_file}"
+                )
+        image = picture_file(path, _IMAGE_FOLDERS, row, f"{image_id}.jpg")
+        items.append(_item(row, image, words))
     reject_duplicates((item.id for item in items), str(path))
     return items
 
 
-def _read_ocr(questions: Path) -> dict[tuple[str, str | None], str]:
-    """Return OCR words, joined by commas, by (picture, question) or (picture, None)."""
+def _read_ocr(questions: Path) -> tuple[str, dict[tuple[str, str | None], str]]:
+    """Return the file's name and OCR words by (picture, question) or (picture, None)."""
     path = find_file(questions.parent, (".",), _OCR_FILES)
     if path is None:
         raise FileNotFoundError(
             f"textvqa-ocr needs the OCR words beside {questions}: TextVQA_Rosetta_OCR_v0.2_val.json"
             " or llava_textvqa_val_v051_ocr.jsonl; without them use textvqa"
         )
-    if path.suffix == ".json":
-        rows = require(read_json_object(path), "data", str(path))
-        return {(str(row["image_id"]), None): ", ".join(row["ocr_tokens"]) for row in rows}
     words: dict[tuple[str, str | None], str] = {}
-    for number, row in enumerate(read_json_lines(path), start=1):
-        lines = str(require(row, "text", f"{path.name} row {number}")).split("\n")
+    if path.suffix == ".json":
+        for row in Record(read_json_object(path), path.name).records("data"):
+            words[row.text("image_id"), None] = ", ".join(row.texts("ocr_tokens"))
+        return path.name, words
+    for row in numbered(path):
+        lines = row.text("text").split("\n")
         if len(lines) != 3 or not lines[1].startswith(_OCR_LINE.strip()):
-            raise ValueError(f"{path} row {number}: question, OCR words and request were expected")
-        key = (str(row["question_id"]), lines[0].strip().lower())
+            raise row.error("question, OCR words and request were expected")
+        key = (row.text("question_id"), lines[0].strip().lower())
         words[key] = lines[1][len(_OCR_LINE.strip()) :].strip()
-    return words
+    return path.name, words
 
 
-def _item(row: Mapping[str, Any], image: ImageSource, words: str | None, where: str) -> Item:
-    question = row["question"]
+def _item(row: Record, image: ImageSource, words: str | None) -> Item:
+    question = row.text("question")
     lines = [question, *([] if words is None else [_OCR_LINE + words]), scoring.SHORT_ANSWER]
-    answers = tuple(str(answer) for answer in row.get("answers") or ())
+    answers = row.texts("answers", ())
     if len(answers) not in (0, _N_ANSWERS):
-        raise ValueError(f"{where}: {len(answers)} answers, {_N_ANSWERS} expected")
+        raise row.error(f"{len(answers)} answers, {_N_ANSWERS} expected")
     return Item(
-        id=str(row["question_id"]),
+        id=row.text("question_id"),
         image=image,
         prompt="\n".join(lines),
         answers=answers,
-        group=str(row["image_id"]),
+        group=row.text("image_id"),
         category="all",
         question=question,
-        details={"question_id": row["question_id"], "ocr_words": words},
+        details={"question_id": row.get("question_id"), "ocr_words": words},
     )
 
 

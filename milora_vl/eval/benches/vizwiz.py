@@ -10,8 +10,16 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c
-from milora_vl.eval.bench_files import Mirror, locate, picture_file, read_json_list, read_mirror
-from milora_vl.eval.items import ImageSource, Item, Row, reject_duplicates, require, take_sample
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
+    locate,
+    picture_file,
+    read_json,
+    read_mirror,
+    reject_duplicates,
+)
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -30,49 +38,51 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions.
-
-    Args:
-        data_dir: Folder with ``val.json`` (else ``test.json``), or one of these files; None: hub
-            mirror of the validation split.
-        limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no questions file.
-        MirrorError: If the mirror cannot be loaded.
-        ValueError: If the file is malformed.
-    """
-    if data_dir is None:
-        items = []
-        for row, image, where in read_mirror(MIRRORS, "VizWiz"):
-            people = [{"answer": answer} for answer in row["answers"] or ()]
-            name = f"{row['question_id']}.jpg"
-            official = {"image": name, "question": row["question"], "answers": people}
-            official["answer_type"] = row.get("category") or "all"
-            items.append(_item(official, image, where))
-        return take_sample(items, limit)
-    path = locate(data_dir, _FOLDERS, _FILES, "VizWiz questions")
-    items = []
-    for place, row in enumerate(read_json_list(path)):
-        where = f"{path.name}[{place}]"
-        image = picture_file(path, _IMAGE_FOLDERS, where, str(require(row, "image", where)))
-        items.append(_item(row, image, where))
-    reject_duplicates((item.id for item in items), str(path))
+    """Read ``val.json`` (else ``test.json``), or the mirror of the validation split."""
+    items = _from_mirror() if data_dir is None else _from_file(data_dir)
     return take_sample(items, limit)
 
 
-def _item(row: dict[str, Any], image: ImageSource, where: str) -> Item:
-    question = require(row, "question", where)
-    answers = tuple(str(one["answer"]) for one in row.get("answers") or ())
+def _from_file(data_dir: Path) -> list[Item]:
+    path = locate(data_dir, _FOLDERS, _FILES, "VizWiz questions")
+    items = []
+    for row in Record({"": read_json(path)}, path.name).records(""):
+        name = row.picture_name("image") or row.text("image")
+        row.reject_other_pictures(("image",), has_picture=True)
+        image = picture_file(path, _IMAGE_FOLDERS, row, name)
+        answers = tuple(one.text("answer", blank=True) for one in people(row))
+        items.append(_item(row, name, image, answers, row.text("answer_type", "all")))
+    reject_duplicates((item.id for item in items), str(path))
+    return items
+
+
+def people(row: Record) -> list[Record]:
+    """Return the answers of a question, an object each; none if they are not published."""
+    return row.records("answers") if row.has("answers") else []
+
+
+def _from_mirror() -> list[Item]:
+    items = []
+    for row, image in read_mirror(MIRRORS, "VizWiz"):
+        name = f"{row.text('question_id')}.jpg"
+        answers = row.texts("answers", ())
+        items.append(_item(row, name, image, answers, row.text("category", "all")))
+    return items
+
+
+def _item(
+    row: Record, name: str, image: ImageSource, answers: tuple[str, ...], category: str
+) -> Item:
+    question = row.text("question")
     if len(answers) == 1:
-        raise ValueError(f"{where}: 1 answer, two or more needed")
+        raise row.error("1 answer, two or more needed")
     return Item(
-        id=str(row["image"]),
+        id=name,
         image=image,
         prompt=f"{question}\n{_UNANSWERABLE}\n{scoring.SHORT_ANSWER}",
         answers=answers,
-        group=str(row["image"]),
-        category=str(row.get("answer_type", "all")),
+        group=name,
+        category=category,
         question=question,
     )
 

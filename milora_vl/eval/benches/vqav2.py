@@ -12,18 +12,16 @@ from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.answers import m4c, most_common, vqa_accuracy
-from milora_vl.eval.bench_files import Mirror, read_mirror
-from milora_vl.eval.items import (
-    ImageSource,
-    Item,
-    Row,
+from milora_vl.eval.bench_files import (
+    Mirror,
+    Record,
     find_file,
-    find_image,
+    find_picture,
     read_json_object,
+    read_mirror,
     reject_duplicates,
-    require,
-    take_sample,
 )
+from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -56,96 +54,91 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
 
     Args:
         data_dir: Folder with ``vqa/questions.json`` or ``v2_OpenEnded_mscoco_*_questions.json``,
-            and the annotations beside it; or that questions file; None: hub mirror of val2014.
+            and the annotations beside it; or that questions file.
         limit: Number of questions.
-
-    Raises:
-        FileNotFoundError: If there is no questions file.
-        ValueError: If a file is malformed, an id occurs twice, or a question has no annotation.
     """
-    if data_dir is None:
-        return take_sample(_from_mirror(), limit)
+    return take_sample(_from_mirror() if data_dir is None else _from_files(data_dir), limit)
+
+
+def _from_files(data_dir: Path) -> list[Item]:
     path = data_dir if data_dir.is_file() else find_file(data_dir, _FOLDERS, _QUESTION_FILES)
     if path is None:
         raise FileNotFoundError(
             f"no questions.json or *OpenEnded*_questions.json in {data_dir} or its folder vqa"
         )
-    content = read_json_object(path)
-    questions = require(content, "questions", str(path))
-    subset = str(content.get("data_subtype", "val2014")).replace("test-dev", "test")
-    annotations = _read_annotations(path)
+    content = Record(read_json_object(path), path.name)
+    subset = content.text("data_subtype", "val2014").replace("test-dev", "test")
+    annotated_in, annotations = _read_annotations(path)
     root = path.parent if data_dir.is_file() else data_dir
     places = (root / name for name in _IMAGE_FOLDERS)
     folders = [place for place in places if place.is_dir()] + [path.parent]
     items = []
-    for place, row in enumerate(questions):
-        where = f"{path.name} questions[{place}]"
-        names = _image_names(row, subset, where)
-        image = ImageSource(where, path=find_image(folders, *names))
-        items.append(_item(row, where, annotations, image))
+    for row in content.records("questions"):
+        image = find_picture(folders, row, *_image_names(row, subset))
+        key = row.text("question_id")
+        if annotations is not None and key not in annotations:
+            raise row.error(f"question {key} has no annotation in {annotated_in}")
+        items.append(_item(row, (annotations or {}).get(key), image))
     reject_duplicates((item.id for item in items), str(path))
-    return take_sample(items, limit)
-
-
-def _read_annotations(questions: Path) -> dict[str, dict[str, Any]] | None:
-    own = questions.with_name(
-        questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    )
-    path = own if own.is_file() else None
-    if path is None and "test" not in questions.name:
-        path = find_file(questions.parent, (".",), _ANNOTATION_FILES)
-    if path is None:
-        return None
-    rows = require(read_json_object(path), "annotations", str(path))
-    for place, row in enumerate(rows):
-        n_answers = len(require(row, "answers", f"{path.name} annotations[{place}]"))
-        if n_answers < 2:
-            raise ValueError(
-                f"{path} annotations[{place}]: {n_answers} answers, two or more needed"
-            )
-    return {str(row["question_id"]): row for row in rows}
-
-
-def _from_mirror() -> list[Item]:
-    items = []
-    for row, image, where in read_mirror(MIRRORS, "VQAv2"):
-        annotations = {str(row["question_id"]): row} if row.get("answers") else None
-        items.append(_item(row, where, annotations, image))
     return items
 
 
-def _image_names(row: dict[str, Any], subset: str, where: str) -> list[str]:
-    image_id = require(row, "image_id", where)
-    if "image" in row or not isinstance(image_id, int):
-        return [str(row.get("image", image_id))]
+def _read_annotations(questions: Path) -> tuple[str, dict[str, Record] | None]:
+    """Return the file's name and its rows by question; None where no answers are published."""
+    own = questions.with_name(
+        questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    )
+    path = own if own.is_file() and own != questions else None
+    if path is None and "test" not in questions.name:
+        path = find_file(questions.parent, (".",), _ANNOTATION_FILES)
+    if path is None:
+        return "", None
+    rows = Record(read_json_object(path), path.name).records("annotations")
+    for row in rows:
+        n_answers = len(row.records("answers"))
+        if n_answers < 2:
+            raise row.error(f"{n_answers} answers, two or more needed")
+    ids = [row.text("question_id") for row in rows]
+    reject_duplicates(ids, str(path))
+    return path.name, dict(zip(ids, rows, strict=True))
+
+
+def _from_mirror() -> list[Item]:
+    return [
+        _item(row, row if row.has("answers") and row.values["answers"] else None, image)
+        for row, image in read_mirror(MIRRORS, "VQAv2")
+    ]
+
+
+def _image_names(row: Record, subset: str) -> list[str]:
+    image_id = row.get("image_id")
+    name = row.picture_name("image")
+    row.reject_other_pictures(("image", "image_id"), has_picture=True)
+    if name is not None or not isinstance(image_id, int):
+        return [name if name is not None else row.text("image_id")]
     stem = f"{subset}_{image_id:012d}"
     return [f"COCO_{stem}.jpg", f"{stem}.png", f"{stem}.jpg"]
 
 
-def _item(
-    row: dict[str, Any],
-    where: str,
-    annotations: dict[str, dict[str, Any]] | None,
-    image: ImageSource,
-) -> Item:
-    question_id = require(row, "question_id", where)
-    question = require(row, "question", where)
-    answer: dict[str, Any] = {}
-    if annotations is not None:
-        if str(question_id) not in annotations:
-            raise ValueError(f"{where}: question {question_id} has no annotation")
-        answer = annotations[str(question_id)]
+def _item(row: Record, annotation: Record | None, image: ImageSource) -> Item:
+    question = row.text("question")
+    answers: tuple[str, ...] = ()
+    kinds = {"answer_type": "all", "question_type": "all"}
+    if annotation is not None:
+        people = annotation.records("answers")
+        answers = tuple(one.text("answer", blank=True) for one in people)
+        kinds = {name: annotation.text(name, "all") for name in kinds}
     return Item(
-        id=str(question_id),
+        id=row.text("question_id"),
         image=image,
         prompt=f"{question}\n{scoring.SHORT_ANSWER}",
-        answers=tuple(str(one["answer"]) for one in answer.get("answers", ())),
-        group=str(row["image_id"]),
-        category=str(answer.get("answer_type", "all")),
+        answers=answers,
+        group=row.text("image_id"),
+        category=kinds["answer_type"],
         question=question,
         details={
-            "question_id": question_id,
-            "question_type": str(answer.get("question_type", "all")),
+            "question_id": row.get("question_id"),
+            "question_type": kinds["question_type"],
         },
     )
 
@@ -206,7 +199,8 @@ def write_submission(
     root = data_dir.parent if data_dir is not None and data_dir.is_file() else data_dir
     whole = None if root is None else find_file(root, _FOLDERS, ("*_test2015_questions.json",))
     if whole is not None:
-        ids = [one["question_id"] for one in read_json_object(whole)["questions"]]
+        rows_of_all = Record(read_json_object(whole), whole.name).records("questions")
+        ids = [one.get("question_id") for one in rows_of_all]
         if asked <= set(ids):
             rows += [{"question_id": one, "answer": ""} for one in ids if one not in asked]
     return scoring.write_json(out_dir / "vqav2_submission.json", rows)

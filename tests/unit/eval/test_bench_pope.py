@@ -5,7 +5,7 @@ import json
 import pytest
 from eval_models import judged, picture_bytes
 
-from milora_vl.data.images import ImagePathError
+from milora_vl.eval.bench_files import BenchError
 from milora_vl.eval.benches import pope
 
 
@@ -135,5 +135,5 @@ def test_pope_malformed_files_name_file_and_line(tmp_path):
 
 def test_image_names_cannot_leave_the_folder(tmp_path):
     write_pope(tmp_path, random=[pope_row(1, "yes", image="../../etc/passwd")])
-    with pytest.raises(ImagePathError, match="outside"):
+    with pytest.raises(BenchError, match=r"random\.jsonl row 1.*outside"):
         pope.load(tmp_path)

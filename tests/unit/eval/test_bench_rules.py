@@ -249,7 +249,10 @@ def test_custom_questions_lettered_free_and_without_a_picture(tmp_path):
     ("row", "message"),
     [
         ({"image": "x.png"}, "row 1: no key 'question'"),
-        ({"question": "?", "choices": ["a", "b"], "answer": "c"}, "row 1: answer 'c' is neither"),
+        (
+            {"question": "?", "choices": ["a", "b"], "answer": "c"},
+            "answer 'c' names no option",
+        ),
         ({"question": "?", "choices": ["a"]}, "row 1: 1 choices"),
         ({"question": "?", "choices": ["a", "b"], "answers": ["a"]}, "one of the two"),
     ],
