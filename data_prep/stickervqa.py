@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_prep.sticker.build import SIZES, VERSION, Builder
 from data_prep.sticker.fallback import drawn_catalogue
 from data_prep.sticker.sources import SOURCES, Catalogue, fetch_sources, load_catalogue
-from milora_vl.data.fetch import FetchError
+from milora_vl.data.fetch import FetchError, MissingPackageError, need_packages
 from milora_vl.files import replace_folder
 
 logger = logging.getLogger(__name__)
@@ -94,9 +94,11 @@ def find_catalogue(size: str, *, allow_fetch: bool, show_progress: bool = False)
 
     Raises:
         ChecksumError: If a downloaded file is not the pinned one.
+        milora_vl.data.fetch.MissingPackageError: If the extra "demo" is not installed.
     """
     if not allow_fetch:
         return drawn_catalogue()
+    need_packages("StickerVQA's pictures", "resvg_py")
 
     def track(rows: Sequence, text: str, unit: str) -> tqdm:
         return tqdm(rows, f"StickerVQA {text}", unit=unit, disable=not show_progress)
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.out, options.size, options.seed,
             n_train_pictures=options.scenes, allow_fetch=not options.no_fetch,
         )  # fmt: skip
-    except (FetchError, ValueError, OSError) as error:
+    except (FetchError, MissingPackageError, ValueError, OSError) as error:
         logger.error("StickerVQA was not built: %s", error)
         return 1
     logger.info("%s", json.dumps(manifest["counts"], indent=1))

