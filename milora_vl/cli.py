@@ -87,9 +87,9 @@ def export(arguments: argparse.Namespace) -> int:
 
     An adapter trained on a 4-bit base (NF4) can be merged onto two things. --merge-onto original
     takes the full-precision weights: nothing of the base is lost, yet the adapter was trained
-    beside weights that differ from these by the quantisation error, so the merged model is not
-    quite the one that was trained. --merge-onto dequantised takes the values that the 4-bit codes
-    stand for: the merged model computes what was trained, quantisation error included.
+    beside weights that differ from these by the quantization error, so the merged model is not
+    quite the one that was trained. --merge-onto dequantized takes the values that the 4-bit codes
+    stand for: the merged model computes what was trained, quantization error included.
     """
     import torch
 
@@ -185,7 +185,10 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--form", choices=["lora", "lora-small", "merged"], default="lora")
     verb.add_argument("--rank", type=int, help="rank of lora-small (default: the trained rank)")
     verb.add_argument(
-        "--merge-onto", choices=["original", "dequantised"], help="for an adapter of a 4-bit base"
+        "--merge-onto",
+        type=lambda text: text.replace("dequantised", "dequantized"),
+        choices=["original", "dequantized"],
+        help="for an adapter of a 4-bit base",
     )
     verb.add_argument("--device", default="cpu")
     verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")

@@ -181,7 +181,7 @@ class ModelSection(Section):
         prepare: Command that makes the folder ``path``; it runs when the folder is not there.
         revision: Hub revision (branch, tag or commit).
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
-        quantization: "nf4" quantises the language model's linears while they are read.
+        quantization: "nf4" quantizes the language model's linears while they are read.
         device: "auto" takes CUDA when there is one.
         attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
         prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``, or "chat_template".

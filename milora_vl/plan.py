@@ -54,7 +54,7 @@ MACHINE_NOTE = (
 )
 PROBE_SIDE = 1024
 PROBE_SECONDS = 0.3
-NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantised scales
+NF4_BYTES = 0.516  # a weight in NF4 with its doubly quantized scales
 LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imported
 # Shares of the measured matrix-product rate, and seconds beside it: `scripts/bench/plan.py` prints
 # them as measured, docs/decisions.md says what was found.
@@ -65,7 +65,7 @@ CPU_TRAINING_EFFICIENCY = 0.35
 ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
 VALUE_SECONDS = 10e-9  # a weight: digests, certificate, copies
 ANSWER_RATIO = 0.25  # of the tokens, at most: those that are learned and have logits
-NF4_SECONDS = 22e-9  # a weight: read, W_p, quantised
+NF4_SECONDS = 22e-9  # a weight: read, W_p, quantized
 
 
 Method = Literal["auto", "exact", "krylov", "none"]
@@ -127,7 +127,7 @@ def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
 
 
 def init_seconds(
-    shapes: list[Shape], r: int, method: Method, flops: float, *, quantised: bool = False
+    shapes: list[Shape], r: int, method: Method, flops: float, *, quantized: bool = False
 ) -> float:
     """Estimate the seconds to start all layers.
 
@@ -136,14 +136,14 @@ def init_seconds(
         r: Adapter rank.
         method: Of decomposition; "none": nothing is decomposed.
         flops: Operations per second of a packed float32 matrix product.
-        quantised: Whether the residual is quantised afterwards.
+        quantized: Whether the residual is quantized afterwards.
     """
     seconds = 0.0
     for shape in shapes:
         krylov = uses_krylov(shape, r, method)
         work = decomposition_flops(shape, r, krylov) if method != "none" else 0.0
         efficiency = KRYLOV_EFFICIENCY if krylov else EXACT_EFFICIENCY
-        rest = shape.d_out * shape.d_in * (VALUE_SECONDS + NF4_SECONDS * quantised)
+        rest = shape.d_out * shape.d_in * (VALUE_SECONDS + NF4_SECONDS * quantized)
         if krylov and work:
             rest += KRYLOV_SECONDS
         seconds += shape.count * (work / (efficiency * flops) + rest)
@@ -563,7 +563,7 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
             adapter.r,
             _method(adapter),
             rates[0],
-            quantised=bool(config.model.quantization) and residual == "subtract",
+            quantized=bool(config.model.quantization) and residual == "subtract",
         ),
         init_gib=start_gib + libraries,
         steps=count_steps(training, samples, global_batch),
@@ -676,7 +676,7 @@ def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[
 def _residual(
     adapter: MiloraConfig, weights: torch.dtype, quantization: str | None, stored: bool
 ) -> str:
-    """Return the residual mode; ``stored``: the checkpoint itself is quantised."""
+    """Return the residual mode; ``stored``: the checkpoint itself is quantized."""
     if adapter.init in PLAIN_INITS:
         return "anchor"
     if adapter.residual != "auto":

@@ -16,7 +16,7 @@ from milora_vl.adapter.certificate import Certificate, LayerCertificate
 from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 from milora_vl.adapter.fingerprint import combine_digests
-from milora_vl.adapter.nf4 import noise_warnings, quantise_residual_, with_errors
+from milora_vl.adapter.nf4 import noise_warnings, quantize_residual_, with_errors
 from milora_vl.adapter.quantized import count_parameters, evaluating
 from milora_vl.adapter.state import (
     ANCHOR,
@@ -63,8 +63,8 @@ def attach_milora(
         batch: Model inputs on the right device; if given, the logits before and after are compared.
         progress: Show a progress bar with rate and remaining time.
         calibration: Model inputs to measure, for init "null_space".
-        weights: Float weights on disk of a model that ``load_vlm`` quantised
-            (``vlm.float_weights``). They are decomposed instead of the quantised ones, one at a
+        weights: Float weights on disk of a model that ``load_vlm`` quantized
+            (``vlm.float_weights``). They are decomposed instead of the quantized ones, one at a
             time, and with residual "subtract" the base becomes NF4(W_p).
 
     Returns:
@@ -119,7 +119,7 @@ def attach_milora(
         unload_(peft_model, [projector])
         raise
     if residual == "subtract" and weights is not None:
-        layers = with_errors(layers, quantise_residual_(peft_model, state, weights, progress))
+        layers = with_errors(layers, quantize_residual_(peft_model, state, weights, progress))
     elif residual == "subtract":
         subtract_anchor_(peft_model, targets.modules)
     state = MiloraState(**{**vars(state), "fingerprint": combine_digests(digests)})

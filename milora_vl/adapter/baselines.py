@@ -26,7 +26,7 @@ from milora_vl.adapter.certificate import LayerCertificate, certify_layer
 from milora_vl.adapter.decompose import naming
 from milora_vl.adapter.fingerprint import weight_digests
 from milora_vl.adapter.minor_svd import check_weight
-from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantised, stored_values
+from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantized, stored_values
 from milora_vl.adapter.state import (
     ANCHOR,
     MILORA,
@@ -284,7 +284,7 @@ def _certify(
         weight,
         no_triplets,
         (state.scaling * lora_B, lora_A),
-        stored_dtype=None if is_quantised(base_weight) else base_weight.dtype,
+        stored_dtype=None if is_quantized(base_weight) else base_weight.dtype,
         subtracted=state.residual == "subtract",
     )
     core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T

@@ -25,7 +25,7 @@ class LayerCertificate:
         minor_energy_ratio: Its square.
         rounding_loss_ratio: ||W_p as stored - W_p|| / ||W||; 0 in anchor mode.
         rounding_loss_if_subtracted_ratio: The same, had W_p been stored in the dtype of the weight;
-            None for quantised weights.
+            None for quantized weights.
         svd_residual_ratio: The larger of ||W V - U S|| and ||W^T U - V S||, over ||W||, of the
             computed triplets. About 1e-6 if exact; up to 1e-2 from the Krylov method, whose slice
             then mixes a little with its neighbours in the spectrum. 0 for methods without triplets
@@ -35,7 +35,7 @@ class LayerCertificate:
         zero_directions: Triplets whose factors are both zero; no gradient ever reaches them.
         input_energy_ratio: With init "null_space": share of the calibration inputs' energy inside
             the adapter's subspace; of random inputs it would be r / d_in. None otherwise.
-        quantisation_error_ratio: ||NF4(W_p) - W_p|| / ||W|| where W_p is kept in 4 bits, else None.
+        quantization_error_ratio: ||NF4(W_p) - W_p|| / ||W|| where W_p is kept in 4 bits, else None.
             Beside ``minor_norm_ratio`` it tells whether the slice is louder than the noise.
     """
 
@@ -52,7 +52,13 @@ class LayerCertificate:
     sigma_min: float
     zero_directions: int
     input_energy_ratio: float | None = None
-    quantisation_error_ratio: float | None = None
+    quantization_error_ratio: float | None = None
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "LayerCertificate":
+        """Read back what ``asdict`` returned, also under older spellings of the keys."""
+        names = {key.replace("quantisation", "quantization"): item for key, item in value.items()}
+        return cls(**{**names, "shape": tuple(names["shape"])})
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Certificate:
     def from_json(cls, text: str) -> "Certificate":
         """Read back what ``to_json`` returned."""
         value: dict[str, Any] = json.loads(text)
-        layers = [LayerCertificate(**{**x, "shape": tuple(x["shape"])}) for x in value["layers"]]
+        layers = [LayerCertificate.from_dict(x) for x in value["layers"]]
         names = {item.name for item in fields(cls)}
         rest = {key: item for key, item in value.items() if key in names and key != "layers"}
         return cls(layers=tuple(layers), **rest)
@@ -137,7 +143,7 @@ class Certificate:
                 f"{_mean([x.minor_norm_ratio for x in group]):>9.2e}  "
                 f"{_mean([x.reconstruction_error_ratio for x in group]):>9.2e}  "
                 f"{_mean([x.rounding_loss_ratio for x in group]):>10.2e}  "
-                f"{_mean([x.quantisation_error_ratio or 0.0 for x in group]):>9.2e}  "
+                f"{_mean([x.quantization_error_ratio or 0.0 for x in group]):>9.2e}  "
                 f"{low:>8.2e} - {high:<8.2e}"
             )
         energies = [x.input_energy_ratio for x in self.layers if x.input_energy_ratio is not None]
@@ -178,7 +184,7 @@ def certify_layer(
         weight: The original weight [d_out, d_in], float32.
         triplets: U [d_out, r], S [r] and Vh [r, d_in] of the slice, float32.
         start: scaling * lora_B0 [d_out, r] and lora_A0 [r, d_in], float32.
-        stored_dtype: dtype in which W_p is (or would be) kept; None for quantised weights.
+        stored_dtype: dtype in which W_p is (or would be) kept; None for quantized weights.
         subtracted: Whether W_p replaces the weight (else the weight stays).
     """
     U, S, Vh = triplets

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint
-from milora_vl.adapter.nf4 import quantise_residual_
+from milora_vl.adapter.nf4 import quantize_residual_
 from milora_vl.adapter.portable import (
     FORMAT_VERSION,
     MILORA_FILE,
@@ -42,7 +42,7 @@ from milora_vl.adapter.portable import (
     read_milora_file,
     read_tensors_,
 )
-from milora_vl.adapter.quantized import is_quantised
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import (
     MILORA,
     MiloraState,
@@ -92,17 +92,17 @@ def check_adapter(
         FileNotFoundError: If the folder or one of its files is missing.
         ValueError: If a file is damaged, the base is another one, or shapes do not fit.
     """
-    facts = read_milora_file(folder)
-    check_files(folder, facts)
-    _check_layers_exist(model, facts, folder)
-    weights = _check_base(model, facts, folder, strict_base, weights)
-    if not facts.state().has_anchor:
+    metadata = read_milora_file(folder)
+    check_files(folder, metadata)
+    _check_layers_exist(model, metadata, folder)
+    weights = _check_base(model, metadata, folder, strict_base, weights)
+    if not metadata.state().has_anchor:
         residual = "anchor"  # nothing to subtract: the base weights stay
     elif residual is None:
         # a low-precision base would lose part of the slice to rounding, see the certificate
-        possible = resolve_residual(model, facts.modules, "auto", weights is not None)
-        residual = facts.residual if possible == "subtract" else "anchor"
-    state = facts.state(resolve_residual(model, facts.modules, residual, weights is not None))
+        possible = resolve_residual(model, metadata.modules, "auto", weights is not None)
+        residual = metadata.residual if possible == "subtract" else "anchor"
+    state = metadata.state(resolve_residual(model, metadata.modules, residual, weights is not None))
     check_shapes(model, state, folder)
     return state
 
@@ -122,41 +122,41 @@ def check_name(adapter_name: str, taken: Collection[str] = ()) -> None:
         )
 
 
-def _check_layers_exist(model: nn.Module, facts: MiloraFile, folder: Path) -> None:
+def _check_layers_exist(model: nn.Module, metadata: MiloraFile, folder: Path) -> None:
     present = {name for name, _ in model.named_modules()}
-    missing = [name for name in facts.modules if name not in present]
+    missing = [name for name in metadata.modules if name not in present]
     if missing:
         raise ValueError(
             f"{folder}: the model has no layer {missing[0]} ({len(missing)} of "
-            f"{len(facts.modules)} are missing); the adapter was made on {facts.base}"
+            f"{len(metadata.modules)} are missing); the adapter was made on {metadata.base}"
         )
-    if facts.projector and find_projector(model) != facts.projector:
-        raise ValueError(f"{folder}: the model has no projector {facts.projector}")
+    if metadata.projector and find_projector(model) != metadata.projector:
+        raise ValueError(f"{folder}: the model has no projector {metadata.projector}")
 
 
 def _check_base(
     model: nn.Module,
-    facts: MiloraFile,
+    metadata: MiloraFile,
     folder: Path,
     strict_base: bool,
     weights: ShardedWeights | None,
 ) -> ShardedWeights | None:
     """Compare fingerprints; return the float weights, unless those in memory are the right ones."""
-    found = fingerprint(model, facts.modules, weights)["exact"]
-    match = [precision for precision in PRECISIONS if facts.fingerprint[precision] == found]
+    found = fingerprint(model, metadata.modules, weights)["exact"]
+    match = [precision for precision in PRECISIONS if metadata.fingerprint[precision] == found]
     if match and match[0] != "exact":
         logger.info("%s: same base, its weights rounded to %s", folder, match[0])
     if match:
         return weights
-    quantised = any(is_quantised(model.get_submodule(name).weight) for name in facts.modules)
-    if weights is not None and facts.fingerprint == fingerprint(model, facts.modules):
+    quantized = any(is_quantized(model.get_submodule(name).weight) for name in metadata.modules)
+    if weights is not None and metadata.fingerprint == fingerprint(model, metadata.modules):
         return None  # made on the 4-bit weights as they are
     message = (
-        f"{folder} was made on other weights: base {facts.base['name_or_path']} (revision "
-        f"{facts.base['revision']}) has fingerprint {facts.fingerprint['exact'][:16]}, this model "
-        f"({getattr(model, 'name_or_path', '') or type(model).__name__}"
-        f"{', quantised' if quantised else ''}) has {found[:16]}. Load the original base"
-        f"{', or pass weights=vlm.float_weights of load_vlm' if quantised and not weights else ''}"
+        f"{folder} was made on other weights: base {metadata.base['name_or_path']} (revision "
+        f"{metadata.base['revision']}) has fingerprint {metadata.fingerprint['exact'][:16]}, this "
+        f"model ({getattr(model, 'name_or_path', '') or type(model).__name__}"
+        f"{', quantized' if quantized else ''}) has {found[:16]}. Load the original base"
+        f"{', or pass weights=vlm.float_weights of load_vlm' if quantized and not weights else ''}"
     )
     if strict_base:
         raise ValueError(
@@ -184,7 +184,7 @@ def add_adapter_from(
         adapter_name: Name of the new adapter on this model.
         trainable: Whether the new adapter trains.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
-        weights: Float weights on disk of a base that ``load_vlm`` quantised
+        weights: Float weights on disk of a base that ``load_vlm`` quantized
             (``vlm.float_weights``), which tell whether it is the right one.
 
     Raises:
@@ -306,7 +306,7 @@ def save_adapter(
         folder: Where to write. An existing folder is replaced only if it is empty or an adapter.
         base: Id or path of the original base model; default: where the model was loaded from.
         revision: Revision of ``base`` on its hub.
-        extra: More facts to keep in ``milora.json``; must be JSON.
+        extra: More metadata to keep in ``milora.json``; must be JSON.
         processor: Processor of the base; a reference to it is kept in ``milora.json``.
         adapter_name: Which of several adapters; default: the active one.
 
@@ -320,14 +320,14 @@ def save_adapter(
     """
     check_writable(Path(folder))
     state = recall(peft_model, adapter_name)
-    facts = describe(peft_model, state, base=base, revision=revision, extra=extra)
-    facts = facts.model_copy(update={"processor": processor_reference(processor)})
+    metadata = describe(peft_model, state, base=base, revision=revision, extra=extra)
+    metadata = metadata.model_copy(update={"processor": processor_reference(processor)})
     class_names = {
         "base_model_class": type(peft_model.get_base_model()).__name__,
         "parent_library": type(peft_model.get_base_model()).__module__,
     }
     return write_adapter(
-        Path(folder), portable_tensors(peft_model, adapter_name), facts, class_names=class_names
+        Path(folder), portable_tensors(peft_model, adapter_name), metadata, class_names=class_names
     )
 
 
@@ -342,9 +342,9 @@ def describe(
     """Return the content of ``milora.json``; the digest of the weights is still empty."""
     reference = {"name_or_path": _base_name(peft_model, base), "revision": revision}
     weights = [lora_layer(peft_model, name).get_base_layer().weight for name in state.modules]
-    quantised = sorted({type(weight).__name__ for weight in weights if is_quantised(weight)})
-    if quantised:
-        reference["quantised"] = ", ".join(quantised)
+    quantized = sorted({type(weight).__name__ for weight in weights if is_quantized(weight)})
+    if quantized:
+        reference["quantized"] = ", ".join(quantized)
     return MiloraFile(
         format_version=FORMAT_VERSION,
         **{**vars(state), "modules": list(state.modules)},
@@ -368,7 +368,7 @@ def check_writable(folder: Path) -> None:
 def write_adapter(
     folder: Path,
     tensors: dict[str, Tensor],
-    facts: MiloraFile,
+    metadata: MiloraFile,
     *,
     class_names: dict[str, str] | None = None,
     texts: dict[str, str] | None = None,
@@ -378,7 +378,7 @@ def write_adapter(
     Args:
         folder: Where it goes; see ``check_writable``.
         tensors: As ``portable_tensors`` returns them.
-        facts: Content of ``milora.json``; the digest of the weights is filled in here.
+        metadata: Content of ``milora.json``; the digest of the weights is filled in here.
         class_names: Class and library of the base model, for PEFT's own file.
         texts: More files beside them: name -> text.
 
@@ -389,11 +389,13 @@ def write_adapter(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = portable_config(facts.state(), facts.base["name_or_path"], facts.base["revision"])
+        config = portable_config(
+            metadata.state(), metadata.base["name_or_path"], metadata.base["revision"]
+        )
         config.save_pretrained(str(temporary), auto_mapping_dict=class_names)
         digest = sha256_of(temporary / WEIGHTS_FILE)
-        facts = facts.model_copy(update={"weights_sha256": digest})
-        write_json_atomic(temporary / MILORA_FILE, facts.model_dump())
+        metadata = metadata.model_copy(update={"weights_sha256": digest})
+        write_json_atomic(temporary / MILORA_FILE, metadata.model_dump())
         for name, text in (texts or {}).items():
             write_text_atomic(temporary / name, text)
         temporary.chmod(0o755)  # mkdtemp and safetensors keep others out
@@ -428,11 +430,11 @@ def load_adapter(
         folder: Written by ``save_adapter``.
         trainable: Whether A, B and the projector train.
         residual: "subtract" or "anchor"; default: as recorded, or "anchor" where the weights of
-            ``model`` are neither float32 nor quantised from ``weights``.
+            ``model`` are neither float32 nor quantized from ``weights``.
         strict_base: Refuse a base whose weights are not those the adapter was made on.
         adapter_name: Its name on the model, see ``milora_vl.adapter.checkpoint``.
-        weights: Float weights on disk of a ``model`` that ``load_vlm`` quantised
-            (``vlm.float_weights``): W_p is formed from them and quantised again.
+        weights: Float weights on disk of a ``model`` that ``load_vlm`` quantized
+            (``vlm.float_weights``): W_p is formed from them and quantized again.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -449,7 +451,7 @@ def load_adapter(
     peft_model = add_adapters(model, state, adapter_name)
     read_tensors_(peft_model, state, folder, adapter_name)
     if state.residual == "subtract" and weights is not None:
-        quantise_residual_(peft_model, state, weights, adapter_name=adapter_name)
+        quantize_residual_(peft_model, state, weights, adapter_name=adapter_name)
     elif state.residual == "subtract":
         subtract_anchor_(peft_model, state.modules, adapter_name)
     remember(peft_model, state, adapter_name)

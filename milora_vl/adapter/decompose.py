@@ -20,7 +20,7 @@ from milora_vl.adapter.certificate import LayerCertificate, certify_layer
 from milora_vl.adapter.factor_cache import FactorCache, FactorEntry, FactorKey
 from milora_vl.adapter.fingerprint import digest_of, weight_digests
 from milora_vl.adapter.minor_svd import minor_svd
-from milora_vl.adapter.quantized import dense_weight, is_quantised, stored_values
+from milora_vl.adapter.quantized import dense_weight, is_quantized, stored_values
 from milora_vl.runtime import give_back_memory, one_ahead, threads_of_one_core
 
 
@@ -50,8 +50,8 @@ class Prepared:
     Attributes:
         name: Full module name.
         weight: [d_out, d_in] float; None once it was decomposed.
-        stored_dtype: In which the layer holds it; None if quantised.
-        from_codes: Whether it was dequantised from what the layer holds.
+        stored_dtype: In which the layer holds it; None if quantized.
+        from_codes: Whether it was dequantized from what the layer holds.
         key: Of the factor cache.
         digests: See ``fingerprint.py``.
         entry: What the cache holds.
@@ -92,22 +92,22 @@ def prepare_layer(
     read: Callable[[str], Tensor] | None = None,
 ) -> Prepared:
     """Read one weight, digest it and look it up in the cache."""
-    quantised = read is None and is_quantised(layer.weight)
-    weight = dense_weight(layer) if quantised else None  # [d_out, d_in] float32
+    quantized = read is None and is_quantized(layer.weight)
+    weight = dense_weight(layer) if quantized else None  # [d_out, d_in] float32
     values = read(name) if read is not None else stored_values(layer)
-    exact = digest_of(weight if quantised else values)
-    shape = tuple((weight if quantised else values).shape)
+    exact = digest_of(weight if quantized else values)
+    shape = tuple((weight if quantized else values).shape)
     key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
     entry = cache.get(key, recipe.r) if cache is not None else None
-    if not quantised and entry is not None and "digests" in entry.facts:
+    if not quantized and entry is not None and "digests" in entry.facts:
         digests = entry.facts["digests"]
     else:
-        digests = weight_digests(values, exact=None if quantised else exact)
+        digests = weight_digests(values, exact=None if quantized else exact)
     return Prepared(
         name=name,
         weight=values if weight is None else weight,
-        stored_dtype=None if is_quantised(layer.weight) else layer.weight.dtype,
-        from_codes=quantised,
+        stored_dtype=None if is_quantized(layer.weight) else layer.weight.dtype,
+        from_codes=quantized,
         key=key,
         digests=digests,
         entry=entry,
@@ -306,7 +306,7 @@ def _exchange(
         dist.broadcast(lora_A, owner[name])
         dist.broadcast(lora_B, owner[name])
         digests, numbers = json.loads(_broadcast_text(text, owner[name], device))
-        certificate = LayerCertificate(**{**numbers, "shape": tuple(numbers["shape"])})
+        certificate = LayerCertificate.from_dict(numbers)
         yield Decomposition(name, (lora_A, lora_B), digests, certificate)
 
 

@@ -25,7 +25,7 @@ def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
     matter, and a base that was decomposed in float32 is recognised when loaded in bfloat16.
 
     Args:
-        weight: [d_out, d_in] float, or the codes of a quantised weight.
+        weight: [d_out, d_in] float, or the codes of a quantized weight.
         exact: Its digest, where it is known already.
 
     Returns:
@@ -42,7 +42,7 @@ def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
 
 
 def digest_of(values: Tensor) -> str:
-    """Return the SHA-256 of float values, as float32 bytes, or of quantised codes."""
+    """Return the SHA-256 of float values, as float32 bytes, or of quantized codes."""
     return _digest(values.detach().reshape(-1).split(PIECE_VALUES), torch.float32)
 
 

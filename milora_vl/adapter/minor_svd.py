@@ -514,7 +514,7 @@ def check_weight(weight: Tensor, r: int) -> None:
     if weight.ndim != 2:
         raise ValueError(f"expected a matrix [d_out, d_in], got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
-        raise ValueError(f"expected float weights, got {weight.dtype}; dequantise them first")
+        raise ValueError(f"expected float weights, got {weight.dtype}; dequantize them first")
     if weight.element_size() < 2:  # the scales of such values are kept elsewhere
         raise ValueError(
             f"its weights are stored as {weight.dtype}, which means nothing without their scales; "

@@ -1,8 +1,8 @@
-"""The frozen residual in 4 bits: NF4(W_p), what quantising loses, and what is done about it.
+"""The frozen residual in 4 bits: NF4(W_p), what quantizing loses, and what is done about it.
 
 With correction "low_rank" a third, frozen adapter C of rank r makes up for part of the loss: the
 layer computes ``NF4(W_p - C) x + C x + s B A x``. C starts as the largest singular directions of
-W_p, which are then not quantised, and becomes those of what quantising the rest has lost (the
+W_p, which are then not quantized, and becomes those of what quantizing the rest has lost (the
 alternation of LoftQ, arXiv 2310.08659, with the principal start of PiSSA, arXiv 2404.02948; A and B
 stay in the minor directions). C belongs to the 4-bit base, not to the adapter: it is not saved but
 found again from W, A0 and B0, and the exported LoRA means the same on the float base with or
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from milora_vl.adapter.certificate import LayerCertificate
 from milora_vl.adapter.quantized import unpack_
 from milora_vl.adapter.state import CORRECTION, MILORA, MiloraState, anchor_of, factors, lora_layer
-from milora_vl.model.nf4 import quantise_nf4
+from milora_vl.model.nf4 import quantize_nf4
 from milora_vl.model.shards import ShardedWeights
 from milora_vl.runtime import full_precision, give_back_memory, one_ahead
 
@@ -35,15 +35,15 @@ class NoiseRatios:
     """What 4 bits lose in one layer, relative to the norm of its weight.
 
     Attributes:
-        quantisation: ||NF4(W_p) - W_p|| / ||W||.
+        quantization: ||NF4(W_p) - W_p|| / ||W||.
         reconstruction: ||W - (what the layer computes at step 0)|| / ||W||.
     """
 
-    quantisation: float
+    quantization: float
     reconstruction: float
 
 
-def quantise_residual_(
+def quantize_residual_(
     peft_model: PeftModel,
     state: MiloraState,
     weights: ShardedWeights,
@@ -134,7 +134,7 @@ def store_nf4_(layer: nn.Module, weight: Tensor) -> Tensor:
         What the layer now computes with, [d_out, d_in] float32.
 
     Raises:
-        ValueError: If the layer is quantised in another way.
+        ValueError: If the layer is quantized in another way.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -145,18 +145,18 @@ def store_nf4_(layer: nn.Module, weight: Tensor) -> Tensor:
             f"expected a layer in NF4, found {type(layer.weight).__name__}; load the model with "
             "load_vlm(path, quantization='nf4')"
         )
-    layer.weight = quantise_nf4(weight.to(state.dtype), layer)
+    layer.weight = quantize_nf4(weight.to(state.dtype), layer)
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
 
 
 def with_errors(
     layers: Iterable[LayerCertificate], noise: Mapping[str, NoiseRatios]
 ) -> list[LayerCertificate]:
-    """Return the layers' certificates with what the quantised residual loses."""
+    """Return the layers' certificates with what the quantized residual loses."""
     return [
         replace(
             layer,
-            quantisation_error_ratio=noise[layer.name].quantisation,
+            quantization_error_ratio=noise[layer.name].quantization,
             reconstruction_error_ratio=noise[layer.name].reconstruction,
         )
         for layer in layers
@@ -168,7 +168,7 @@ def noise_warnings(layers: Sequence[LayerCertificate]) -> list[str]:
     drowned = [
         layer
         for layer in layers
-        if layer.quantisation_error_ratio is not None
+        if layer.quantization_error_ratio is not None
         and layer.reconstruction_error_ratio > layer.minor_norm_ratio
     ]
     if not drowned:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -75,6 +75,13 @@ class MiloraFile(BaseModel):
     weights_sha256: str
     packages: dict[str, str]
     extra: dict[str, Any] = {}
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _read_older_spelling(cls, base: Any) -> Any:
+        if isinstance(base, dict) and "quantised" in base:
+            return {key.replace("quantised", "quantized"): value for key, value in base.items()}
+        return base
 
     def state(self, residual: Residual | None = None) -> MiloraState:
         """Return the part that a model remembers, with another residual mode if one is given."""
@@ -177,14 +184,14 @@ def processor_reference(processor: Any | None) -> dict[str, str | None] | None:
         return None
     tokenizer = getattr(processor, "tokenizer", processor)
     pictures = getattr(processor, "image_processor", None)
-    facts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
+    vocabulary = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     return {
         "name_or_path": tokenizer.name_or_path or None,
         "class": type(processor).__name__,
         "image_processor": type(pictures).__name__ if pictures else None,
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_sha256": _digest(facts),
+        "tokenizer_sha256": _digest(vocabulary),
         "chat_template_sha256": _digest(template),
     }
 
@@ -193,7 +200,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(folder: Path, facts: MiloraFile) -> None:
+def check_files(folder: Path, metadata: MiloraFile) -> None:
     """Check that the files beside ``milora.json`` are those it was written with.
 
     Raises:
@@ -209,7 +216,7 @@ def check_files(folder: Path, facts: MiloraFile) -> None:
         raise ValueError(
             f"{config_path} is damaged: {error}; copy the adapter folder again"
         ) from error
-    wanted = portable_config(facts.state(), None, None)
+    wanted = portable_config(metadata.state(), None, None)
     for key in CONFIG_KEYS:
         if _comparable(getattr(found, key)) != _comparable(getattr(wanted, key)):
             raise ValueError(
@@ -220,10 +227,11 @@ def check_files(folder: Path, facts: MiloraFile) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; copy the adapter folder again")
     found = sha256_of(path)
-    if found != facts.weights_sha256:
+    if found != metadata.weights_sha256:
         raise ValueError(
-            f"{path} is damaged or was changed: SHA-256 {found}, expected {facts.weights_sha256} "
-            f"({path.stat().st_size} bytes on disk); copy the adapter folder again"
+            f"{path} is damaged or was changed: SHA-256 {found}, expected "
+            f"{metadata.weights_sha256} ({path.stat().st_size} bytes on disk); copy the adapter "
+            "folder again"
         )
 
 

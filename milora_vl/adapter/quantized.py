@@ -1,4 +1,4 @@
-"""Quantised weights: tell them apart, read their values, run them without changing them."""
+"""Quantized weights: tell them apart, read their values, run them without changing them."""
 
 import math
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-QUANTISED_CLASSES: tuple[str, ...] = ("Params4bit", "Int8Params")
+QUANTIZED_CLASSES: tuple[str, ...] = ("Params4bit", "Int8Params")
 
 
-def is_quantised(weight: Tensor) -> bool:
-    """Tell whether a weight is stored quantised, judged by its class.
+def is_quantized(weight: Tensor) -> bool:
+    """Tell whether a weight is stored quantized, judged by its class.
 
     The dtype does not tell: packed 4-bit values may be stored under a float dtype.
     """
     return any(
-        kind.__name__ in QUANTISED_CLASSES or kind.__module__.startswith("torchao.")
+        kind.__name__ in QUANTIZED_CLASSES or kind.__module__.startswith("torchao.")
         for kind in type(weight).__mro__
     )
 
@@ -24,10 +24,10 @@ def is_quantised(weight: Tensor) -> bool:
 def dense_weight(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as a new float32 tensor [d_out, d_in] on its device.
 
-    Quantised weights are dequantised.
+    Quantized weights are dequantized.
     """
     weight = layer.weight
-    if is_quantised(weight):
+    if is_quantized(weight):
         from peft.utils.integrations import dequantize_module_weight
 
         unpack_(layer)
@@ -36,12 +36,12 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def stored_values(layer: nn.Module) -> Tensor:
-    """Return what identifies the weight of a layer: its float values, or its quantised codes.
+    """Return what identifies the weight of a layer: its float values, or its quantized codes.
 
     The codes do not change when bitsandbytes re-packs a layer on the CPU; its scales, and with
-    them the dequantised values, are rounded then.
+    them the dequantized values, are rounded then.
     """
-    if not is_quantised(layer.weight):
+    if not is_quantized(layer.weight):
         return layer.weight.detach().to(torch.float32)
     unpack_(layer)
     return layer.weight.data.view(torch.uint8)
@@ -70,7 +70,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modes:
-        if isinstance(getattr(module, "weight", None), Tensor) and is_quantised(module.weight):
+        if isinstance(getattr(module, "weight", None), Tensor) and is_quantized(module.weight):
             module.training = True
     try:
         yield model

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.minor_svd import check_weight
-from milora_vl.adapter.quantized import is_quantised
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES, find_family
 
 _ATTENTION_NAME = re.compile(
@@ -140,26 +140,26 @@ def resolve_residual(
         model: The base model.
         modules: Full names of the adapted layers.
         wanted: The mode asked for.
-        has_float_weights: The float weights of a quantised model are at hand; "auto" subtracts from
-            them, and the difference is quantised again.
+        has_float_weights: The float weights of a quantized model are at hand; "auto" subtracts from
+            them, and the difference is quantized again.
 
     Raises:
-        ValueError: If "subtract" is asked for on quantised weights without their float weights.
+        ValueError: If "subtract" is asked for on quantized weights without their float weights.
     """
     weights = {name: model.get_submodule(name).weight for name in modules}
-    quantised = [name for name, weight in weights.items() if is_quantised(weight)]
-    if wanted == "subtract" and quantised and not has_float_weights:
+    quantized = [name for name, weight in weights.items() if is_quantized(weight)]
+    if wanted == "subtract" and quantized and not has_float_weights:
         raise ValueError(
-            f"{quantised[0]} is quantised ({type(weights[quantised[0]]).__name__}): nothing can be "
+            f"{quantized[0]} is quantized ({type(weights[quantized[0]]).__name__}): nothing can be "
             "subtracted from packed values. Load the float checkpoint with load_vlm(path, "
             "quantization='nf4') and pass weights=vlm.float_weights, or use residual='anchor'"
         )
     if wanted != "auto":
         return wanted
-    if quantised and has_float_weights:
+    if quantized and has_float_weights:
         return "subtract"
     exact = all(weight.dtype == torch.float32 for weight in weights.values())
-    return "subtract" if exact and not quantised else "anchor"
+    return "subtract" if exact and not quantized else "anchor"
 
 
 def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
@@ -175,7 +175,7 @@ def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
                 f"{name}: its weight is not loaded (meta device); load the model fully"
             )
         weight = layer.weight
-        if is_quantised(weight):  # its values are checked when it is decomposed
+        if is_quantized(weight):  # its values are checked when it is decomposed
             weight = torch.zeros(()).expand(layer.out_features, layer.in_features)
         try:
             check_weight(weight, r)

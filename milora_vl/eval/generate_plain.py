@@ -41,7 +41,7 @@ def build_prompt(
     Raises:
         ValueError: If there are pictures and the model takes none, or not so many.
     """
-    if pictures and not vlm.sees:
+    if pictures and not vlm.has_vision:
         raise ValueError(f"{vlm.path} is a text model and takes no picture")
     counts: list[Any] = [vlm.tokens_per_image] * len(pictures)
     if vlm.pictures:
@@ -135,7 +135,7 @@ def build_answerer(vlm: Any, *, batch_size: int = 16) -> "Answerer | PlainAnswer
     Raises:
         EvaluationError: If the model takes no pictures.
     """
-    if not getattr(vlm, "sees", True):
+    if not getattr(vlm, "has_vision", True):
         raise EvaluationError(f"{vlm.path} is a text model; the benches ask about pictures")
     if getattr(vlm, "pictures", None) is None:
         return Answerer(vlm, batch_size=batch_size)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from milora_vl.adapter.checkpoint import check_writable, write_adapter
 from milora_vl.adapter.portable import MiloraFile, portable_tensors
-from milora_vl.adapter.quantized import is_quantised
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import recall
 from milora_vl.errors import MiloraError
 from milora_vl.export.logits_check import (
@@ -35,7 +35,7 @@ from milora_vl.export.logits_check import (
     logits_of,
 )
 from milora_vl.export.merge import (
-    dequantised_model,
+    dequantized_model,
     merge_adapter,
     recompress_tensors,
     summarise,
@@ -53,12 +53,12 @@ from milora_vl.files import replace_folder, write_json_atomic, write_text_atomic
 MERGED_ONTO = {
     "original": (
         "Merged onto the **original** weights. Training ran on a 4-bit copy of them (NF4), so this "
-        "model differs from the trained one by the quantisation error of the base. The original "
+        "model differs from the trained one by the quantization error of the base. The original "
         "weights carry more of what the base learnt, yet the adapter never saw them."
     ),
-    "dequantised": (
-        "Merged onto the **dequantised** 4-bit weights (NF4), those the adapter was trained on: "
-        "the model computes what was trained, and keeps the quantisation error of the base in "
+    "dequantized": (
+        "Merged onto the **dequantized** 4-bit weights (NF4), those the adapter was trained on: "
+        "the model computes what was trained, and keeps the quantization error of the base in "
         "full precision."
     ),
 }
@@ -78,8 +78,8 @@ model = {auto}.from_pretrained("path/to/this/folder")
 processor = AutoProcessor.from_pretrained("path/to/this/folder")"""
 
 
-def model_card(  # noqa: PLR0913  facts by keyword
-    facts: MiloraFile,
+def model_card(  # noqa: PLR0913  values by keyword
+    metadata: MiloraFile,
     *,
     form: str,
     r: int,
@@ -93,25 +93,25 @@ def model_card(  # noqa: PLR0913  facts by keyword
     """Return the card as Markdown with the front matter that hubs read.
 
     Args:
-        facts: ``milora.json`` of the adapter that was exported.
+        metadata: ``milora.json`` of the adapter that was exported.
         form: "lora", "lora-small" or "merged".
         r: Rank of the exported LoRA, or of the one that was merged.
         lora_alpha: Its alpha.
         auto_class: Name of the transformers class that loads the base.
         checks: Lines of the logits check.
         certificate: Summary of the init certificate, if the run kept it.
-        merged_onto: "original" or "dequantised" if the base was quantised.
+        merged_onto: "original" or "dequantized" if the base was quantized.
         truncation: What was cut off, for "lora-small".
     """
-    base = facts.base["name_or_path"] or "the base model"
+    base = metadata.base["name_or_path"] or "the base model"
     is_local = Path(base).is_absolute()
     shown = Path(base).name if is_local else base
     head = {
         "library_name": "transformers" if form == "merged" else "peft",
         "pipeline_tag": "image-text-to-text" if "ImageText" in auto_class else "text-generation",
-        "tags": ["lora", facts.init.replace(":", "-")],
+        "tags": ["lora", metadata.init.replace(":", "-")],
     }
-    if not is_local and facts.base["name_or_path"]:
+    if not is_local and metadata.base["name_or_path"]:
         head = {"base_model": base, **head}
     title = {
         "lora": f"LoRA of rank {r} for {shown}",
@@ -122,13 +122,13 @@ def model_card(  # noqa: PLR0913  facts by keyword
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
-        _facts_table(facts, shown, r, lora_alpha),
+        _metadata_table(metadata, shown, r, lora_alpha),
         "## Load",
         f"```python\n{load.format(auto=auto_class, base=shown)}\n```",
     ]
-    if form == "lora" and r != facts.r:
+    if form == "lora" and r != metadata.r:
         parts.append(
-            f"Rank {r} is twice the trained rank {facts.r}: the second half of the factors "
+            f"Rank {r} is twice the trained rank {metadata.r}: the second half of the factors "
             "subtracts what the adapter started from, so that it belongs on the original base, "
             "which stays as it is."
         )
@@ -147,27 +147,28 @@ def model_card(  # noqa: PLR0913  facts by keyword
     return "\n\n".join(parts) + "\n"
 
 
-def _facts_table(facts: MiloraFile, shown: str, r: int, lora_alpha: float) -> str:
-    method = facts.init
-    if facts.slice in SLICES:
-        method += f", started from {SLICES[facts.slice]}"
-    revision = facts.base["revision"]
+def _metadata_table(metadata: MiloraFile, shown: str, r: int, lora_alpha: float) -> str:
+    method = metadata.init
+    if metadata.slice in SLICES:
+        method += f", started from {SLICES[metadata.slice]}"
+    revision = metadata.base["revision"]
     rows = {
         "Base model": f"{shown}, revision {revision}" if revision else shown,
-        "Weights of the base (SHA-256 over the adapted layers)": facts.fingerprint["exact"],
+        "Weights of the base (SHA-256 over the adapted layers)": metadata.fingerprint["exact"],
         "Method": method,
-        "r, lora_alpha": f"{r}, {lora_alpha:g} (trained with {facts.r}, {facts.lora_alpha:g})",
-        "Adapted layers": f"{len(facts.modules)}: "
-        + ", ".join(sorted({name.rpartition(".")[2] for name in facts.modules})),
-        "Projector": "trained in full" if facts.projector else "as in the base",
-        "Made with": ", ".join(f"{name} {found}" for name, found in facts.packages.items()),
+        "r, lora_alpha": f"{r}, {lora_alpha:g} (trained with {metadata.r}, "
+        f"{metadata.lora_alpha:g})",
+        "Adapted layers": f"{len(metadata.modules)}: "
+        + ", ".join(sorted({name.rpartition(".")[2] for name in metadata.modules})),
+        "Projector": "trained in full" if metadata.projector else "as in the base",
+        "Made with": ", ".join(f"{name} {found}" for name, found in metadata.packages.items()),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 Form = Literal["lora", "lora-small", "merged"]
-MergeOnto = Literal["original", "dequantised"]
+MergeOnto = Literal["original", "dequantized"]
 
 
 class ExportError(MiloraError, RuntimeError):
@@ -211,7 +212,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
             a transformers checkpoint with its processor.
         base: Id or path of the original base; default: as recorded in the adapter.
         r: Rank for "lora-small"; default: the rank that was trained.
-        merge_onto: For "merged" from a 4-bit base: its "original" weights, or the "dequantised"
+        merge_onto: For "merged" from a 4-bit base: its "original" weights, or the "dequantized"
             ones that training saw.
         device: Where models run.
         dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
@@ -225,11 +226,13 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
             else, or arguments do not fit.
         milora_vl.model.load.LoadError: If the base cannot be loaded.
     """
+    if merge_onto == "dequantised":  # the older spelling
+        merge_onto = "dequantized"
     out, source = Path(out), read_source(path, base, device, dtype)
     _check_out(out)
-    _check_arguments(source.facts, form, r, merge_onto)
-    vlm = source.load(quantised=True)
-    warn_of_another_processor(source.facts, vlm.processor)
+    _check_arguments(source.metadata, form, r, merge_onto)
+    vlm = source.load(quantized=True)
+    warn_of_another_processor(source.metadata, vlm.processor)
     # the 4-bit residual that was trained can be merged, but not reached by a LoRA on NF4(W)
     trained = form == "merged" and vlm.float_weights is not None
     live = source.attach(vlm, residual=None if trained else "anchor")
@@ -267,30 +270,30 @@ def _check_out(out: Path) -> None:
 
 
 def _check_arguments(
-    facts: MiloraFile, form: Form, r: int | None, merge_onto: MergeOnto | None
+    metadata: MiloraFile, form: Form, r: int | None, merge_onto: MergeOnto | None
 ) -> None:
     if r is not None and form != "lora-small":
         raise ValueError(f"--rank belongs to --form lora-small, not {form}")
-    quantised = form == "merged" and bool(facts.base.get("quantised"))
-    if quantised and merge_onto is None:
+    quantized = form == "merged" and bool(metadata.base.get("quantized"))
+    if quantized and merge_onto is None:
         raise ValueError(
-            "the base of this adapter was quantised to 4 bits: say --merge-onto original or "
-            "--merge-onto dequantised (see milora-vl export --help for the difference)"
+            "the base of this adapter was quantized to 4 bits: say --merge-onto original or "
+            "--merge-onto dequantized (see milora-vl export --help for the difference)"
         )
-    if merge_onto == "dequantised" and not quantised:
-        raise ValueError("--merge-onto dequantised needs --form merged and a 4-bit base")
+    if merge_onto == "dequantized" and not quantized:
+        raise ValueError("--merge-onto dequantized needs --form merged and a 4-bit base")
 
 
 def _write_lora(
     source: Source, live: PeftModel, draft: Path, form: Form, r: int | None
 ) -> Exported:
-    tensors, state, facts, notes = portable_tensors(live), recall(live), source.facts, []
+    tensors, state, metadata, notes = portable_tensors(live), recall(live), source.metadata, []
     class_names = {
         "base_model_class": type(live.get_base_model()).__name__,
         "parent_library": type(live.get_base_model()).__module__,
     }
-    reference = {**facts.base, "name_or_path": source.base}
-    facts = facts.model_copy(update={"base": reference})
+    reference = {**metadata.base, "name_or_path": source.base}
+    metadata = metadata.model_copy(update={"base": reference})
     report = None
     if form == "lora-small":
         before = state.widening * state.r
@@ -298,8 +301,8 @@ def _write_lora(
         report = truncation_report(losses, state.r, before)
         notes.append(summarise(report))
         kept = {key: value for key, value in vars(state).items() if key != "modules"}
-        facts = facts.model_copy(update={**kept, "extra": {"recompressed_from": before}})
-    write_adapter(draft, tensors, facts, class_names=class_names)
+        metadata = metadata.model_copy(update={**kept, "extra": {"recompressed_from": before}})
+    write_adapter(draft, tensors, metadata, class_names=class_names)
     if report:
         write_json_atomic(draft / "truncation.json", report)
     return Exported(draft, (), tuple(notes))
@@ -313,7 +316,7 @@ def _check_lora(
     *,
     judged: bool,
 ) -> list[LogitsCheck]:
-    base = source.load(quantised=True).model
+    base = source.load(quantized=True).model
     tolerance = _tolerance(base) if judged else None
     stock = PeftModel.from_pretrained(base, draft)
     return compare_logits(wanted, logits_of(stock, batches), tolerance)
@@ -329,12 +332,12 @@ def _merge(
     wanted: Mapping[str, Tensor],
 ) -> Exported:
     notes, reference, tolerance = [], wanted, _tolerance(live.get_base_model())
-    is_nf4 = bool(source.facts.base.get("quantised"))
+    is_nf4 = bool(source.metadata.base.get("quantized"))
     if is_nf4 and merge_onto == "original":
-        full = source.load(quantised=False)
+        full = source.load(quantized=False)
         live = source.attach(full, strict_base=False)
         reference, tolerance = logits_of(live, batches), _tolerance(live.get_base_model())
-    model = dequantised_model(live) if merge_onto == "dequantised" else merge_adapter(live)
+    model = dequantized_model(live) if merge_onto == "dequantized" else merge_adapter(live)
     model.save_pretrained(draft)
     processor.save_pretrained(draft)
     dtype, kind = model.dtype, type(model)
@@ -354,8 +357,8 @@ def _load_plain(
 
 def _tolerance(model: PreTrainedModel) -> float:
     """Return the tolerance for a model's dtype; 4-bit layers multiply in bfloat16."""
-    quantised = any(is_quantised(parameter) for parameter in model.parameters())
-    return TOLERANCES[torch.bfloat16 if quantised else model.dtype]
+    quantized = any(is_quantized(parameter) for parameter in model.parameters())
+    return TOLERANCES[torch.bfloat16 if quantized else model.dtype]
 
 
 def _refuse_failed(checks: tuple[LogitsCheck, ...], out: Path) -> None:
@@ -376,7 +379,7 @@ def _card(
     exported: Exported,
     merge_onto: MergeOnto | None,
 ) -> str:
-    facts, r, alpha = source.facts, source.facts.r, source.facts.lora_alpha
+    metadata, r, alpha = source.metadata, source.metadata.r, source.metadata.lora_alpha
     truncation = None
     if form != "merged":
         config = json.loads((draft / "adapter_config.json").read_text(encoding="utf-8"))
@@ -385,13 +388,13 @@ def _card(
     has_pictures = getattr(processor, "image_processor", None) is not None
     checks = [str(check) for check in exported.checks]
     return model_card(
-        facts.model_copy(update={"base": {**facts.base, "name_or_path": source.base}}),
+        metadata.model_copy(update={"base": {**metadata.base, "name_or_path": source.base}}),
         form=form,
         r=r,
         lora_alpha=alpha,
         auto_class="AutoModelForImageTextToText" if has_pictures else "AutoModelForCausalLM",
         checks=checks if truncation else [*checks, *exported.notes],
         certificate=certificate_summary(source.folder),
-        merged_onto=merge_onto if facts.base.get("quantised") else None,
+        merged_onto=merge_onto if metadata.base.get("quantized") else None,
         truncation=truncation,
     )

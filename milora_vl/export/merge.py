@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from milora_vl.adapter.portable import PREFIX
-from milora_vl.adapter.quantized import dense_weight, is_quantised
+from milora_vl.adapter.quantized import dense_weight, is_quantized
 from milora_vl.adapter.state import (
     MiloraState,
     anchor_of,
@@ -150,16 +150,16 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
         The base model with merged weights; it can be saved with ``save_pretrained``.
 
     Raises:
-        ValueError: If the model has no MiLoRA adapter or its base is quantised.
+        ValueError: If the model has no MiLoRA adapter or its base is quantized.
     """
     state = recall(peft_model)
     weights = {name: lora_layer(peft_model, name).get_base_layer().weight for name in state.modules}
     for name, weight in weights.items():
-        if is_quantised(weight):
+        if is_quantized(weight):
             raise ValueError(
-                f"{name} is quantised ({type(weight).__name__}); a merge would round the adapter "
+                f"{name} is quantized ({type(weight).__name__}); a merge would round the adapter "
                 "away. Save the adapter, then `milora-vl export --form merged` merges it onto the "
-                "original or the dequantised weights"
+                "original or the dequantized weights"
             )
     adapter_name = current_adapter(peft_model)
     for name, weight in weights.items():
@@ -196,15 +196,15 @@ def merged_weight(peft_model: PeftModel, name: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def dequantised_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Return a plain model with the weights of a quantised one and its adapter merged into them.
+def dequantized_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return a plain model with the weights of a quantized one and its adapter merged into them.
 
-    Every quantised weight is read as the values it stands for; adapted ones get the adapter added
+    Every quantized weight is read as the values it stands for; adapted ones get the adapter added
     before they are rounded to ``dtype``. The PEFT model is used up.
 
     Args:
-        peft_model: From ``attach_milora`` or ``load_adapter`` on a quantised base.
-        dtype: Of the returned weights; default: that of the parts that were not quantised.
+        peft_model: From ``attach_milora`` or ``load_adapter`` on a quantized base.
+        dtype: Of the returned weights; default: that of the parts that were not quantized.
     """
     state, adapter_name = recall(peft_model), current_adapter(peft_model)
     dtype = dtype or peft_model.get_base_model().get_input_embeddings().weight.dtype
@@ -216,16 +216,16 @@ def dequantised_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -
     }
     if state.projector:
         remove_master_weights_(trained_projector(peft_model, state.projector, adapter_name))
-    quantised = peft_model.unload()
-    for name, layer in quantised.named_modules():
+    quantized = peft_model.unload()
+    for name, layer in quantized.named_modules():
         weight, key = getattr(layer, "weight", None), f"{name}.weight"
-        if isinstance(weight, Tensor) and is_quantised(weight) and key not in values:
+        if isinstance(weight, Tensor) and is_quantized(weight) and key not in values:
             values[key] = dense_weight(layer).to(dtype)
-    settings = quantised.config.to_dict()
+    settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
-        plain = type(quantised)(type(quantised.config).from_dict(settings))
-    stored = {**dict(quantised.named_parameters()), **dict(quantised.named_buffers())}
+        plain = type(quantized)(type(quantized.config).from_dict(settings))
+    stored = {**dict(quantized.named_parameters()), **dict(quantized.named_buffers())}
     for key in plain.state_dict():
         values.setdefault(key, stored.get(key))
     present = {key: value.detach() for key, value in values.items() if value is not None}
@@ -233,6 +233,6 @@ def dequantised_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -
     plain.tie_weights()
     empty = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     if empty:
-        raise ValueError(f"the quantised model has no values for {empty[0]}")
-    plain.generation_config = quantised.generation_config
+        raise ValueError(f"the quantized model has no values for {empty[0]}")
+    plain.generation_config = quantized.generation_config
     return plain.to(dtype).eval()

@@ -35,29 +35,29 @@ class Source:
 
     Attributes:
         folder: The adapter folder.
-        facts: Its ``milora.json``.
+        metadata: Its ``milora.json``.
         base: Id or path of the base model.
         device: Where models run.
         dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
     """
 
     folder: Path
-    facts: MiloraFile
+    metadata: MiloraFile
     base: str
     device: str
     dtype: torch.dtype | str
 
-    def load(self, *, quantised: bool) -> VLM:
-        """Load the base, in 4 bits if the adapter was trained so and ``quantised`` says so."""
-        kinds = self.facts.base.get("quantised")
+    def load(self, *, quantized: bool) -> VLM:
+        """Load the base, in 4 bits if the adapter was trained so and ``quantized`` says so."""
+        kinds = self.metadata.base.get("quantized")
         if kinds not in (None, NF4_CLASS):
-            raise ValueError(f"{self.folder}: its base is quantised as {kinds}; only NF4 can be")
+            raise ValueError(f"{self.folder}: its base is quantized as {kinds}; only NF4 can be")
         return load_vlm(
             self.base,
             dtype=self.dtype,
             device=self.device,
-            revision=self.facts.base["revision"],
-            quantization="nf4" if kinds and quantised else None,
+            revision=self.metadata.base["revision"],
+            quantization="nf4" if kinds and quantized else None,
         )
 
     def attach(
@@ -105,13 +105,13 @@ def read_source(
         ValueError: If its description is damaged, or no base is known.
     """
     folder = find_adapter(path)
-    facts = read_milora_file(folder)
-    base = base or facts.base["name_or_path"]
+    metadata = read_milora_file(folder)
+    base = base or metadata.base["name_or_path"]
     if not base:
         raise ValueError(f"{folder} does not say which base it was made on; pass --model")
     if Path(base).exists():
         base = str(Path(base).resolve())  # a relative path means nothing elsewhere
-    return Source(folder, facts, base, device, dtype)
+    return Source(folder, metadata, base, device, dtype)
 
 
 def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:
@@ -138,9 +138,9 @@ def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:
     return None
 
 
-def warn_of_another_processor(facts: MiloraFile, processor: Any) -> None:
+def warn_of_another_processor(metadata: MiloraFile, processor: Any) -> None:
     """Log a warning if a tokenizer is not the one the adapter was trained with."""
-    before, now = facts.processor, processor_reference(processor)
+    before, now = metadata.processor, processor_reference(processor)
     if before and before["tokenizer_sha256"] != now["tokenizer_sha256"]:
         logger.warning(
             "the tokenizer of the base differs from the one the adapter was trained with (%s); "

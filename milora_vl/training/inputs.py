@@ -69,9 +69,9 @@ def build_dataset(
     if section.turns == "side_by_side":
         check_side_by_side(vlm.model, section.max_length)
     with_image = next((one for one in conversations if one.images), None)
-    if with_image and not vlm.sees:
+    if with_image and not vlm.has_vision:
         raise DataError(f"{with_image.where}: has images, but {vlm.path} is a text model")
-    plain = vlm.sees and not vlm.pictures
+    plain = vlm.has_vision and not vlm.pictures
     return ConversationDataset(
         conversations,
         section.image_folder or None,

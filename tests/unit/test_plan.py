@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from quantised_models import build_whole_checkpoint
+from quantized_models import build_whole_checkpoint
 
 from milora_vl import plan
 from milora_vl.adapter.attach import attach_milora

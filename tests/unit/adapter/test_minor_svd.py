@@ -106,7 +106,7 @@ def test_rank_out_of_range_is_refused(r):
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match="expected a matrix"):
         minor_svd(torch.ones(4), 1)
-    with pytest.raises(ValueError, match="dequantise"):
+    with pytest.raises(ValueError, match="dequantize"):
         minor_svd(torch.ones(4, 4, dtype=torch.uint8), 1)
     with pytest.raises(ValueError, match="slice='max' is unknown"):
         minor_svd(torch.ones(4, 4), 1, slice="max")

@@ -1,17 +1,17 @@
-"""Laws of QMiLoRA: quantised layer by layer, equal to the slow way, portable, resumable."""
+"""Laws of QMiLoRA: quantized layer by layer, equal to the slow way, portable, resumable."""
 
 import json
 
 import pytest
 import torch
 from peft import PeftModel
-from quantised_models import build_saved_base, load_float
+from quantized_models import build_saved_base, load_float
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.quantized import dense_weight, is_quantised
+from milora_vl.adapter.quantized import dense_weight, is_quantized
 from milora_vl.adapter.state import (
     ANCHOR,
     CORRECTION,
@@ -23,7 +23,7 @@ from milora_vl.adapter.state import (
 )
 from milora_vl.config import MiloraConfig
 from milora_vl.export.merge import merge_adapter
-from milora_vl.model.nf4 import build_nf4_config, load_nf4, quantise_nf4
+from milora_vl.model.nf4 import build_nf4_config, load_nf4, quantize_nf4
 from milora_vl.model.shards import ShardedWeights
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -67,12 +67,12 @@ def test_a_streamed_model_is_the_one_transformers_loads(saved_base, load):
     found, wanted = model.state_dict(), stock.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
-    quantised = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    assert len(quantised) == 14
-    assert all(".language_model." in name for name in quantised)
+    quantized = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(quantized) == 14
+    assert all(".language_model." in name for name in quantized)
     assert model.name_or_path == str(saved_base)
     original = load_float(saved_base)
-    for name in quantised:
+    for name in quantized:
         assert torch.equal(weights.weight_of(name), original.get_submodule(name).weight)
 
 
@@ -80,7 +80,7 @@ def test_a_streamed_model_is_the_one_transformers_loads(saved_base, load):
 def test_pieces_give_the_codes_of_one_call(dtype, monkeypatch):
     weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(3)).to(dtype)
     monkeypatch.setattr("milora_vl.model.nf4.PIECE_VALUES", 64 * 7)
-    ours = quantise_nf4(weight)
+    ours = quantize_nf4(weight)
     stock = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
     assert torch.equal(ours.data, stock.data)
     for name, value in stock.quant_state.as_dict().items():
@@ -123,7 +123,7 @@ def test_damaged_and_missing_shards_are_named(saved_base, tmp_path):
         weights.read("no.such.weight")
 
 
-def test_streamed_residual_equals_subtracting_in_float_and_quantising(saved_base, load):
+def test_streamed_residual_equals_subtracting_in_float_and_quantizing(saved_base, load):
     peft_model, certificate = attach(load)
     plain, _ = attach_milora(
         load_float(saved_base), MiloraConfig(r=8, train_projector=False), progress=False
@@ -136,10 +136,10 @@ def test_streamed_residual_equals_subtracting_in_float_and_quantising(saved_base
             assert all(torch.equal(a, b) for a, b in pairs)
         residual = lora_layer(plain, layer.name).get_base_layer().weight.detach()
         base_layer = lora_layer(peft_model, layer.name).get_base_layer()
-        assert torch.equal(base_layer.weight.data, quantise_nf4(residual).data)
+        assert torch.equal(base_layer.weight.data, quantize_nf4(residual).data)
         original = load_float(saved_base).get_submodule(layer.name).weight
         noise = (dense_weight(base_layer) - residual).norm() / original.norm()
-        assert layer.quantisation_error_ratio == pytest.approx(noise.item(), rel=1e-3)
+        assert layer.quantization_error_ratio == pytest.approx(noise.item(), rel=1e-3)
     assert recall(peft_model).fingerprint == recall(plain).fingerprint
 
 
@@ -192,7 +192,7 @@ def test_low_rank_correction_brings_the_start_nearer_and_stays_out_of_the_file(
     peft_model, after = attach(load, quantization_correction="low_rank")
     for old, new in zip(before.layers, after.layers, strict=True):
         assert new.reconstruction_error_ratio < 0.9 * old.reconstruction_error_ratio
-        assert new.quantisation_error_ratio == old.quantisation_error_ratio
+        assert new.quantization_error_ratio == old.quantization_error_ratio
         layer = lora_layer(peft_model, new.name)
         a, b = factors(peft_model, new.name, CORRECTION)
         a0, minus_b0 = factors(peft_model, new.name, ANCHOR)
@@ -249,7 +249,7 @@ def test_a_bad_weight_on_disk_is_named_and_the_base_stays(load, init):
     config = MiloraConfig(r=8, init=init)
     with pytest.raises(ValueError, match=f"{name}: 8192 of 8192 values are NaN"):
         attach_milora(model, config, progress=False, weights=Broken())
-    assert is_quantised(model.get_submodule(name).weight)
+    assert is_quantized(model.get_submodule(name).weight)
     assert torch.equal(model.get_submodule(name).weight.data, codes)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_tokenizers import build_byte_level
-from quantised_models import build_whole_checkpoint
+from quantized_models import build_whole_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.adapter import decompose as layer_file
@@ -18,7 +18,7 @@ from milora_vl.adapter.checkpoint import (
     unload_adapters,
     use_adapter,
 )
-from milora_vl.adapter.quantized import is_quantised
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import ANCHOR, factors, recall
 from milora_vl.config import MiloraConfig
 from milora_vl.export.forms import export_adapter
@@ -110,16 +110,16 @@ def test_exports_of_a_4_bit_residual(load, tmp_path: Path, correction: str) -> N
     exported = export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora", dtype=torch.float32)
     assert all(check.passed for check in exported.checks)
     distance = {}
-    for onto in ("original", "dequantised"):
+    for onto in ("original", "dequantized"):
         out = tmp_path / onto
         export_adapter(tmp_path / "adapter", out, "merged", merge_onto=onto, dtype=torch.float32)
         merged = load_vlm(out, dtype=torch.float32, prompt_style="chatml").model
         distance[onto] = float((compute_logits(merged, batch) - live).abs().max())
-    assert distance["dequantised"] < 1e-4  # the very weights that were trained on
-    assert distance["original"] > 10 * distance["dequantised"]
+    assert distance["dequantized"] < 1e-4  # the very weights that were trained on
+    assert distance["original"] > 10 * distance["dequantized"]
 
 
-def test_text_models_are_quantised_but_for_the_head(tmp_path: Path) -> None:
+def test_text_models_are_quantized_but_for_the_head(tmp_path: Path) -> None:
     tokenizer = build_byte_level()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -131,12 +131,12 @@ def test_text_models_are_quantised_but_for_the_head(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     vlm = load_vlm(tmp_path, dtype=torch.float32, quantization="nf4", prompt_style="chatml")
     linears = {
-        name: is_quantised(module.weight)
+        name: is_quantized(module.weight)
         for name, module in vlm.model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     assert len(linears) == 15
-    assert [name for name, quantised in linears.items() if not quantised] == ["lm_head"]
+    assert [name for name, quantized in linears.items() if not quantized] == ["lm_head"]
     assert recall(attach(vlm)).residual == "subtract"
 
 

@@ -1,21 +1,21 @@
-"""Laws of quantised bases: known by class, never changed, trained through, told apart."""
+"""Laws of quantized bases: known by class, never changed, trained through, told apart."""
 
 import pytest
 import torch
-from quantised_models import build_saved_base
+from quantized_models import build_saved_base
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantised, stored_values
+from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantized, stored_values
 from milora_vl.adapter.state import MILORA, factors, recall
 from milora_vl.config import MiloraConfig
 from milora_vl.export.merge import merge_adapter
 
 bnb = pytest.importorskip("bitsandbytes")
 
-NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def load_nf4(saved_base):
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=NOT_QUANTISED,
+            llm_int8_skip_modules=NOT_QUANTIZED,
         )
         return LlavaForConditionalGeneration.from_pretrained(
             saved_base, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
@@ -47,8 +47,8 @@ def test_class_tells_what_the_dtype_hides():
     layer = bnb.nn.Linear4bit(32, 64, bias=False, quant_type="nf4", quant_storage=torch.bfloat16)
     layer = layer.to("cpu")
     assert layer.weight.dtype == torch.bfloat16
-    assert is_quantised(layer.weight)
-    assert not is_quantised(nn.Linear(4, 4).bfloat16().weight)
+    assert is_quantized(layer.weight)
+    assert not is_quantized(nn.Linear(4, 4).bfloat16().weight)
 
 
 def test_float_storage_does_not_hide_4_bits_from_the_initialisation(saved_base, batch):
@@ -57,7 +57,7 @@ def test_float_storage_does_not_hide_4_bits_from_the_initialisation(saved_base, 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_quant_storage=torch.bfloat16,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=NOT_QUANTISED,
+        llm_int8_skip_modules=NOT_QUANTIZED,
     )
     model = LlavaForConditionalGeneration.from_pretrained(
         saved_base, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
@@ -122,11 +122,11 @@ def test_attach_train_save_load(load_nf4, batch, tmp_path):
     loaded = load_adapter(base, tmp_path / "a")
     assert recall(loaded).residual == "anchor"
     assert (compute_logits(loaded, batch) - live).abs().max() < 1e-4
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         merge_adapter(loaded)
 
 
-def test_float_copy_of_a_quantised_base_is_another_base(
+def test_float_copy_of_a_quantized_base_is_another_base(
     load_nf4, saved_base, batch, tmp_path, caplog
 ):
     peft_model, _ = attach_milora(load_nf4(), MiloraConfig(r=8), progress=False)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
-from milora_vl.adapter.quantized import is_quantised
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.targets import check_layers, find_targets, resolve_residual
 
 
@@ -79,7 +79,7 @@ def test_tower_and_head_are_matched_only_if_asked_for(tiny_vlm):
         find_targets(tiny_vlm, pattern, allow_outside=True)
 
 
-def test_quantised_is_judged_by_class_not_dtype():
+def test_quantized_is_judged_by_class_not_dtype():
     bnb = pytest.importorskip("bitsandbytes")
     # packed 4-bit values under a float storage dtype: the dtype alone looks like a plain weight
     layer = bnb.nn.Linear4bit(
@@ -91,9 +91,9 @@ def test_quantised_is_judged_by_class_not_dtype():
     )
     layer = layer.to("cpu")
     assert layer.weight.dtype == torch.bfloat16
-    assert is_quantised(layer.weight)
+    assert is_quantized(layer.weight)
     model = nn.ModuleDict({"layer": layer})
     assert resolve_residual(model, ["layer"], "auto") == "anchor"
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantized"):
         resolve_residual(model, ["layer"], "subtract")
-    assert not is_quantised(nn.Linear(4, 4).bfloat16().weight)
+    assert not is_quantized(nn.Linear(4, 4).bfloat16().weight)

@@ -199,7 +199,7 @@ def test_wrong_words_are_refused(run, tiny_checkpoint, tmp_path, capsys):
             "this adapter has rank 8",
         ),
         (
-            [str(folder), "--out", "o", "--form", "merged", "--merge-onto", "dequantised"],
+            [str(folder), "--out", "o", "--form", "merged", "--merge-onto", "dequantized"],
             "4-bit base",
         ),
     ):
@@ -270,12 +270,12 @@ def test_4_bit_adapters_merge_onto_a_named_base(even_checkpoint, tmp_path, capsy
     pytest.importorskip("bitsandbytes")
     folder, live = make_adapter(even_checkpoint, tmp_path / "run", quantization="nf4")
     facts = json.loads((folder / "adapter" / "milora.json").read_text())
-    assert facts["base"]["quantised"] == "Params4bit"
+    assert facts["base"]["quantized"] == "Params4bit"
     with pytest.raises(ValueError, match="--merge-onto original or"):
         export_adapter(folder, tmp_path / "merged", "merged")
     export_adapter(folder, tmp_path / "lora", "lora")  # on the 4-bit base again
     found = {}
-    for onto in ("original", "dequantised"):
+    for onto in ("original", "dequantized"):
         exported = export_adapter(folder, tmp_path / onto, "merged", merge_onto=onto)
         assert all(check.passed for check in exported.checks)
         vlm = load_vlm(tmp_path / onto)
@@ -284,7 +284,7 @@ def test_4_bit_adapters_merge_onto_a_named_base(even_checkpoint, tmp_path, capsy
         assert f"**{onto}**" in card
         assert ("against the 4-bit model" in card) == (onto == "original")
     distance = {onto: float((logits - live).abs().max()) for onto, logits in found.items()}
-    assert distance["dequantised"] < distance["original"]
+    assert distance["dequantized"] < distance["original"]
     with pytest.raises(SystemExit):
         main(["export", "--help"])
-    assert "differ from these by the quantisation error" in capsys.readouterr().out
+    assert "differ from these by the quantization error" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
-from quantised_models import build_whole_checkpoint
+from quantized_models import build_whole_checkpoint
 from safetensors.torch import load_file
 
 from milora_vl.adapter.attach import attach_milora

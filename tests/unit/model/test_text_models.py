@@ -60,7 +60,7 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_text_model_goes_the_same_way(text_checkpoint: Path, tmp_path: Path) -> None:
     vlm = load_vlm(text_checkpoint, prompt_style="chatml")
-    assert not vlm.sees
+    assert not vlm.has_vision
     dataset = load_data(vlm, write_problems(tmp_path / "train.json", 3, seed=0))
     batch = build_collate(vlm)([dataset[index] for index in range(3)])
     inputs = {name: value for name, value in batch.items() if name != "labels"}

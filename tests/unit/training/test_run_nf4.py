@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantised_models import build_whole_checkpoint
+from quantized_models import build_whole_checkpoint
 from safetensors.torch import load_file
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.adapter.portable import read_milora_file
-from milora_vl.adapter.quantized import is_quantised
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import lora_layer, recall
 from milora_vl.config import MiloraConfig, ModelSection, ProjectorSection, parse_config
 from milora_vl.data.dataset import ConversationDataset
@@ -96,7 +96,7 @@ def test_a_run_trains_in_4_bits_and_goes_on_where_it_stopped(
     state = recall(whole.model)
     assert (state.residual, state.quantization_correction) == ("subtract", correction)
     layer = lora_layer(whole.model, state.modules[0])
-    assert is_quantised(layer.get_base_layer().weight)
+    assert is_quantized(layer.get_base_layer().weight)
     run(load(), dataset, tmp_path / "stopped", 2, **adapter)
     (tmp_path / "stopped" / "adapter" / "milora.json").unlink()  # as if stopped before the end
     run(load(), dataset, tmp_path / "stopped", 4, **adapter)
@@ -124,7 +124,7 @@ def test_a_checkpoint_stored_in_4_bits_is_anchored(load, tmp_path: Path) -> None
         assert torch.equal(value, stored.model.state_dict()[name]), name
     peft_model, certificate = attach_milora(stored.model, MiloraConfig(r=4), progress=False)
     assert recall(peft_model).residual == certificate.residual == "anchor"
-    with pytest.raises(LoadError, match="stored quantised"):
+    with pytest.raises(LoadError, match="stored quantized"):
         load_vlm(tmp_path / "nf4", quantization="nf4", prompt_style="chatml")
 
 
@@ -173,7 +173,7 @@ def test_stage_1_aligns_in_float_and_stage_2_trains_in_4_bits(
     assert moved
     assert all("multi_modal_projector" in name for name in moved)
     facts = read_milora_file(tmp_path / "run" / "adapter")
-    assert facts.base["quantised"] == "Params4bit"
+    assert facts.base["quantized"] == "Params4bit"
     assert (facts.residual, facts.base["name_or_path"]) == ("subtract", str(results["base"]))
     base = load_vlm(results["base"], dtype=torch.float32, prompt_style="chatml")
     load_adapter(base.model, tmp_path / "run" / "adapter")
