@@ -153,6 +153,11 @@ def use_one_device(command: str) -> None:
     )
 
 
+def to_float64(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float64; on the CPU where their device has no such numbers (Apple's mps)."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
 def memory_gib() -> float:
     """Return the memory that a new process can have on this computer, in GiB."""
     return psutil.virtual_memory().available / 2**30

@@ -36,6 +36,7 @@ from milora_vl.adapter.state import (
     pretrained_function,
     remember,
 )
+from milora_vl.runtime import to_float64
 
 MOMENT_BYTES = 4 * 1024**3
 
@@ -57,8 +58,8 @@ def null_space_triplets(
         U [d_out, r], S [r] descending and Vh [r, d_in] with ``U diag(S) Vh = W N N^T``; and the
         share of the inputs' energy inside the directions, trace(N^T M N) / trace(M), 0 to 1.
     """
-    values, vectors = torch.linalg.eigh(moment.double())  # ascending; squares span a wide range
-    quiet = vectors[:, :r].to(torch.float32)  # [d_in, r]
+    values, vectors = torch.linalg.eigh(to_float64(moment))  # ascending; squares span a wide range
+    quiet = vectors[:, :r].to(weight)  # [d_in, r]
     U, S, right = torch.linalg.svd(weight @ quiet, full_matrices=False)  # [d_out, r], [r], [r, r]
     Vh = right @ quiet.T
     largest = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.files import write_json_atomic
+from milora_vl.runtime import to_float64
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def certify_layer(
 
 def product_norm(left: Tensor, right: Tensor) -> float:
     """Return ||left right|| of [m, r] and [r, n], without forming the product."""
-    left, right = left.double(), right.double()
+    left, right = to_float64(left), to_float64(right)
     squared = float(((left.T @ left) * (right @ right.T)).sum())
     return max(squared, 0.0) ** 0.5
 

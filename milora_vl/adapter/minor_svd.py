@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from milora_vl.runtime import full_precision
+from milora_vl.runtime import full_precision, to_float64
 
 BLOCK = 384
 PACK_MIN = 64  # smallest side for which packing pays
@@ -422,8 +422,8 @@ def triplets_in(
     image = tall.times(basis)
     for done in range(MAX_CORRECTIONS + 1):
         Q, R = torch.linalg.qr(image)  # by columns, so that small ones keep their accuracy
-        left, S, right = torch.linalg.svd(R.double())
-        U, S, right = Q @ left[:, -r:].float(), S[-r:].float(), right[-kept:].T.float()
+        left, S, right = torch.linalg.svd(to_float64(R))
+        U, S, right = Q @ left[:, -r:].to(Q), S[-r:].to(Q), right[-kept:].T.to(Q)
         basis, image = basis @ right, image @ right
         V = basis[:, -r:]
         residual = tall.transposed_times(U) - V * S  # [N, r]

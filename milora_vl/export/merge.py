@@ -27,7 +27,7 @@ from milora_vl.adapter.state import (
     remove_master_weights_,
     trained_projector,
 )
-from milora_vl.runtime import full_precision
+from milora_vl.runtime import full_precision, to_float64
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def recompress(
         lora_A [r, d_in] and lora_B [d_out, r] in float32, whose product needs no scaling; and the
         singular values of the whole product, descending.
     """
-    left = torch.linalg.qr(lora_B.double())  # Q [d_out, k'], R [k', k]
-    right = torch.linalg.qr(lora_A.double().T)
+    left = torch.linalg.qr(to_float64(lora_B))  # Q [d_out, k'], R [k', k]
+    right = torch.linalg.qr(to_float64(lora_A).T)
     U, S, Vh = torch.linalg.svd(scaling * left.R @ right.R.T, full_matrices=False)
     kept = min(r, S.numel())
     root = S[:kept].sqrt()

@@ -12,7 +12,6 @@ the last line is JSON. The weights are noise plus strong directions: trained wei
 import argparse
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from transformers import (
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.config import MiloraConfig
 from milora_vl.model.nf4 import load_nf4
+from milora_vl.runtime import peak_memory_gib
 
 GIB = 1024**3
 STRONG_DIRECTIONS = 64
@@ -111,7 +111,7 @@ def phase(name: str, results: dict[str, dict[str, float]]) -> Iterator[None]:
     results[name] = {
         "seconds": round(time.perf_counter() - wall, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2),
+        "peak_rss_gib": round(peak_memory_gib(), 2),
     }
     print(name, results[name], flush=True)
 
