@@ -254,6 +254,13 @@ CATEGORY_SHARES = {
 }  # fmt: skip
 """Share of each MMBench category; what a missing source leaves goes to the drawings."""
 
+_KIND_OF_CATEGORY = {
+    "naming photos": "drawing", "naming drawings": "drawing", "presence": "presence",
+    "counting": "counting", "position": "relation", "digits": "digits", "words": "word",
+    "charts": "chart",
+}  # fmt: skip
+"""The kind of train record that teaches a category; what is not taught is not asked."""
+
 _TRIES = 50
 
 
@@ -355,16 +362,20 @@ class BenchPlanner:
         Args:
             rng: Random source.
             scenes: Pictures for the yes/no questions.
-            n_questions: How many; 40 % yes/no, 25 % counts, the rest names and positions.
+            n_questions: How many; 40 % yes/no, 25 % counts, the rest names and positions, of those
+                the split teaches.
         """
-        n_yes_no, n_counts = int(0.4 * n_questions) // 2 * 2, int(0.25 * n_questions)
+        taught = self.split.shares
+        n_yes_no = int(0.4 * n_questions) // 2 * 2
+        n_counts = int(0.25 * n_questions) if "counting" in taught else 0
         rows = balanced_existence(rng, "random", scenes, self.split.concepts, n_yes_no)
         for picture, name, label in rows:
             yield picture, Item("existence", existence_question(name), label, obj=name)
         for _ in range(n_counts):
             yield self.count(rng)
         for index in range(n_questions - n_yes_no - n_counts):
-            yield self._what(rng) if index % 2 else self._name(rng)
+            is_where = index % 2 and "relation" in taught
+            yield self._what(rng) if is_where else self._name(rng)
 
     def styles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the drawing styles and the photo style, the latter empty without photos."""
@@ -373,16 +384,21 @@ class BenchPlanner:
         return drawings, tuple(style for style in styles if style == PHOTO_STYLE)
 
     def _category_counts(self, n_questions: int) -> dict[str, int]:
-        shares = dict(CATEGORY_SHARES)
+        shares = {
+            category: share
+            for category, share in CATEGORY_SHARES.items()
+            if _KIND_OF_CATEGORY[category] in self.split.shares
+        }
+        total = sum(shares.values())
         if PHOTO_STYLE not in self.split.stage.styles:
             del shares["naming photos"]
         if not self.split.stage.catalogue.digits:
-            del shares["digits"]
+            shares.pop("digits", None)
         if not any(len(row) >= N_BARS for row in self.split.series):
-            del shares["charts"]
+            shares.pop("charts", None)
         if not short_words(self.split.concepts):
-            del shares["words"]
-        counts = {category: int(n_questions * share) for category, share in shares.items()}
+            shares.pop("words", None)
+        counts = {category: int(n_questions * share / total) for category, share in shares.items()}
         counts["naming drawings"] += n_questions - sum(counts.values())
         return counts
 

@@ -6,8 +6,8 @@ The ATTRIBUTION file that goes beside a built set.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -32,6 +32,8 @@ from data_prep.sticker.pictures import Plan, paint_to_file
 from data_prep.sticker.pool import worker_pool
 from data_prep.sticker.sources import Catalogue
 from data_prep.sticker.train import (
+    CORE_SHARES,
+    FULL_SHARES,
     VARIED_RATIO,
     Split,
     Stage,
@@ -69,7 +71,7 @@ def attribution_text(catalogue: Catalogue) -> str:
     return "\n".join(lines) + "\n"
 
 
-VERSION = 4
+VERSION = 5
 TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)
 _POPE_KINDS = ("random", "popular", "adversarial")
 
@@ -86,6 +88,7 @@ class Sizes:
         n_pope: Rows of each POPE file; ``n_val_pope`` of validation.
         n_vqa: Questions of the VQA files.
         n_scenes: Pictures the POPE questions are asked about.
+        shares: Share of each kind of record in train, and with it what is asked at all.
     """
 
     n_train: int
@@ -97,10 +100,11 @@ class Sizes:
     n_val_pope: int
     n_vqa: int
     n_scenes: int
+    shares: Mapping[str, float] = field(default_factory=lambda: FULL_SHARES)
 
 
 SIZES = {
-    "core": Sizes(4000, 200, 4, 300, 150, 300, 200, 200, 220),
+    "core": Sizes(3000, 200, 4, 160, 100, 200, 200, 100, 160, CORE_SHARES),
     "full": Sizes(6000, 400, 8, 1000, 300, 500, 300, 500, 420),
     "tiny": Sizes(60, 12, 4, 24, 12, 24, 12, 20, 24),
 }
@@ -167,7 +171,7 @@ class Builder:
         series: list[list[tuple[str, float]]],
     ) -> Split:
         stage = Stage(self.catalogue, self.aspects, styles, self.sizes.max_objects, held_out)
-        return Split(stage, digit_span, series)
+        return Split(stage, digit_span, series, shares=self.sizes.shares)
 
     def _records(self, name: str, split: Split, n_records: int) -> None:
         records, plans = plan_records(Random(f"{self.seed}/{name}"), split, n_records, name)

@@ -4,7 +4,7 @@ Choosing what goes into a scene, with the held-out combinations kept out of trai
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
@@ -209,11 +209,14 @@ def _others(rng: Random, stage: Stage, taken: set[str], n_more: int) -> list[str
     return others
 
 
-SHARES = {
+FULL_SHARES = {
     "relation": 0.16, "counting": 0.16, "presence": 0.25, "drawing": 0.30,
     "digits": 0.04, "word": 0.03, "chart": 0.03, "text": 0.03,
 }  # fmt: skip
 """Share of each kind of record in train; what a missing source leaves goes to the scenes."""
+
+CORE_SHARES = {"presence": 0.57, "drawing": 0.38, "text": 0.05}
+"""The kinds that the CPU demo learns; the benches ask for no other ones either."""
 
 N_CHOICES = {"scene": 2, "drawing": 1}
 """Lettered questions about a picture, by its kind."""
@@ -231,6 +234,7 @@ class Split:
         digit_span: Part of each digit's pictures that belongs to this split.
         series: Bar series of this split.
         varied_ratio: Share of the cut-outs that are painted with a variation.
+        shares: Share of each kind of record; a kind without one is not asked in the benches.
         ledger: Its balance so far.
     """
 
@@ -238,6 +242,7 @@ class Split:
     digit_span: tuple[float, float]
     series: list[list[tuple[str, float]]]
     varied_ratio: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=lambda: FULL_SHARES)
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -301,18 +306,19 @@ def caption_records(records: list[dict]) -> list[dict]:
 
 
 def _kinds(rng: Random, split: Split, n_pictures: int) -> list[str]:
-    shares = dict(SHARES)
+    shares = dict(split.shares)
     if not split.stage.catalogue.digits:
-        del shares["digits"]
+        shares.pop("digits", None)
     if not split.series:
-        del shares["chart"]
+        shares.pop("chart", None)
     if len({concept.kind for concept in split.concepts.values()} - {None}) < 2:
-        del shares["text"]
+        shares.pop("text", None)
     total = sum(shares.values())
     kinds = []
     for kind, share in shares.items():
         kinds += [kind] * int(n_pictures * share / total)
-    kinds += ["counting"] * (n_pictures - len(kinds))
+    rest = "counting" if "counting" in shares else "presence"
+    kinds += [rest] * (n_pictures - len(kinds))
     rng.shuffle(kinds)
     return kinds
 

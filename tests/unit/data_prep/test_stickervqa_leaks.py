@@ -5,15 +5,23 @@ import colorsys
 import io
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from random import Random
 
 import pytest
 from PIL import Image
-from sticker_sets import COUNT_TEXT, IS_WHERE_TEXT, POPE_TEXT, WHAT_WHERE_TEXT, WHERE_TEXT
+from sticker_sets import (
+    COUNT_TEXT,
+    IS_WHERE_TEXT,
+    POPE_TEXT,
+    WHAT_WHERE_TEXT,
+    WHERE_TEXT,
+    BuiltSet,
+)
 
 from data_prep.sticker import charts
 from data_prep.sticker.benches import BenchPainter
-from data_prep.sticker.build import BENCH_DIGITS, TRAIN_DIGITS
+from data_prep.sticker.build import BENCH_DIGITS, SIZES, TRAIN_DIGITS, Builder
 from data_prep.sticker.fallback import drawn_catalogue
 from data_prep.sticker.names import may_deny
 from data_prep.sticker.pictures import (
@@ -24,6 +32,40 @@ from data_prep.sticker.pictures import (
     plan_background,
 )
 from data_prep.sticker.questions import INVERSE, RELATION_TEXTS, count_held_out, relation_held_out
+
+
+@pytest.fixture(scope="module")
+def core_sets(tmp_path_factory):
+    """Small sets drawn in code with the kinds of ``core`` alone, one a seed."""
+    sizes = replace(SIZES["tiny"], shares=SIZES["core"].shares)
+    folders = [tmp_path_factory.mktemp("core") for _ in range(3)]
+    for seed, folder in enumerate(folders):
+        Builder(folder, drawn_catalogue(), sizes, seed, False).build(60, "core")
+    return [BuiltSet(folder, drawn_catalogue()) for folder in folders]
+
+
+def test_core_asks_only_for_what_it_teaches(core_sets):
+    for each in core_sets:
+        taught = {kind for _, kind, _, _ in each.train_turns()}
+        assert taught == {"existence", "presence", "naming", "caption", "text"}
+        categories = set(each.mmbench["category"])
+        assert {"naming drawings", "presence"} <= categories
+        assert categories <= {"naming photos", "naming drawings", "presence"}
+        answers = each.vqa_annotations["annotations"]
+        assert {row["answer_type"] for row in answers} == {"yes/no", "other"}
+        for question in each.vqa_questions["questions"]:
+            text = question["question"]
+            assert POPE_TEXT.fullmatch(text) or text == "What is shown in the picture?"
+    shares = SIZES["full"].shares
+    assert {"counting", "relation", "digits", "word", "chart"} <= set(shares)
+
+
+def test_core_is_as_balanced_as_full(core_sets):
+    _check_blind(core_sets)
+    for each in core_sets:
+        test_every_object_has_as_many_yes_as_no(each)
+        test_held_out_artists_are_only_in_the_bench(each)
+        test_no_bench_picture_nearly_equals_a_train_picture(each)
 
 
 def test_every_object_has_as_many_yes_as_no(built):
