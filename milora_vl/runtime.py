@@ -69,6 +69,14 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def join_processes() -> None:
+    """Meet the other processes, if a launcher started several; without effect the second time."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
 def is_main_process() -> bool:
     """Return whether this process writes what belongs to the whole job."""
     return process_rank() == 0

@@ -205,19 +205,18 @@ def evaluate_stage(
         place = kept or folder
         if not all(gather_json(evaluation_is_done(place))):
             vlm = get_vlm()
-            if is_main_process():
-                with autocast_as(arguments, vlm.model):
-                    evaluate(
-                        vlm,
-                        section.benches,
-                        section.data_dir,
-                        place,
-                        batch_size=section.batch_size,
-                        limit=section.limit,
-                        blind=section.blind,
-                        model_name=vlm.path,
-                        adapter_name=adapter_name,
-                    )
+            with autocast_as(arguments, vlm.model):
+                evaluate(
+                    vlm,
+                    section.benches,
+                    section.data_dir,
+                    place,
+                    batch_size=section.batch_size,
+                    limit=section.limit,
+                    blind=section.blind,
+                    model_name=vlm.path,
+                    adapter_name=adapter_name,
+                )
             wait_for_all()
         if kept and is_main_process():
             shutil.copytree(kept, folder, dirs_exist_ok=True)

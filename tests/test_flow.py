@@ -141,6 +141,7 @@ def test_two_processes_share_one_run(config_file: Path, tmp_path: Path) -> None:
     assert done.stdout.count("report: ") == 1  # the main process alone speaks
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["after"]["benches"]["pope"]["n"] > 0
+    assert not list((tmp_path / "run").glob("eval_*/answers*"))
     assert (tmp_path / "run" / "adapter" / "milora.json").exists()
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     steps = [one["step"] for one in log if one["stage"] == "finetune" and "grad_norm" in one]

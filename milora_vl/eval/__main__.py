@@ -16,6 +16,9 @@ from milora_vl.runtime import (
     autocast,
     choose_precision,
     count_layer_shapes,
+    from_main_process,
+    is_main_process,
+    join_processes,
     keep_freed_memory,
 )
 
@@ -185,22 +188,27 @@ def choose_autocast(asked: str, model: Any, out: Path) -> Any:
     """
     import torch
 
+    from milora_vl.eval.evaluation import JOURNAL
+
     if asked != "auto":
         return None if asked == "none" else getattr(torch, asked)
-    file = out / "precision.json"
-    if file.is_file():
-        return Precision(**json.loads(file.read_text(encoding="utf-8"))).dtype
-    precision = choose_precision(
-        "auto",
-        lambda: count_layer_shapes(model),
-        model.device,
-        weights=model.dtype,
-        backward=False,
-        name="--autocast",
-    )
-    logger.warning("--autocast auto: %s; %s", precision.dtype or "none", precision.reason)
-    write_json_atomic(file, asdict(precision))
-    return precision.dtype
+    file, found = out / "precision.json", None
+    if is_main_process():
+        if file.is_file() and (out / JOURNAL).is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            precision = choose_precision(
+                "auto",
+                lambda: count_layer_shapes(model),
+                model.device,
+                weights=model.dtype,
+                backward=False,
+                name="--autocast",
+            )
+            logger.warning("--autocast auto: %s; %s", precision.dtype or "none", precision.reason)
+            found = asdict(precision)
+            write_json_atomic(file, found)
+    return Precision(**from_main_process(found)).dtype
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -250,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     arguments = build_parser().parse_args(argv)
     keep_freed_memory()
+    join_processes()
     from milora_vl.eval.report import print_results
 
     try:
@@ -262,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {explain_error(error)}\n")
         return 1
+    if not is_main_process():
+        return 0
     print_results(results)
     sys.stdout.write(f"results: {arguments.out / 'results.json'}\n")
     return 0

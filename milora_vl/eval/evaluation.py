@@ -30,6 +30,7 @@ from milora_vl.eval.judge import Judge
 from milora_vl.eval.published import published_scores
 from milora_vl.eval.text_tasks import run_text_tasks
 from milora_vl.files import write_json_atomic, write_text_atomic
+from milora_vl.runtime import process_count, process_rank, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class AnswerJournal:
         self.path = path
         self._known: dict[str, Answer] = {}
         self._served: dict[str, float] = {}
-        header = json.dumps({"identity": dict(identity)}, sort_keys=True)
+        self._header = header = json.dumps({"identity": dict(identity)}, sort_keys=True)
         # a crash may cut a character in two; texts may hold other line breaks than "\n"
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         lines = [line for line in text.split("\n") if line]
@@ -64,6 +65,16 @@ class AnswerJournal:
             if lines:
                 logger.warning("%s belongs to another model or adapter; starting afresh", path)
         write_text_atomic(path, "".join(f"{line}\n" for line in [header, *kept]))
+
+    def take_over(self, other: Path) -> None:
+        """Record another process's answers, if they are of the same model, and delete its file."""
+        text = other.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.split("\n") if line]
+        if lines and lines[0] == self._header:
+            whole = [line for line in lines[1:] if self._take(line)]
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("".join(f"{line}\n" for line in whole))
+        other.unlink()
 
     def _take(self, line: str) -> bool:
         try:
@@ -377,6 +388,8 @@ def check_parity(
 
 
 JOURNAL = "answers.partial.jsonl"
+SHARED_JOURNALS = "answers.partial.*.jsonl"
+"""Answers of the other processes of a job, one file each."""
 STICKERVQA = ("mmbench", "pope", "vqav2")
 """Benches whose formats StickerVQA is written in."""
 TEXT_PREFIX = "lm:"
@@ -425,9 +438,10 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         progress: Whether to show progress bars.
 
     An interrupted call leaves its answers in ``out_dir``; the same call again goes on from there.
+    In a job of several processes all of them call this, and each answers a share of the questions.
 
     Returns:
-        What is written to ``results.json``.
+        What is written to ``results.json``; nothing in processes other than the main one.
 
     Raises:
         EvaluationError: If more samples failed than allowed; nothing failed is scored as "".
@@ -452,7 +466,9 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         "limit": {name: _limit_of(limit, name) for name in items},
         "benches": {},
     }
-    journal = AnswerJournal(out_dir / JOURNAL, _identity(vlm.model, style_name, model_name))
+    rank = process_rank()
+    file = JOURNAL if rank == 0 else SHARED_JOURNALS.replace("*", str(rank))
+    journal = AnswerJournal(out_dir / file, _identity(vlm.model, style_name, model_name))
     conditions = Conditions(
         out_dir=out_dir,
         data_dir=data_dir,
@@ -464,6 +480,10 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         judge=judge,
         progress=progress,
     )
+    if answerer is not None:
+        _answer_together(items, answerer, conditions)
+    if rank > 0:
+        return {}
     lines: list[str] = []
     for name in items:
         result, new_lines = run_bench(name, items[name], answerer, conditions)
@@ -484,6 +504,51 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     write_json_atomic(out_dir / "results.json", results)
     journal.remove()
     return results
+
+
+def _answer_together(
+    items: Mapping[str, Sequence[Item]], answerer: Answerer, conditions: Conditions
+) -> None:
+    """Answer this process's share of all questions; the main process gets those of the others.
+
+    What a process cannot answer is left to the main one, which counts its failures.
+    """
+    rank, count = process_rank(), process_count()
+    if rank == 0:  # also those that an interrupted job of more processes left
+        for file in sorted(conditions.out_dir.glob(SHARED_JOURNALS)):
+            if count == 1:
+                conditions.journal.take_over(file)
+    if count == 1:
+        return
+    for name, all_items in items.items():
+        share = share_of(all_items, rank, count)
+        requests = {name: _requests(share)}
+        if conditions.blind and any(item.image and item.answers for item in all_items):
+            labeled = [item for item in share if item.answers]
+            requests[f"{name}, no picture"] = [
+                Request(item.id, item.prompt, choices=item.choices) for item in labeled
+            ]
+        for label, asked in requests.items():
+            answerer.answer(
+                asked,
+                label=label,
+                max_new_tokens=conditions.max_new_tokens or BENCHES[name].MAX_NEW_TOKENS,
+                allow_errors=len(asked),
+                progress=conditions.progress and rank == 0,
+                journal=conditions.journal,
+            )
+    wait_for_all()
+    if rank == 0:
+        for file in sorted(conditions.out_dir.glob(SHARED_JOURNALS)):
+            conditions.journal.take_over(file)
+
+
+def share_of(items: Sequence[Item], rank: int, count: int) -> list[Item]:
+    """Return one process's share of a bench; questions on one picture stay together."""
+    places: dict[str, int] = {}
+    for item in items:
+        places.setdefault(item.group, len(places))
+    return [item for item in items if places[item.group] % count == rank]
 
 
 def _limit_of(limit: int | Mapping[str, int] | None, name: str) -> int | None:

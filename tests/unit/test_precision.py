@@ -13,6 +13,7 @@ from torch import nn
 
 from milora_vl.config import ConfigError, parse_config
 from milora_vl.eval.__main__ import choose_autocast
+from milora_vl.eval.evaluation import JOURNAL
 from milora_vl.pipeline import record_environment, with_precisions
 from milora_vl.runtime import (
     LayerShape,
@@ -131,6 +132,7 @@ def test_an_evaluation_that_goes_on_keeps_its_precision(tmp_path: Path) -> None:
     kept = json.loads(file.read_text(encoding="utf-8"))
     assert first == (torch.bfloat16 if kept["bf16"] else None)
     file.write_text(json.dumps(kept | {"bf16": not kept["bf16"]}), encoding="utf-8")
+    (tmp_path / JOURNAL).write_text("", encoding="utf-8")  # it was interrupted
     assert choose_autocast("auto", model, tmp_path) != first
     assert choose_autocast("none", model, tmp_path) is None
     assert choose_autocast("float16", model, tmp_path) == torch.float16
