@@ -355,10 +355,13 @@ class Precision:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn "auto" into CUDA when there is one, else the CPU."""
+    """Turn "auto" into CUDA when there is one, else the CPU; "cuda" into this process's device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:

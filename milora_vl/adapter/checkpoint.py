@@ -52,6 +52,7 @@ from milora_vl.adapter.state import (
     add_adapters,
     add_more_adapters_,
     anchor_of,
+    check_not_merged,
     current_adapter,
     forget,
     lora_layer,
@@ -278,6 +279,7 @@ def _check_known(peft_model: PeftModel, adapter_name: str) -> None:
 
 
 def _check_shared_base(peft_model: PeftModel) -> None:
+    check_not_merged(peft_model)
     for name, state in adapter_states(peft_model).items():
         if state.residual == "subtract":
             raise ValueError(

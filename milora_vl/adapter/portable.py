@@ -128,6 +128,7 @@ def portable_tensors(peft_model: PeftModel, adapter_name: str | None = None) -> 
     state = recall(peft_model, adapter_name)
     parts = [adapter_name, anchor_of(adapter_name)] if state.has_anchor else [adapter_name]
     tensors: dict[str, Tensor] = {}
+    check_whole(peft_model)
     for name in state.modules:
         pairs = [[_whole(f, name) for f in factors(peft_model, name, part)] for part in parts]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([A for A, _ in pairs], dim=0)
@@ -140,7 +141,45 @@ def portable_tensors(peft_model: PeftModel, adapter_name: str | None = None) -> 
         for key, value in trained_state(trained).items():
             # clone: on the CPU `.cpu()` is the live tensor, which training changes during the write
             tensors[f"{PREFIX}{state.projector}.{key}"] = value.detach().cpu().clone()
+    for key, value in tensors.items():
+        check_finite(key, value)
     return tensors
+
+
+def check_finite(key: str, value: Tensor) -> None:
+    """Refuse a tensor with NaN or infinite values.
+
+    Raises:
+        ValueError: Naming it, with the number of such values.
+    """
+    bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+    if bad:
+        raise ValueError(
+            f"{key}: {bad} of {value.numel()} values are NaN or infinite, so the training behind "
+            "them diverged; go back to an earlier checkpoint"
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose parameters are sharded, before anything is trained or written.
+
+    Raises:
+        ValueError: Naming the parameter and how it is sharded.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            how = "FSDP2 (DTensor)"
+        elif hasattr(parameter, "ds_id"):
+            how = "DeepSpeed ZeRO-3"
+        elif type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
+            how = "FSDP (flat parameters)"
+        else:
+            continue
+        raise ValueError(
+            f"{name} is sharded over processes by {how}, and adapters are saved from whole "
+            "parameters only. Train with DistributedDataParallel (no fsdp settings) or DeepSpeed "
+            "ZeRO-2; at 7B that fits one 80 GB device, in 4 bits (quantization='nf4') a 24 GB one"
+        )
 
 
 def _whole(factor: Tensor, name: str) -> Tensor:
@@ -211,25 +250,25 @@ def check_files(folder: Path, metadata: MiloraFile) -> None:
     if not config_path.exists():
         raise FileNotFoundError(f"{config_path} is missing; copy the adapter folder again")
     try:
-        found = LoraConfig.from_pretrained(str(folder))
+        actual = LoraConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:  # of JSON and of text too
         raise ValueError(
             f"{config_path} is damaged: {error}; copy the adapter folder again"
         ) from error
-    wanted = portable_config(metadata.state(), None, None)
+    expected = portable_config(metadata.state(), None, None)
     for key in CONFIG_KEYS:
-        if _comparable(getattr(found, key)) != _comparable(getattr(wanted, key)):
+        if _comparable(getattr(actual, key)) != _comparable(getattr(expected, key)):
             raise ValueError(
-                f"{config_path}: {key}={getattr(found, key)}, but {MILORA_FILE} asks for "
-                f"{getattr(wanted, key)}; one of them was edited, copy the adapter folder again"
+                f"{config_path}: {key}={getattr(actual, key)}, but {MILORA_FILE} asks for "
+                f"{getattr(expected, key)}; one of them was edited, copy the adapter folder again"
             )
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; copy the adapter folder again")
-    found = sha256_of(path)
-    if found != metadata.weights_sha256:
+    actual = sha256_of(path)
+    if actual != metadata.weights_sha256:
         raise ValueError(
-            f"{path} is damaged or was changed: SHA-256 {found}, expected "
+            f"{path} is damaged or was changed: SHA-256 {actual}, expected "
             f"{metadata.weights_sha256} ({path.stat().st_size} bytes on disk); copy the adapter "
             "folder again"
         )
@@ -243,28 +282,30 @@ def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
     """Check that the stored tensors fit the base model, before it is changed.
 
     Raises:
-        ValueError: Naming the first tensor that is missing, superfluous or of another shape.
+        ValueError: Naming the first tensor that is missing, superfluous, of another shape or not
+            finite.
     """
-    wanted: dict[str, list[int]] = {}
+    expected: dict[str, list[int]] = {}
     for name in state.modules:
         layer, rank = model.get_submodule(name), state.widening * state.r
-        wanted[f"{PREFIX}{name}.lora_A.weight"] = [rank, layer.in_features]
-        wanted[f"{PREFIX}{name}.lora_B.weight"] = [layer.out_features, rank]
+        expected[f"{PREFIX}{name}.lora_A.weight"] = [rank, layer.in_features]
+        expected[f"{PREFIX}{name}.lora_B.weight"] = [layer.out_features, rank]
         if state.init == "dora":
-            wanted[f"{PREFIX}{name}.{MAGNITUDE}"] = [layer.out_features]
+            expected[f"{PREFIX}{name}.{MAGNITUDE}"] = [layer.out_features]
     if state.projector:
         projector = model.get_submodule(state.projector)
         projector = getattr(projector, "original_module", projector)  # PEFT's wrapper has both
         for key, value in projector.state_dict().items():
-            wanted[f"{PREFIX}{state.projector}.{key}"] = list(value.shape)
+            expected[f"{PREFIX}{state.projector}.{key}"] = list(value.shape)
     with _open(folder) as file:
-        found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    for key in sorted(wanted.keys() | found.keys()):
-        if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {key} has shape {found.get(key)}, but r={state.r} on "
-                f"this model needs {wanted.get(key)}"
-            )
+        actual = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        for key in sorted(expected.keys() | actual.keys()):
+            if actual.get(key) != expected.get(key):
+                raise ValueError(
+                    f"{folder / WEIGHTS_FILE}: {key} has shape {actual.get(key)}, but r={state.r} "
+                    f"on this model needs {expected.get(key)}"
+                )
+            check_finite(f"{folder / WEIGHTS_FILE}: {key}", file.get_tensor(key))
 
 
 def read_tensors_(

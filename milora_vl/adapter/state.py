@@ -265,6 +265,23 @@ def subtract_anchor_(
         weight.data.copy_(weight.detach().to(torch.float32) + negative_minor)
 
 
+def check_not_merged(peft_model: PeftModel) -> None:
+    """Refuse a model whose adapters PEFT has added to the base weights (``merge_adapter``).
+
+    Its weights are then neither the base's nor W_p, so that a second merge, or taking the adapters
+    off, would give another model without a word.
+
+    Raises:
+        ValueError: Naming the first merged layer.
+    """
+    for name, module in peft_model.named_modules():
+        if isinstance(module, LoraLayer) and module.merged:
+            raise ValueError(
+                f"{name}: PEFT has merged {', '.join(module.merged_adapters)} into the base weight "
+                "(peft_model.merge_adapter()); call peft_model.unmerge_adapter() first"
+            )
+
+
 def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
     """Return the PEFT layer that wraps the base layer of full name ``name``."""
     return peft_model.get_base_model().get_submodule(name)
@@ -327,8 +344,9 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     ``peft_model.disable_adapter()`` alone would leave W_p without its minor part in subtract mode.
 
     Raises:
-        ValueError: If the model carries no MiLoRA adapter.
+        ValueError: If the model carries no MiLoRA adapter, or PEFT has merged it.
     """
+    check_not_merged(peft_model)
     state, adapter_name = recall(peft_model), current_adapter(peft_model)
     anchor = anchor_of(adapter_name)
     flags = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}

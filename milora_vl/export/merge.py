@@ -3,7 +3,7 @@
 A plain LoRA of a smaller rank that is as near as possible to a saved one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from milora_vl.adapter.quantized import dense_weight, is_quantized
 from milora_vl.adapter.state import (
     MiloraState,
     anchor_of,
+    check_not_merged,
     corrections,
     current_adapter,
     factors,
@@ -150,9 +151,11 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
         The base model with merged weights; it can be saved with ``save_pretrained``.
 
     Raises:
-        ValueError: If the model has no MiLoRA adapter or its base is quantized.
+        ValueError: If the model has no MiLoRA adapter, its base is quantized, PEFT has merged it
+            already, or a merged value does not fit the dtype. The weights are then unchanged.
     """
     state = recall(peft_model)
+    check_not_merged(peft_model)
     weights = {name: lora_layer(peft_model, name).get_base_layer().weight for name in state.modules}
     for name, weight in weights.items():
         if is_quantized(weight):
@@ -162,12 +165,42 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
                 "original or the dequantized weights"
             )
     adapter_name = current_adapter(peft_model)
+    check_merged_values(
+        (name, merged_weight(peft_model, name, weight.detach().to(torch.float32, copy=True)), dtype)
+        for name, weight in weights.items()
+        for dtype in [weight.dtype]
+    )
     for name, weight in weights.items():
         merged = merged_weight(peft_model, name, weight.detach().to(torch.float32, copy=True))
         weight.data.copy_(merged)
     if state.projector:
         remove_master_weights_(trained_projector(peft_model, state.projector, adapter_name))
     return peft_model.unload()
+
+
+def check_merged_values(layers: Iterable[tuple[str, Tensor, torch.dtype]]) -> None:
+    """Refuse merged weights with values that their dtype cannot hold.
+
+    float16 ends at 65504, so what a bfloat16 or float32 adapter computes may overflow it.
+
+    Args:
+        layers: Full name, merged weight in float32, and the dtype it will be stored in.
+
+    Raises:
+        ValueError: With the number of such values and the first layer that has one.
+    """
+    bad = {}
+    for name, merged, dtype in layers:
+        if count := int((~torch.isfinite(merged.to(dtype))).sum()):
+            bad[name] = (count, dtype)
+    if bad:
+        first, (_, dtype) = next(iter(bad.items()))
+        total = sum(count for count, _ in bad.values())
+        raise ValueError(
+            f"{total} merged values in {len(bad)} layers are not finite in "
+            f"{str(dtype).removeprefix('torch.')} (first: {first}); load the base in bfloat16 or "
+            "float32 (--dtype), or check that the adapter did not diverge"
+        )
 
 
 def merged_weight(peft_model: PeftModel, name: str, weight: Tensor) -> Tensor:
@@ -206,6 +239,7 @@ def dequantized_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -
         peft_model: From ``attach_milora`` or ``load_adapter`` on a quantized base.
         dtype: Of the returned weights; default: that of the parts that were not quantized.
     """
+    check_not_merged(peft_model)
     state, adapter_name = recall(peft_model), current_adapter(peft_model)
     dtype = dtype or peft_model.get_base_model().get_input_embeddings().weight.dtype
     values = {
@@ -214,6 +248,7 @@ def dequantized_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -
         ).to(dtype)
         for name in state.modules
     }
+    check_merged_values((key, value, dtype) for key, value in values.items())
     if state.projector:
         remove_master_weights_(trained_projector(peft_model, state.projector, adapter_name))
     quantized = peft_model.unload()

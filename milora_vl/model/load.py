@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -91,6 +92,17 @@ def _check_quantizable(path: str, stored_quantized: bool, allow_pickle: bool) ->
         )
 
 
+def _check_complete(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers fills them at random."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise LoadError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; they would be random. Copy the checkpoint again, or give the one that "
+            "it belongs to (an adapter or a projector alone is no model)"
+        )
+
+
 def load_vlm(  # noqa: PLR0913  all but the path by keyword
     path: Path | str,
     *,
@@ -121,8 +133,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
 
     Raises:
         LoadError: If it cannot be found or read, needs a login, does not fit into memory, is an
-            architecture that cannot be adapted, or model and processor disagree on the number of
-            image tokens.
+            architecture that cannot be adapted, lacks weights, or model and processor disagree on
+            the number of image tokens.
     """
     path = str(path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -145,7 +157,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     stored_quantized = getattr(config, "quantization_config", None) is not None
     if quantization:
         _check_quantizable(path, stored_quantized, allow_pickle)
-    if stored_quantized:
+    if stored_quantized or place.type != "cpu":
+        # every weight goes straight to its device, not through a whole model in host memory
         options["device_map"] = {"": str(place)}
     weights = None
     try:
@@ -154,9 +167,10 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
                 options.pop("use_safetensors")  # nothing else is read
                 model, weights = load_nf4(path, config, device=place, **options)
             else:
-                model = model_class.from_pretrained(path, **options)
-            if not (quantization or stored_quantized):
-                model = model.to(place)
+                model, report = model_class.from_pretrained(
+                    path, output_loading_info=True, **options
+                )
+                _check_complete(path, model, report)
         processor = (AutoProcessor if takes_pictures else AutoTokenizer).from_pretrained(
             path, **common
         )

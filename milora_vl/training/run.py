@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
+from milora_vl.adapter.portable import check_whole
 from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.records import DataError
@@ -28,6 +29,14 @@ from milora_vl.training.stop import StopOnSigterm
 from milora_vl.training.trainer import MetricsWriter, VlmTrainer, supervised_positions
 
 logger = logging.getLogger(__name__)
+
+
+class WholeParameters(TrainerCallback):
+    """Ends a run whose parameters are sharded before its first step: none could be saved."""
+
+    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        """Check the model as it is distributed now."""
+        check_whole(model)
 
 
 def train(  # noqa: PLR0913  settings by keyword
@@ -57,6 +66,7 @@ def train(  # noqa: PLR0913  settings by keyword
         callbacks=[MetricsWriter(metrics_file, stage), stop],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(WholeParameters())
     checkpoint = last_checkpoint(Path(arguments.output_dir))
     if checkpoint:
         logger.info("%s: going on from %s", stage, checkpoint)
