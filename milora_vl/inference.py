@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from milora_vl.adapter.checkpoint import load_adapter
-from milora_vl.data.images import load_image
+from milora_vl.data.images import load_image, to_rgb
 from milora_vl.eval.generate_plain import build_prompt, generate
 from milora_vl.model.load import VLM, load_vlm
 
@@ -60,6 +60,6 @@ def ask(
     """
     pictures = []
     if image is not None:
-        pictures = [image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)]
+        pictures = [to_rgb(image) if isinstance(image, Image.Image) else load_image(image)]
     (tokens,) = generate(vlm, [build_prompt(vlm, question, pictures)], max_new_tokens)
     return vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()

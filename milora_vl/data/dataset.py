@@ -227,23 +227,29 @@ class ConversationDataset(Dataset):
             return
         pattern = re.compile("|".join(map(re.escape, self._special_tokens)))
         found: Counter[str] = Counter()
-        n_records = 0
+        places: list[str] = []
         for conversation in self.conversations:
             answers = (turn.text for turn in conversation.turns if turn.role == "assistant")
             names = {name for answer in answers for name in pattern.findall(answer)}
-            found.update(names)
-            n_records += bool(names)
-        if n_records:
-            as_token = self.special_tokens_in_answers == "token"
-            logger.warning(
-                "special tokens' names in the answers of %d of %d records (%s) are read as %s; "
-                "data.special_tokens_in_answers: %s reads them as %s",
-                n_records,
-                len(self.conversations),
-                ", ".join(name for name, _ in found.most_common(5)),
-                *(("tokens", "literal", "characters") if as_token else ("characters",)),
-                *(() if as_token else ("token", "tokens")),
-            )
+            if names:
+                found.update(names)
+                places.append(_place(conversation))
+        if not places:
+            return
+        now, other, then = "characters", "token", "tokens"
+        if self.special_tokens_in_answers == "token":
+            now, other, then = "tokens", "literal", "characters"
+        logger.warning(
+            "special tokens' names in the answers of %d of %d records (first: %s; %s) are read as "
+            "%s; data.special_tokens_in_answers: %s reads them as %s",
+            len(places),
+            len(self.conversations),
+            places[0],
+            ", ".join(name for name, _ in found.most_common(5)),
+            now,
+            other,
+            then,
+        )
 
     def _count(self, reason: str, error: ValueError) -> None:
         """Count what is left out; only the first ones are named, a data set can hold thousands."""

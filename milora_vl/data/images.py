@@ -237,17 +237,24 @@ def load_image(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
     """
     try:
         with _open_image(path, max_pixels) as image:
-            turn = _find_turn(image)  # before decoding, as for ``read_image_size``
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                gray = Image.fromarray(_scale_to_8_bits(image))
-                rgb = gray.convert("RGB")
-            else:
-                rgb = image.convert("RGB")
-            return rgb if turn is None else rgb.transpose(turn)
+            return to_rgb(image)
     except BadImageError:
         raise
     except (*_DECODE_ERRORS, struct.error, Image.DecompressionBombError) as error:
         raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as 8-bit RGB, turned upright; ``load_image`` says how.
+
+    Raises:
+        ValueError: If a float image holds values that are not finite.
+    """
+    turn = _find_turn(image)  # before decoding, as ``read_image_size`` does
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = Image.fromarray(_scale_to_8_bits(image))
+    rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def read_image_size(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def build_dataset(
 
     Raises:
         ValueError: If records have pictures and the model is a text model, or exchanges are to be
-            learnt side by side and the model's attention does not allow it.
+            learned side by side and the model's attention does not allow it.
     """
     if section.turns == "side_by_side":
         check_side_by_side(vlm.model, section.max_length)

@@ -143,7 +143,7 @@ BOXED = [boxed(0, "<|im_start|>(1,2)"), boxed(1, "nowhere"), boxed(2, "<s> <imag
 def test_special_tokens_in_answers_are_told_once_with_a_count(make_dataset, caplog):
     make_dataset(BOXED)
     (line,) = caplog.messages
-    assert "2 of 3 records (<|im_start|>, <s>) are read as characters" in line
+    assert "2 of 3 records (first: train.json[0]; <|im_start|>, <s>) are read as char" in line
     assert "data.special_tokens_in_answers: token" in line
     caplog.clear()
     make_dataset(BOXED[1:2])

@@ -22,6 +22,7 @@ from milora_vl.data.images import (
     pad_to_square,
     read_image_size,
     resolve_image,
+    to_rgb,
 )
 
 SIDE = 28
@@ -148,6 +149,8 @@ def test_deep_gray_keeps_its_levels(tmp_path, values, suffix):
     row = np.asarray(image)[0, :, 0].astype(int)
     assert np.abs(row - np.linspace(0, 255, 64)).max() <= 1
     assert image.mode == "RGB"
+    with Image.open(tmp_path / f"deep.{suffix}") as opened:
+        assert to_rgb(opened).tobytes() == image.tobytes()
 
 
 def test_sixteen_bits_are_scaled_by_their_depth_not_their_range(tmp_path):
