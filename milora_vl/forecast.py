@@ -17,13 +17,15 @@ STAGES = ("data", "base", "before", "finetuning", "after")
 PRODUCT_STAGES = ("base", "before", "finetuning", "after")
 """Stages whose time is that of matrix products: what one of them takes corrects the others."""
 
-TRAINING_EFFICIENCY = 0.5  # share of the probed rate; the rest is attention, norms, the optimizer
-EVALUATION_EFFICIENCY = 0.35
+# Share of the probed rate that a stage reaches: the faster the products, the more of the time goes
+# to attention, norms and the optimizer. docs/decisions.md says where the numbers come from.
+EFFICIENCY = {"float32": 0.62, "bfloat16": 0.38}
 DATA_SECONDS = 120  # drawing the demo's pictures, on two cores
 COMPOSE_SECONDS = 40  # reading the demo's two models and joining them
 LOADING_SECONDS = 8  # a stage's start: model, records, decompositions
 TOKENS_PER_QUESTION = 45  # the picture and a shared beginning are computed once
-QUESTIONS = 1500  # of a bench whose files are not there yet
+QUESTIONS = 770  # of a bench whose files are not there yet, as in the demo
+TOKENS_SHARE = 0.6  # of the longest sequence, for samples that are not there yet
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,24 @@ def evaluation_operations(weights: ModelWeights, questions: int, patches: int) -
     return questions * each
 
 
-def guess_seconds(work: Work, gflops: float, done: Mapping[str, bool]) -> dict[str, float]:
+def guess_seconds(
+    work: Work, gflops: Mapping[str, float], dtype: str, done: Mapping[str, bool]
+) -> dict[str, float]:
     """Return the seconds of every stage, 0 for those that are done.
 
     Args:
         work: Operations of the stages.
-        gflops: Rate of products on the model's layers, in the precision of training.
+        gflops: Rate of products on the model's layers, by dtype.
+        dtype: Of training: "float32" or "bfloat16".
         done: Stage -> whether it is done; a stage that is absent is not part of the run.
     """
-    rate = gflops * 1e9
+    rate = gflops[dtype] * 1e9 * EFFICIENCY[dtype]
     seconds = {
         "data": DATA_SECONDS,
-        "base": COMPOSE_SECONDS + work.alignment / rate / TRAINING_EFFICIENCY,
-        "before": LOADING_SECONDS + work.evaluation / rate / EVALUATION_EFFICIENCY,
-        "finetuning": LOADING_SECONDS + work.training / rate / TRAINING_EFFICIENCY,
-        "after": work.evaluation / rate / EVALUATION_EFFICIENCY,
+        "base": COMPOSE_SECONDS + work.alignment / rate,
+        "before": LOADING_SECONDS + work.evaluation / rate,
+        "finetuning": LOADING_SECONDS + work.training / rate,
+        "after": work.evaluation / rate,
     }
     return {name: 0.0 if done[name] else seconds[name] for name in STAGES if name in done}
 

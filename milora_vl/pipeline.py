@@ -20,7 +20,7 @@ from milora_vl.config import AlignmentSection, Config, ConfigError, arguments_fo
 from milora_vl.data.prompts import get_style
 from milora_vl.environment import describe_environment
 from milora_vl.eval.comparison import compare_runs
-from milora_vl.eval.evaluation import bench_names
+from milora_vl.eval.evaluation import bench_names, load_items
 from milora_vl.files import write_json_atomic
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES
 from milora_vl.model.load import VLM
@@ -184,7 +184,8 @@ def guess_stages(
     training = arguments_for(config.training, process_count())
     accumulated = training.get("gradient_accumulation_steps", 1)
     steps = count_steps(training, samples, load.samples * accumulated) or 0
-    per_sample = (load.tokens, load.images, load.patches)
+    tokens = load.tokens if samples else forecast.TOKENS_SHARE * config.data.max_length
+    per_sample = (tokens, load.images, load.patches)
     seen = steps * accumulated * load.samples
     work = forecast.Work(
         training=forecast.training_operations(weights, seen, *per_sample),
@@ -192,8 +193,7 @@ def guess_stages(
         evaluation=forecast.evaluation_operations(weights, _count_questions(config), load.patches)
         * (2 if config.eval.blind else 1),
     )
-    rate = rates["bfloat16" if precision.bf16 else "float32"]
-    return forecast.guess_seconds(work, rate, done)
+    return forecast.guess_seconds(work, rates, "bfloat16" if precision.bf16 else "float32", done)
 
 
 def _alignment_operations(
@@ -217,16 +217,26 @@ PATCHES_PER_STEP = 2304  # the default of ``training.align``, background include
 
 
 def _count_questions(config: Config) -> int:
-    names = bench_names(config.eval.benches) if config.eval.benches else []
-    most = config.eval.limit if isinstance(config.eval.limit, int) else forecast.QUESTIONS
-    return len(names) * min(most, forecast.QUESTIONS)
+    section = config.eval
+    if not section.benches:
+        return 0
+    try:
+        items = load_items(section.benches, Path(section.data_dir), section.limit)
+        return sum(map(len, items.values()))
+    except (OSError, ValueError):  # not there yet
+        most = section.limit if isinstance(section.limit, int) else forecast.QUESTIONS
+        return len(bench_names(section.benches)) * min(most, forecast.QUESTIONS)
 
 
 def warn_of_memory(config: Config) -> None:
     """Say before anything long starts if the run will not fit into this computer's memory."""
     if resolve_device(config.model.device).type != "cpu":
         return
-    plan = plan_run(config)
+    try:
+        plan = plan_run(config)
+    except Exception as error:  # as above: what is really wrong shows when the model is loaded
+        logger.debug("no plan: %s", error)
+        return
     needed, there = max(plan.init_gib, plan.training_gib), memory_gib()
     if needed <= there:
         return
@@ -323,11 +333,14 @@ def _run_claimed(config: Config, run_folder: Path, shared: Path | None) -> dict[
     set_seed(config.seed)
     arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
     schedule = _schedule(config, run_folder, precisions["training"])
+    is_fresh = bool(stages.missing_files(needed_files(config)))
     with schedule.stage("data"):
         stages.prepare_data(config.data.prepare, needed_files(config))
         if is_main_process():
             record_data(config.data.image_folder, environment)
         wait_for_all()
+    if is_fresh:  # now the records and questions can be counted
+        schedule.revise(_guesses(config, run_folder, precisions["training"]))
     with schedule.stage("base"):
         base = stages.prepare_base(
             config.model, config.alignment, config.data, config.seed, run_folder
@@ -370,27 +383,32 @@ def _finetune(config: Config, vlm: VLM, arguments: TrainingArguments, run_folder
     )
 
 
-def _schedule(config: Config, run_folder: Path, precision: Precision) -> forecast.Schedule:
-    """Guess the time of what is left to do, and say it."""
-    has_benches = bool(config.eval.benches)
-    trained = stages.adapter_is_trained(run_folder)
+def _guesses(config: Config, run_folder: Path, precision: Precision) -> dict[str, float]:
+    """Return the guessed seconds of every stage, 0 for those that are done; or nothing."""
+    no_benches = not config.eval.benches
     done = {
         "data": not stages.missing_files(needed_files(config)),
         "base": stages.base_is_done(config.model, config.alignment, config.data, config.seed),
-        "before": not has_benches or stages.evaluation_is_done(run_folder / "eval_before"),
-        "finetuning": trained,
-        "after": not has_benches or stages.evaluation_is_done(run_folder / "eval_after"),
+        "before": no_benches or stages.evaluation_is_done(run_folder / "eval_before"),
+        "finetuning": stages.adapter_is_trained(run_folder),
+        "after": no_benches or stages.evaluation_is_done(run_folder / "eval_after"),
     }
-    if not is_main_process():
-        return forecast.Schedule({}, None)
-    guesses: dict[str, float] = {}
+    if all(done.values()) or not is_main_process():
+        return {}
     try:
-        if not all(done.values()):
-            guesses = guess_stages(config, precision, done)
-            warn_of_memory(config)
+        return guess_stages(config, precision, done)
     except Exception as error:  # a guess that fails must not end the run; the run itself will tell
         logger.info("no time can be foretold: %s", error)
+        return {}
+
+
+def _schedule(config: Config, run_folder: Path, precision: Precision) -> forecast.Schedule:
+    """Guess the time of what is left to do, and say it with what will not fit."""
+    guesses = _guesses(config, run_folder, precision)
+    if not is_main_process():
+        return forecast.Schedule({}, None)
     schedule = forecast.Schedule(guesses, run_folder / "timing.json")
     if guesses:
+        warn_of_memory(config)
         logger.info("%s", schedule)
     return schedule

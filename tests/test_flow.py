@@ -94,6 +94,8 @@ def test_a_run_folder_holds_everything(finished_run: Path) -> None:
     ):
         assert (finished_run / name).stat().st_size > 0, name
     results = json.loads((finished_run / "results.json").read_text())
+    assert set(results["timing"]) == {"data", "base", "before", "finetuning", "after"}
+    assert all(results["timing"]["finetuning"][key] > 0 for key in ("guessed_s", "seconds"))
     for bench in ("mmbench", "pope", "vqav2"):
         row = results["after"]["benches"][bench]
         assert 0 <= row["interval_95"][0] <= row["score"] <= row["interval_95"][1] <= 1
