@@ -1,30 +1,26 @@
-"""Ask a model all questions of some benches, with and without pictures, and write the results.
+"""Evaluate a model on benches: from their questions to ``results.json`` and ``predictions.jsonl``.
 
-Answers on disk as they come, so that an interrupted evaluation goes on where it was.
-
-One bench from its items to its part of ``results.json`` and ``predictions.jsonl``.
+``evaluate`` is the entry, ``run_bench`` takes one bench the whole way: ask all questions with and
+without their pictures, judge the answers, sum them up.
 """
 
-import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from milora_vl.data.prompts import get_style
 from milora_vl.eval import statistics
+from milora_vl.eval.answering import AnswerJournal, Asker, fingerprint_weights
 from milora_vl.eval.bench_files import BenchError, read_json_object, shorten
 from milora_vl.eval.benches import BENCHES, Bench
 from milora_vl.eval.forgetting import measure_text_loss
-from milora_vl.eval.generate_plain import build_answerer
-from milora_vl.eval.generate_shared import Answerer
+from milora_vl.eval.generate_shared import build_answerer
 from milora_vl.eval.items import Answer, EvaluationError, Item, Request, Row
 from milora_vl.eval.judge import Judge
 from milora_vl.eval.published import published_scores
@@ -33,106 +29,6 @@ from milora_vl.files import write_json_atomic, write_text_atomic
 from milora_vl.runtime import process_count, process_rank, wait_for_all
 
 logger = logging.getLogger(__name__)
-
-_VALUES_PER_WEIGHT = 64
-
-
-class AnswerJournal:
-    """One JSONL file: a line that says whose answers these are, then a line a batch of answers.
-
-    A line is flushed to disk before the next batch is asked. One cut short by a crash is dropped.
-    A file of another model, adapter or prompt style is set aside and a new one begun.
-
-    Args:
-        path: The file.
-        identity: What the answers depend on besides the questions; compared as JSON.
-    """
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """See the class."""
-        self.path = path
-        self._known: dict[str, Answer] = {}
-        self._served: dict[str, float] = {}
-        self._header = header = json.dumps({"identity": dict(identity)}, sort_keys=True)
-        # a crash may cut a character in two; texts may hold other line breaks than "\n"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        lines = [line for line in text.split("\n") if line]
-        if lines and lines[0] == header:
-            kept = [line for line in lines[1:] if self._take(line)]
-            logger.info("%s: going on with %d answers of an earlier call", path, len(self._known))
-        else:
-            kept = []
-            if lines:
-                logger.warning("%s belongs to another model or adapter; starting afresh", path)
-        write_text_atomic(path, "".join(f"{line}\n" for line in [header, *kept]))
-
-    def take_over(self, other: Path) -> None:
-        """Record another process's answers, if they are of the same model, and delete its file."""
-        text = other.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.split("\n") if line]
-        if lines and lines[0] == self._header:
-            whole = [line for line in lines[1:] if self._take(line)]
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write("".join(f"{line}\n" for line in whole))
-        other.unlink()
-
-    def _take(self, line: str) -> bool:
-        try:
-            entries = json.loads(line)
-        except json.JSONDecodeError:
-            return False  # the crash hit while this line was written
-        self._known |= {digest: Answer(**values) for digest, values in entries.items()}
-        return True
-
-    def get(self, digest: str) -> Answer | None:
-        """Return the answer to a question, or None if it was not asked yet."""
-        answer = self._known.get(digest)
-        if answer is not None:
-            self._served[digest] = answer.seconds
-        return answer
-
-    @property
-    def served_seconds(self) -> float:
-        """What the answers given out so far had cost when they were asked, in seconds."""
-        return sum(self._served.values())
-
-    def record(self, answers: Mapping[str, Answer]) -> None:
-        """Append the answers of a batch; on return they are on disk."""
-        entries = {
-            digest: {
-                "text": answer.text,
-                "n_tokens": answer.n_tokens,
-                "ended": answer.ended,
-                "seconds": round(answer.seconds, 6),
-            }
-            for digest, answer in answers.items()
-            if answer.error is None
-        }
-        self._known |= {digest: answers[digest] for digest in entries}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entries, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def remove(self) -> None:
-        """Delete the file: the evaluation is whole and its results hold every answer."""
-        self.path.unlink(missing_ok=True)
-
-
-def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Return a digest of a few values of every weight, adapters included, in well under a second.
-
-    Training changes some of them; a copy of the same checkpoint has the same ones.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        values = weight.detach().flatten()
-        step = max(1, len(values) // _VALUES_PER_WEIGHT)
-        sample = values[::step][:_VALUES_PER_WEIGHT].float().cpu().numpy()
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(sample, dtype=np.float32).tobytes())
-    return digest.hexdigest()[:16]
-
 
 _REPRESENTATIVE_STEP = 7919  # a prime: spreads the questions of a parity check over the bench
 
@@ -165,7 +61,7 @@ class Conditions:
 
 
 def run_bench(
-    name: str, items: Sequence[Item], answerer: Answerer, conditions: Conditions
+    name: str, items: Sequence[Item], answerer: Asker, conditions: Conditions
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the bench's part of the results and its lines of ``predictions.jsonl``.
 
@@ -197,7 +93,7 @@ def run_bench(
         result |= {"metric": bench.METRIC, "score": None, "interval_95": None, "by_category": {}}
         result["n"] = len(items)
     if conditions.blind and any(item.image for item in labeled):
-        requests = [Request(item.id, item.prompt, choices=item.choices) for item in labeled]
+        requests = [Request(item.id, item.prompt) for item in labeled]
         blind_answers = answerer.answer(requests, label=f"{name}, no picture", **options)
         blind_rows = {row.id: row for row in judge_all(bench, labeled, blind_answers)}
         result |= _against_blind(bench, scored, list(blind_rows.values()))
@@ -226,7 +122,7 @@ def run_bench(
 
 
 def _requests(items: Sequence[Item]) -> list[Request]:
-    return [Request(item.id, item.prompt, item.image, item.choices) for item in items]
+    return [Request(item.id, item.prompt, item.image) for item in items]
 
 
 def _how_it_went(
@@ -234,12 +130,11 @@ def _how_it_went(
 ) -> dict[str, Any]:
     """Return the rates that tell a broken template or adapter from a bad one."""
     asked = [one for one in answers.values() if one.error is None]
-    ended = [one.ended for one in asked if one.ended is not None]
+    ended = [one.ended for one in asked]
     expects_choice = [row for item, row in zip(items, rows, strict=True) if item.choices]
     off = sum(not row.well_formed for row in expects_choice)
     return {
         "eos_rate": sum(ended) / len(ended) if ended else None,
-        "one_forward_rate": 1 - len(ended) / len(asked) if asked else None,
         "off_letter_rate": off / len(expects_choice) if expects_choice else None,
         "n_errors": sum(answer.error is not None for answer in answers.values()),
     }
@@ -356,7 +251,7 @@ def _lines(
 
 def check_parity(
     bench: Bench,
-    answerer: Answerer,
+    answerer: Asker,
     items: Sequence[Item],
     answers: Mapping[str, Answer],
     n: int,
@@ -491,23 +386,24 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         results["benches"][name] = {**result, **({"published": published} if published else {})}
         lines += new_lines
         write_text_atomic(out_dir / "predictions.jsonl", "".join(lines))
+    # lm-eval scores a model whose logits are NaN like any other, so the probe comes first
+    probe = measure_text_loss(vlm) if text_probe or text_tasks else None
     if text_tasks:
-        task_limit = limit if isinstance(limit, int) else None
         results["benches"] |= run_text_tasks(
             vlm,
             text_tasks,
             batch_size=batch_size,
-            limit=task_limit,
+            limit=limit if isinstance(limit, int) else None,
             include_path=data_dir if data_dir and any(data_dir.glob("*.yaml")) else None,
         )
-    results["text_probe"] = measure_text_loss(vlm) if text_probe else None
+    results["text_probe"] = probe if text_probe else None
     write_json_atomic(out_dir / "results.json", results)
     journal.remove()
     return results
 
 
 def _answer_together(
-    items: Mapping[str, Sequence[Item]], answerer: Answerer, conditions: Conditions
+    items: Mapping[str, Sequence[Item]], answerer: Asker, conditions: Conditions
 ) -> None:
     """Answer this process's share of all questions; the main process gets those of the others.
 
@@ -525,9 +421,7 @@ def _answer_together(
         requests = {name: _requests(share)}
         if conditions.blind and any(item.image and item.answers for item in all_items):
             labeled = [item for item in share if item.answers]
-            requests[f"{name}, no picture"] = [
-                Request(item.id, item.prompt, choices=item.choices) for item in labeled
-            ]
+            requests[f"{name}, no picture"] = [Request(item.id, item.prompt) for item in labeled]
         for label, asked in requests.items():
             answerer.answer(
                 asked,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.eval import statistics
+from milora_vl.eval.items import NonFiniteError
 
 VERSION = 1
 """Goes up with any change of the texts: losses on different ones cannot be compared."""
@@ -73,6 +74,9 @@ def measure_text_loss(vlm: Any) -> dict[str, Any]:
     Returns:
         ``loss_nats_per_token`` over all texts, ``n_tokens``, ``version`` of the texts, and
         ``by_text``: [nats, tokens] of each, for paired comparison.
+
+    Raises:
+        NonFiniteError: If the loss on a text is NaN or infinite.
     """
     was_training = vlm.model.training
     vlm.model.eval()
@@ -81,6 +85,13 @@ def measure_text_loss(vlm: Any) -> dict[str, Any]:
             by_text = [_loss_sum(vlm, text) for text in PROBE_TEXTS]
     finally:
         vlm.model.train(was_training)
+    for number, (nats, _) in enumerate(by_text, start=1):
+        if not math.isfinite(nats):
+            raise NonFiniteError(
+                f"text probe: the model's loss on text {number} is not finite, so it gets no "
+                "perplexity. Its weights or its adapter hold values that are not finite, or the "
+                "dtype overflows: try --dtype float32"
+            )
     nats, tokens = (sum(column) for column in zip(*by_text, strict=True))
     return {
         "loss_nats_per_token": nats / tokens,

@@ -140,7 +140,16 @@ class EvaluationError(MiloraError, RuntimeError):
 
 
 class NonFiniteError(EvaluationError):
-    """The model's logits are NaN or infinite: whatever token comes out of them means nothing."""
+    """The model's logits are NaN or infinite: whatever token comes out of them means nothing.
+
+    Attributes:
+        row: Which row of the batch, counted from 0.
+    """
+
+    def __init__(self, message: str, row: int = 0) -> None:
+        """Keep the row beside the message."""
+        super().__init__(message)
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -151,13 +160,11 @@ class Request:
         id: Unique within one call.
         prompt: What the user says, without the image marker.
         image: The picture, or None.
-        choices: Answers of a single token; one of them ends the answer at once (see ``Answerer``).
     """
 
     id: str
     prompt: str
     image: ImageSource | None = None
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,15 +174,14 @@ class Answer:
     Attributes:
         text: The decoded answer; None if the sample failed.
         n_tokens: Generated tokens, an end marker included.
-        ended: Whether the model ended by itself, not at the limit; None where one of the request's
-            ``choices`` was taken without asking the model what it would say next.
+        ended: Whether the model ended by itself, not at the limit.
         error: What went wrong, or None.
         seconds: Its share of the time of its batch.
     """
 
     text: str | None
     n_tokens: int = 0
-    ended: bool | None = False
+    ended: bool = False
     error: str | None = None
     seconds: float = field(default=0.0, compare=False)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.eval.benches import BENCHES
-from milora_vl.eval.generate_shared import Answerer
+from milora_vl.eval.generate_shared import SharedAnswerer
 from milora_vl.eval.items import Item, Request
 from milora_vl.export.source import base_of
 from milora_vl.files import cache_folder
@@ -35,7 +35,7 @@ WAYS = ("ours", "one_by_one")
 def mmbench_requests(data: Path, n_questions: int) -> list[Request]:
     """Return questions of the official files, each with all its rotations."""
     items = BENCHES["mmbench"].load(data, limit=n_questions)
-    return [Request(one.id, one.prompt, one.image, one.choices) for one in items]
+    return [Request(one.id, one.prompt, one.image) for one in items]
 
 
 def pope_requests(data: Path, n_pictures: int, n_distinct: int) -> list[Request]:
@@ -50,7 +50,7 @@ def pope_requests(data: Path, n_pictures: int, n_distinct: int) -> list[Request]
         others = texts[number * N_ASKED % len(texts) :] + texts
         asked = list(dict.fromkeys([*(item.prompt for item in own), *others]))[:n_distinct]
         requests += [
-            Request(f"{number}/{place}", asked[place % n_distinct], own[0].image, own[0].choices)
+            Request(f"{number}/{place}", asked[place % n_distinct], own[0].image)
             for place in range(N_ASKED)
         ]
     return requests
@@ -60,14 +60,12 @@ def measure(vlm: Any, requests: list[Request], repeats: int, max_new_tokens: int
     """Ask all requests both ways in turn; a new answerer each time, so that nothing is kept."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     texts: dict[str, dict[str, str | None]] = {}
-    one_forward = 0.0
     for repeat in range(repeats):
         for way in WAYS if repeat % 2 == 0 else reversed(WAYS):
-            answerer = Answerer(vlm)
+            answerer = SharedAnswerer(vlm)
             started = time.perf_counter()
             if way == "ours":
                 said = answerer.answer(requests, max_new_tokens=max_new_tokens, progress=False)
-                one_forward = sum(one.ended is None for one in said.values()) / len(said)
             else:
                 said = answerer.answer_one_by_one(requests, max_new_tokens=max_new_tokens)
             seconds[way].append(time.perf_counter() - started)
@@ -83,7 +81,6 @@ def measure(vlm: Any, requests: list[Request], repeats: int, max_new_tokens: int
         "speedup": round(medians["one_by_one"] / medians["ours"], 2),
         "n_different_answers": differing,
         "n_distinct_answers": len(set(texts["ours"].values())),
-        "one_forward_rate": round(one_forward, 3),
     }
 
 
@@ -142,7 +139,7 @@ def main() -> None:
         line = {"workload": name, "device": arguments.device}
         result = measure(vlm, requests, arguments.repeats, arguments.max_new_tokens)
         print(json.dumps({**line, **result}), flush=True)
-    for image_tokens in (Answerer(vlm).n_image_tokens, 576):
+    for image_tokens in (SharedAnswerer(vlm).n_image_tokens, 576):
         arithmetic(image_tokens)
 
 

@@ -10,7 +10,7 @@ from milora_vl.eval.__main__ import main
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.comparison import compare_folders, read_rows
 from milora_vl.eval.evaluation import bench_names, check_parity
-from milora_vl.eval.generate_plain import build_answerer
+from milora_vl.eval.generate_shared import build_answerer
 from milora_vl.eval.items import EvaluationError, Request
 
 CONTRACT = {

@@ -1,83 +1,22 @@
-"""One-token answers, answers kept across interruptions, text tasks and many runs."""
+"""Answers kept across interruptions, text tasks and many runs."""
 
 import json
 
 import pytest
 import torch
 from eval_data import write_benches
-from eval_models import build_vlm, picture
+from eval_models import build_vlm
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from milora_vl.eval import evaluate
+from milora_vl.eval.answering import AnswerJournal, fingerprint_weights
 from milora_vl.eval.comparison import compare_runs, mcnemar
-from milora_vl.eval.evaluation import JOURNAL, AnswerJournal, fingerprint_weights
-from milora_vl.eval.generate_shared import Answerer, Job
-from milora_vl.eval.items import Answer, Request
+from milora_vl.eval.evaluation import JOURNAL
+from milora_vl.eval.items import Answer
 from milora_vl.eval.text_tasks import run_text_tasks
 
 OPTIONS = {"progress": False, "max_new_tokens": 2}
-
-
-def many_requests(n=120):
-    """Questions that expect A or B; three pictures."""
-    pictures = [picture(seed) for seed in range(3)]
-    return [
-        Request(str(place), f"Which? {place}", pictures[place % 3], ("A", "B"))
-        for place in range(n)
-    ]
-
-
-def test_choice_tokens_are_those_that_training_teaches():
-    for kind, style in (("byte_level", "chatml"), ("llama", "vicuna_v1")):
-        vlm = build_vlm(kind, style)
-        answerer = Answerer(vlm)
-        tokens = answerer._choice_ids(("A", "No such single token at all"))
-        assert len(tokens) == 1
-        assert vlm.processor.tokenizer.decode(list(tokens)).strip() == "A"
-
-
-def job_with(n, tokens=frozenset((5,))):
-    job = Job(max_new_tokens=4, allow_errors=0)
-    for row in range(n):
-        job.add(None, [row], tokens, [Request(str(row), "")])
-    return job
-
-
-def test_a_letter_is_trusted_only_after_the_model_was_seen_to_end_after_it():
-    job = job_with(40)
-    assert job.final_ids() == {}
-    job.note_endings({row: [5, 9] for row in range(31)}, {9})
-    assert job.final_ids() == {}
-    job.note_endings({31: [5, 9]}, {9})
-    taken = [bool(job.final_ids()) for _ in range(16)]
-    assert taken.count(False) == 2, "every eighth batch is asked to the end"
-    job.note_endings({32: [5, 6, 9]}, {9})  # once it went on talking
-    assert not any(job.final_ids() for _ in range(16))
-
-
-def test_other_first_tokens_say_nothing_about_letters():
-    job = job_with(3)
-    job.note_endings({0: [7, 6, 9], 1: [5], 2: [9]}, {9})
-    assert (job.n_confirmed, job.n_refuted) == (0, 0)
-
-
-def test_answers_from_one_forward_equal_generation():
-    requests = many_requests()
-    vlm = build_vlm()
-    with_shortcut = Answerer(vlm, batch_size=8)
-    # every token is an answer and ends one, so that the shortcut is taken wherever it is trusted
-    every = frozenset(range(vlm.model.config.text_config.vocab_size))
-    with_shortcut._choice_ids = lambda choices: every
-    with_shortcut.stop_ids = set(every)
-    plain = Answerer(vlm, batch_size=8, one_forward=False)
-    plain.stop_ids = set(every)
-    ours = with_shortcut.answer(requests, max_new_tokens=3, progress=False)
-    theirs = plain.answer(requests, max_new_tokens=3, progress=False)
-    assert {one.n_tokens for one in ours.values()} == {1}
-    assert {key: one.text for key, one in ours.items()} == {
-        key: one.text for key, one in theirs.items()
-    }
 
 
 class Stop(BaseException):

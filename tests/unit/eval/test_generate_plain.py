@@ -6,8 +6,8 @@ from eval_models import picture
 from family_models import build_checkpoint
 
 from milora_vl.eval import generate_plain
-from milora_vl.eval.evaluation import AnswerJournal
-from milora_vl.eval.generate_plain import build_answerer
+from milora_vl.eval.answering import AnswerJournal
+from milora_vl.eval.generate_shared import build_answerer
 from milora_vl.eval.items import ImageSource, Request
 from milora_vl.model.load import load_vlm
 

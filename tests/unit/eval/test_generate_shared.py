@@ -11,8 +11,7 @@ from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
 from milora_vl.data.images import build_image_transform, load_image
 from milora_vl.data.records import Turn
-from milora_vl.eval.generate_plain import build_answerer
-from milora_vl.eval.generate_shared import Answerer
+from milora_vl.eval.generate_shared import SharedAnswerer, build_answerer
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.model.load import load_vlm
 
@@ -41,7 +40,7 @@ def texts(answers):
 
 def with_frequent_stops(vlm, **options):
     """An answerer that ends rows at different steps: a third of the vocabulary ends an answer."""
-    answerer = Answerer(vlm, **options)
+    answerer = SharedAnswerer(vlm, **options)
     answerer.stop_ids |= set(range(0, vlm.model.config.text_config.vocab_size, 3))
     return answerer
 
@@ -58,8 +57,8 @@ def with_frequent_stops(vlm, **options):
 def test_batched_answers_equal_plain_generation_one_by_one(kind, style, tower):
     vlm = build_vlm(kind, style, tower)
     requests = mixed_requests()
-    single = Answerer(vlm).answer_one_by_one(requests, max_new_tokens=7)
-    batched = Answerer(vlm).answer(requests, max_new_tokens=7, progress=False)
+    single = SharedAnswerer(vlm).answer_one_by_one(requests, max_new_tokens=7)
+    batched = SharedAnswerer(vlm).answer(requests, max_new_tokens=7, progress=False)
     assert batched == single  # text, number of tokens and whether it ended
     assert len(set(texts(single).values())) > 5, "the model answers everything alike"
     answerer = with_frequent_stops(vlm)
@@ -72,7 +71,7 @@ def test_batched_answers_equal_plain_generation_one_by_one(kind, style, tower):
 def test_every_family_that_is_asked_over_trees_equals_plain_generation(family, tmp_path):
     vlm = load_vlm(build_checkpoint(family, tmp_path / "model"), dtype=torch.float32)
     answerer = build_answerer(vlm, batch_size=8)
-    assert isinstance(answerer, Answerer)
+    assert isinstance(answerer, SharedAnswerer)
     requests = mixed_requests()
     single = answerer.answer_one_by_one(requests, max_new_tokens=5)
     assert answerer.answer(requests, max_new_tokens=5, progress=False) == single
@@ -93,18 +92,18 @@ def test_answers_do_not_depend_on_batching_or_sharing(options):
 def test_a_peft_model_answers_with_its_adapter():
     vlm = build_vlm()
     requests = mixed_requests()
-    before = Answerer(vlm).answer(requests, max_new_tokens=4, progress=False)
+    before = SharedAnswerer(vlm).answer(requests, max_new_tokens=4, progress=False)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(0)
     adapted = vlm.with_model(get_peft_model(vlm.model, config))
-    answerer = Answerer(adapted)
+    answerer = SharedAnswerer(adapted)
     after = answerer.answer(requests, max_new_tokens=4, progress=False)
     assert after == answerer.answer_one_by_one(requests, max_new_tokens=4)
     assert texts(after) != texts(before)
 
 
 def test_pictures_change_the_answer_and_each_is_encoded_once():
-    answerer = Answerer(build_vlm())
+    answerer = SharedAnswerer(build_vlm())
     seen = []
     transform = answerer.transform
     answerer.transform = lambda image: seen.append(image) or transform(image)
@@ -118,7 +117,7 @@ def test_pictures_change_the_answer_and_each_is_encoded_once():
 def test_pictures_are_padded_to_a_square_before_anything_else_as_llava_does():
     vlm = build_vlm()
     wide = ImageSource("wide", encoded=base64.b64encode(picture_bytes(1, (20, 40))).decode())
-    pixels = Answerer(vlm)._read_pixels(wide)
+    pixels = SharedAnswerer(vlm)._read_pixels(wide)
     processor = vlm.processor.image_processor
     image = load_image(io.BytesIO(wide.read()))
     assert torch.equal(pixels, build_image_transform(processor, True)(image))
@@ -140,7 +139,7 @@ def test_identical_requests_are_asked_once_and_all_answered(tmp_path):
         Request("text", QUESTIONS[0], picture(1)),
         Request("again", QUESTIONS[0], picture(1, where="another row")),
     ]
-    answerer = Answerer(vlm)
+    answerer = SharedAnswerer(vlm)
     answers = answerer.answer(requests, max_new_tokens=1, progress=False)
     assert set(answers) == {"file", "text", "again"}
     assert answers["file"] == answers["text"] == answers["again"]
@@ -149,7 +148,7 @@ def test_identical_requests_are_asked_once_and_all_answered(tmp_path):
 
 def test_prompt_ids_are_the_beginning_of_the_training_ids():
     vlm = build_vlm()
-    answerer = Answerer(vlm)
+    answerer = SharedAnswerer(vlm)
     turns = [Turn("user", f"{IMAGE_TOKEN}\n{QUESTIONS[1]}"), Turn("assistant", "A")]
     trained = encode(turns, vlm.prompt_style, vlm.processor.tokenizer, [4]).input_ids
     asked = answerer.encode(Request("x", QUESTIONS[1], picture(1)))
@@ -158,7 +157,7 @@ def test_prompt_ids_are_the_beginning_of_the_training_ids():
 
 
 def test_a_marker_in_a_question_is_not_a_picture():
-    answerer = Answerer(build_vlm())
+    answerer = SharedAnswerer(build_vlm())
     asked = answerer.encode(Request("x", f"What does {IMAGE_TOKEN} mean?", picture(1)))
     assert asked.count(answerer.model.config.image_token_id) == 4
 
@@ -173,7 +172,7 @@ BROKEN = [
 @pytest.mark.parametrize(("image", "message"), BROKEN)
 def test_a_damaged_picture_is_an_error_that_names_its_row(image, message):
     requests = [*mixed_requests(), Request("bad", QUESTIONS[0], image)]
-    answerer = Answerer(build_vlm())
+    answerer = SharedAnswerer(build_vlm())
     with pytest.raises(EvaluationError, match=message):
         answerer.answer(requests, max_new_tokens=2, progress=False)
     allowed = answerer.answer(requests, max_new_tokens=2, allow_errors=1, progress=False)
@@ -186,7 +185,7 @@ def test_a_damaged_picture_is_an_error_that_names_its_row(image, message):
 def test_a_missing_file_is_an_error_that_names_row_and_file(tmp_path):
     image = ImageSource("random.jsonl row 3", path=tmp_path / "gone.png")
     with pytest.raises(EvaluationError, match=r"random\.jsonl row 3.*gone\.png"):
-        Answerer(build_vlm()).answer(
+        SharedAnswerer(build_vlm()).answer(
             [Request("x", QUESTIONS[0], image)], max_new_tokens=1, progress=False
         )
 
@@ -202,7 +201,7 @@ def limit_memory(model, n_tokens):
 def test_out_of_memory_makes_batches_smaller_and_changes_no_answer():
     vlm = build_vlm()
     requests = mixed_requests()
-    answerer = Answerer(vlm)
+    answerer = SharedAnswerer(vlm)
     reference = answerer.answer(requests, max_new_tokens=4, progress=False)
     longest = max(len(answerer.encode(request)) for request in requests)
     handle = limit_memory(vlm.model, longest)
@@ -216,7 +215,7 @@ def test_out_of_memory_makes_batches_smaller_and_changes_no_answer():
 def test_training_mode_and_gradients_come_back():
     vlm = build_vlm()
     vlm.model.train()
-    Answerer(vlm).answer(mixed_requests()[:2], max_new_tokens=1, progress=False)
+    SharedAnswerer(vlm).answer(mixed_requests()[:2], max_new_tokens=1, progress=False)
     assert vlm.model.training
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in vlm.model.parameters())
@@ -224,7 +223,7 @@ def test_training_mode_and_gradients_come_back():
 
 def test_the_models_own_end_token_is_not_part_of_the_text():
     vlm = build_vlm()
-    answerer = Answerer(vlm)
+    answerer = SharedAnswerer(vlm)
     answerer.stop_ids = set(range(vlm.model.config.text_config.vocab_size))
     answer = answerer.answer(mixed_requests()[:1], max_new_tokens=5, progress=False)["1-0"]
     assert (answer.text, answer.n_tokens, answer.ended) == ("", 1, True)
@@ -234,9 +233,9 @@ def test_end_markers_of_model_and_style_both_stop():
     vlm = build_vlm("llama", "vicuna_v1")
     vlm.model.generation_config.eos_token_id = [7, 8]
     eos = vlm.processor.tokenizer.convert_tokens_to_ids("</s>")
-    assert Answerer(vlm).stop_ids == {7, 8, eos}
+    assert SharedAnswerer(vlm).stop_ids == {7, 8, eos}
 
 
 def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="batch_size"):
-        Answerer(build_vlm(), batch_size=0)
+        SharedAnswerer(build_vlm(), batch_size=0)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milora_vl.eval.generate_shared import build_tree, count_common, plan_trees
+from milora_vl.eval.prefix_tree import build_tree, count_common, plan_trees
 
 many_ids = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12)
 

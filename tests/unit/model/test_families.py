@@ -20,8 +20,8 @@ from milora_vl.config import DataSection, MiloraConfig
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import PictureError
 from milora_vl.data.records import read_records
-from milora_vl.eval.generate_plain import PlainAnswerer, build_answerer, build_prompt, generate
-from milora_vl.eval.generate_shared import Answerer
+from milora_vl.eval.generate_plain import PlainAnswerer, build_prompt, generate
+from milora_vl.eval.generate_shared import SharedAnswerer, build_answerer
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.export.merge import merge_adapter
 from milora_vl.model.families import FAMILIES, FamilyError, find_family
@@ -240,7 +240,7 @@ def test_benches_ask_other_families_by_plain_generation(pictures: Path, tmp_path
     )
     assert answers["missing"].text is None
     plain = load_vlm(build_checkpoint("llava", tmp_path / "llava"))
-    assert isinstance(build_answerer(plain), Answerer)
+    assert isinstance(build_answerer(plain), SharedAnswerer)
 
 
 def test_an_encoder_decoder_is_refused_with_the_reason() -> None:

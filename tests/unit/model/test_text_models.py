@@ -15,7 +15,7 @@ from milora_vl.adapter.checkpoint import save_adapter
 from milora_vl.config import DataSection, MiloraConfig, ProjectorSection
 from milora_vl.data.fetch import FetchError
 from milora_vl.data.records import RecordError, parse_record, read_records
-from milora_vl.eval.generate_plain import build_answerer
+from milora_vl.eval.generate_shared import build_answerer
 from milora_vl.eval.items import EvaluationError
 from milora_vl.export.merge import merge_adapter
 from milora_vl.inference import ask
