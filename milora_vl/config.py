@@ -281,6 +281,9 @@ class EvalSection(Section):
         batch_size: Prompts in one forward pass.
         blind: Also answer without the picture.
         limit: Only the first questions of each bench.
+        every_steps: Also ask the benches during training, every so many steps; their scores stand
+            in ``metrics.jsonl`` as ``eval_`` and the name, also for ``metric_for_best_model``.
+        during_limit: Only the first questions of each bench then.
     """
 
     benches: list[str] = []
@@ -288,6 +291,8 @@ class EvalSection(Section):
     batch_size: int = Field(default=16, ge=1)
     blind: bool = True
     limit: int | None = Field(default=None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
+    during_limit: int = Field(default=200, ge=1)
 
 
 class TrainingExtras(Section):
@@ -296,9 +301,17 @@ class TrainingExtras(Section):
     Attributes:
         global_batch_size: Samples of one optimizer step over all devices. It gives
             ``gradient_accumulation_steps`` unless that is set, see ``arguments_for``.
+        early_stopping_patience: Stop after so many evaluations in a row without a new best.
+        on_non_finite: Stop at a loss or gradient that is not finite; or leave its step out, count
+            it, and give up after ten in a row.
+        resume_regardless: Go on also from what is left of a damaged checkpoint, or with other data
+            or another base than the run began with.
     """
 
     global_batch_size: int | None = Field(default=None, ge=1)
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    resume_regardless: bool = False
 
 
 class VariantSection(Section):

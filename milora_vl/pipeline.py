@@ -39,7 +39,7 @@ from milora_vl.runtime import (
     resolve_device,
     wait_for_all,
 )
-from milora_vl.training.arguments import build_arguments
+from milora_vl.training.arguments import build_arguments, check_training_keys
 from milora_vl.training.inputs import load_model
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,27 @@ def check_names(config: Config) -> None:
                 get_style(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    check_training(config)
+
+
+def check_training(config: Config) -> None:
+    """Refuse keys of both training stages that could not have their effect.
+
+    Raises:
+        ConfigError: Naming the key, the reason and what to do instead.
+    """
+    if config.eval.every_steps and not config.eval.benches:
+        raise ConfigError("eval.every_steps: no bench is named in eval.benches")
+    check_training_keys(
+        config.training,
+        has_validation=config.data.validation is not None,
+        benches=bench_names(config.eval.benches) if config.eval.benches else [],
+        every_steps=config.eval.every_steps,
+    )
+    if config.alignment:
+        check_training_keys(
+            config.alignment.training, where="alignment.training", has_validation=False
+        )
 
 
 def decide_precisions(config: Config) -> dict[str, Precision]:
@@ -308,12 +329,15 @@ def run_pipeline(config: Config, run_folder: Path, *, shared: Path | None = None
     check_names(config)
     if not config.data.prepare:
         stages.prepare_data(None, needed_files(config))
-    for section in filter(None, (config.training, config.alignment and config.alignment.training)):
+    sections = [(config.training, config.eval.every_steps)]
+    sections += [(config.alignment.training, None)] if config.alignment else []
+    for section, every_steps in sections:
         # transformers refuses wrong values; done before the folder is claimed
         build_arguments(
             section | {"bf16": False} if section.get("bf16") == "auto" else section,
             run_folder / "checkpoints",
             config.seed,
+            every_steps,
         )
     stages.prepare_model(config.model.prepare, config.model.path)
     if not is_main_process():
@@ -331,7 +355,9 @@ def _run_claimed(config: Config, run_folder: Path, shared: Path | None) -> dict[
     precisions = {name: Precision(**one) for name, one in from_main_process(found).items()}
     config = with_precisions(config, precisions)
     set_seed(config.seed)
-    arguments = build_arguments(config.training, run_folder / "checkpoints", config.seed)
+    arguments = build_arguments(
+        config.training, run_folder / "checkpoints", config.seed, config.eval.every_steps
+    )
     schedule = _schedule(config, run_folder, precisions["training"])
     is_fresh = bool(stages.missing_files(needed_files(config)))
     with schedule.stage("data"):
@@ -380,6 +406,7 @@ def _finetune(config: Config, vlm: VLM, arguments: TrainingArguments, run_folder
         arguments,
         run_folder=run_folder,
         projector_section=config.projector,
+        evaluation=config.eval,
     )
 
 

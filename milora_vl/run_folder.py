@@ -39,6 +39,7 @@ FREE_SETTINGS = (
             *("logging_*", "log_*", "report_to", "run_name", "disable_tqdm", "project"),
             *(
                 "on_non_finite",
+                "resume_regardless",
                 "save_*",
                 "hub_*",
                 "push_to_hub",

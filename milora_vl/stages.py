@@ -14,9 +14,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
@@ -236,7 +238,8 @@ def kept_evaluation(
         return None
     if not base.is_relative_to(cache_folder().resolve()):
         return None
-    facts = [base.name, section.model_dump(), model.model_dump(), sha256_of(manifest)]
+    during = {"every_steps", "during_limit"}
+    facts = [base.name, section.model_dump(exclude=during), model.model_dump(), sha256_of(manifest)]
     facts += [arguments.bf16, arguments.fp16, installed_versions()]
     facts += [BENCHES[name].VERSION for name in bench_names(section.benches)]
     facts.append(forgetting.VERSION)
@@ -257,9 +260,21 @@ def finetune_stage(
     *,
     run_folder: Path,
     projector_section: ProjectorSection,
+    evaluation: EvalSection | None = None,
 ) -> VLM:
-    """Attach the adapter and train it, or load the one that is trained; see ``finetune``."""
+    """Attach the adapter and train it, or load the one that is trained; see ``finetune``.
+
+    Args:
+        vlm: The base model.
+        adapter: How the adapter is made.
+        data: What to train and validate on.
+        arguments: From ``build_arguments``.
+        run_folder: For all that the training writes.
+        projector_section: The projector's learning rate.
+        evaluation: Benches to ask during training, if its ``every_steps`` is set.
+    """
     dataset, validation = build_training_data(vlm, data, arguments.seed)
+    during = evaluation is not None and evaluation.every_steps and evaluation.benches
     set_seed(arguments.seed)  # the same training whether or not the stages before were cached
     return finetune(
         vlm,
@@ -269,7 +284,45 @@ def finetune_stage(
         arguments,
         run_folder=run_folder,
         projector=projector_section,
+        data_facts=describe_files(data),
+        measure=partial(ask_during, vlm, evaluation, run_folder) if during else None,
+        measure_every=evaluation.every_steps if during else None,
     )
+
+
+def describe_files(data: DataSection) -> dict[str, Any]:
+    """Return what identifies the training data: the files' content, in order, and how many records.
+
+    Records and images that are left out do not count: what is done about them may change.
+    """
+    return {"sha256": [sha256_of(file) for file in data.train], "limit": data.limit}
+
+
+def ask_during(
+    vlm: VLM, section: EvalSection, run_folder: Path, model: PeftModel, step: int
+) -> dict[str, float]:
+    """Return the benches' scores of a model in training, of few questions each, by bench name."""
+    place = run_folder / "eval_during" / f"step-{step}"
+    if is_main_process():
+        results = evaluate(
+            vlm.with_model(model),
+            section.benches,
+            section.data_dir,
+            place,
+            batch_size=section.batch_size,
+            limit=section.during_limit,
+            blind=False,
+            model_name=vlm.path,
+            adapter_name=f"step {step}",
+            text_probe=False,
+            progress=False,
+        )
+        found = {name: bench["score"] for name, bench in results["benches"].items()}
+        # a bench that a judge scores has no score yet
+        scores = {name: score for name, score in found.items() if score is not None}
+        write_json_atomic(place / "scores.json", scores)
+    wait_for_all()
+    return json.loads((place / "scores.json").read_text(encoding="utf-8"))
 
 
 def build_training_data(vlm: VLM, data: DataSection, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -1,20 +1,324 @@
-"""The ``training`` section of a config -> ``transformers.TrainingArguments``."""
+"""The ``training`` section of a config -> arguments of a ``VlmTrainer``.
 
+Every key of ``transformers.TrainingArguments`` works here or is refused with the reason.
+``HONORED`` names those that the trainer of this package answers for itself, ``REFUSED`` those that
+could have no effect or a wrong one; all others reach ``transformers.Trainer`` untouched.
+"""
+
+import dataclasses
+import logging
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
-from milora_vl.config import arguments_for
+from milora_vl.config import ConfigError, arguments_for, split_training
+
+logger = logging.getLogger(__name__)
+
+SAMPLING = ("group_by_length", "random", "sequential")
+
+HONORED: dict[str, str] = {
+    "auto_find_batch_size": "a batch that does not fit is split; the global batch stays",
+    "average_tokens_across_devices": "the loss is divided by the answer tokens of all devices",
+    "data_seed": "seeds the order of the samples; default: seed",
+    "dataloader_drop_last": "training only; validation counts every sample once",
+    "dataloader_in_order": "given to the loaders",
+    "dataloader_multiprocessing_context": "given to the loaders",
+    "dataloader_num_workers": "given to the loaders",
+    "dataloader_persistent_workers": "given to the loaders",
+    "dataloader_pin_memory": "given to the loaders",
+    "dataloader_prefetch_factor": "given to the loaders",
+    "eval_steps": "together with eval.every_steps",
+    "eval_strategy": "needs validation data or a bench during training",
+    "greater_is_better": "of the best checkpoint",
+    "label_smoothing_factor": "training only; the validation loss stays comparable",
+    "load_best_model_at_end": "the best adapter is delivered; every best step is saved",
+    "metric_for_best_model": "the validation loss, or the score of a bench asked during training",
+    "optim": "with the projector in a group of its own",
+    "per_device_eval_batch_size": "given to the loader",
+    "per_device_train_batch_size": "given to the loader",
+    "resume_from_checkpoint": "where a run without checkpoints of its own begins",
+    "save_strategy": "best also delivers the best",
+    "train_sampling_strategy": f"one of {', '.join(SAMPLING)}; default: the first",
+    "weight_decay": "pulls factors to zero, which a warning says where it takes pretrained weights",
+}  # fmt: skip
 
 
-def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
-    """Turn a ``training`` section into ``TrainingArguments``.
+@dataclass(frozen=True)
+class Refusal:
+    """Why a key is refused, and the values that are not.
+
+    Attributes:
+        reason: What to say, with what to do instead.
+        allowed: Values besides the default that change nothing.
+    """
+
+    reason: str
+    allowed: tuple[Any, ...] = ()
+
+
+_SHARDED = "an adapter cannot be saved from tensors that are sharded over processes; " \
+    "several processes train with `accelerate launch` alone"  # fmt: skip
+_NO_PREDICTIONS = "validation computes the loss and keeps no predictions; benches go to eval"
+_NO_HUB = "nothing is pushed from here; `milora-vl export` makes a folder to upload"
+_NOT_A_SCRIPT = "what is done follows from data, eval and eval_strategy"
+
+REFUSED: dict[str, Refusal] = {
+    "batch_eval_metrics": Refusal(_NO_PREDICTIONS),
+    "bf16_full_eval": Refusal("validation runs in the precision of training; a cast of the whole "
+                              "model would round the factors that train"),
+    "deepspeed": Refusal(_SHARDED),
+    "do_eval": Refusal(_NOT_A_SCRIPT),
+    "do_predict": Refusal(_NOT_A_SCRIPT),
+    "do_train": Refusal(_NOT_A_SCRIPT, (True,)),
+    "enable_jit_checkpoint": Refusal("SIGTERM always ends a run with a checkpoint of its last "
+                                     "step", (True,)),
+    "eval_accumulation_steps": Refusal(_NO_PREDICTIONS),
+    "eval_do_concat_batches": Refusal(_NO_PREDICTIONS),
+    "eval_use_gather_object": Refusal(_NO_PREDICTIONS),
+    "fp16_full_eval": Refusal("validation runs in the precision of training; a cast of the whole "
+                              "model would round the factors that train"),
+    "fsdp": Refusal(_SHARDED),
+    "fsdp_config": Refusal(_SHARDED),
+    "hub_always_push": Refusal(_NO_HUB),
+    "hub_model_id": Refusal(_NO_HUB),
+    "hub_private_repo": Refusal(_NO_HUB),
+    "hub_revision": Refusal(_NO_HUB),
+    "hub_strategy": Refusal(_NO_HUB),
+    "hub_token": Refusal(_NO_HUB),
+    "include_for_metrics": Refusal(_NO_PREDICTIONS),
+    "label_names": Refusal("a batch has its answers under 'labels'", (["labels"],)),
+    "length_column_name": Refusal("the lengths are those of the encoded samples"),
+    "local_rank": Refusal("the launcher sets it"),
+    "logging_nan_inf_filter": Refusal("a loss that is not finite is never hidden; "
+                                      "training.on_non_finite says what happens", (False,)),
+    "optim_target_modules": Refusal("it belongs to optimizers that project full weight matrices, "
+                                    "of which an adapter trains none"),
+    "output_dir": Refusal("checkpoints go to the run folder; set run_folder"),
+    "parallelism_config": Refusal(_SHARDED),
+    "prediction_loss_only": Refusal(_NO_PREDICTIONS, (True,)),
+    "push_to_hub": Refusal(_NO_HUB),
+    "remove_unused_columns": Refusal("samples hold what the model takes and nothing else",
+                                     (False,)),
+    "seed": Refusal("the whole run has one seed; set the config's own key seed"),
+    "use_cache": Refusal("training needs no cache of keys and values"),
+}  # fmt: skip
+
+# Optimizers, by the beginning of their name: the package that holds them, None where refused.
+_PACKAGES = {
+    "adamw_anyprecision": "torchdistx", "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao", "adamw_torch_npu": "torch_npu", "adamw_torch_xla": "torch_xla",
+    "ademamix": "bitsandbytes", "adamw_bnb": "bitsandbytes", "adamw_8bit": "bitsandbytes",
+    "lion": "bitsandbytes", "paged": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
+    "grokadamw": "grokadamw", "schedule_free": "schedulefree", "stable_adamw": "optimi",
+}  # fmt: skip
+_UNFIT_OPTIMIZERS = {
+    "galore": "projects the gradients of full weight matrices, of which an adapter trains none",
+    "apollo": "projects the gradients of full weight matrices, of which an adapter trains none",
+    "lomo": "moves weights during the backward pass, before a gradient can be checked or summed",
+    "adalomo": "moves weights during the backward pass, before a gradient can be checked or summed",
+}
+_IGNORES_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", "adamw_torch_xla",
+                       "adamw_torch_npu_fused")  # fmt: skip
+_REPORTERS = {
+    "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",), "dagshub": ("dagshub",), "dvclive": ("dvclive",),
+    "flyte": ("flytekit",), "mlflow": ("mlflow",), "neptune": ("neptune",),
+    "swanlab": ("swanlab",), "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",), "wandb": ("wandb",),
+}  # fmt: skip
+_PYPI = {"optimi": "torch-optimi", "azureml": "azureml-mlflow"}
+_ACCELERATOR_KEYS = ("even_batches", "non_blocking", "gradient_accumulation_kwargs")
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """``TrainingArguments`` with the keys of this package.
+
+    Attributes:
+        early_stopping_patience: Stop after so many evaluations in a row without a new best.
+        on_non_finite: Stop at a loss or gradient that is not finite, or leave its step out.
+        resume_regardless: Go on from what is left of a checkpoint that is not whole, or that
+            belongs to other data or another base.
+    """
+
+    early_stopping_patience: int | None = field(default=None)
+    on_non_finite: Literal["stop", "skip"] = field(default="stop")
+    resume_regardless: bool = field(default=False)
+
+
+def check_training_keys(
+    training: Mapping[str, Any],
+    *,
+    where: str = "training",
+    has_validation: bool = True,
+    benches: Sequence[str] = (),
+    every_steps: int | None = None,
+) -> None:
+    """Refuse keys that could not have their effect, before anything is loaded.
+
+    Args:
+        training: A ``training`` section; its keys are known and their values of the right type.
+        where: What to name in errors.
+        has_validation: Whether there are records to validate on.
+        benches: Benches that are asked during training.
+        every_steps: How often they are asked.
+
+    Raises:
+        ConfigError: Naming the key, the reason and what to do instead.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
+    for key, value in training.items():
+        refusal = REFUSED.get(key)
+        # an allowed value of another type is another value: True == 1
+        harmless = refusal and any(
+            type(value) is type(one) and value == one
+            for one in (defaults.get(key), None, *refusal.allowed)
+        )
+        if refusal and not harmless:
+            raise ConfigError(f"{where}.{key}: {value!r} is refused: {refusal.reason}")
+    _check_counts(training, where)
+    _check_optimizer(training, where)
+    _check_packages(training, where)
+    _check_loading(training, where)
+    _check_evaluation(training, where, has_validation, list(benches), every_steps)
+
+
+def _check_counts(training: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers that would train nothing or something else than they say."""
+    if training.get("max_steps") == 0:
+        raise ConfigError(f"{where}.max_steps: 0 steps train nothing; -1 leaves it to the epochs")
+    if training.get("max_steps", -1) < 0 and training.get("num_train_epochs", 1) <= 0:
+        raise ConfigError(f"{where}.num_train_epochs: no epoch trains nothing")
+    smoothing = training.get("label_smoothing_factor") or 0.0
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"{where}.label_smoothing_factor: {smoothing} is not in [0, 1)")
+
+
+def _check_optimizer(training: Mapping[str, Any], where: str) -> None:
+    name = training.get("optim", "adamw_torch_fused")
+    for start, reason in _UNFIT_OPTIMIZERS.items():
+        if name.startswith(start):
+            raise ConfigError(f"{where}.optim: {name} is refused: it {reason}; use adamw_torch")
+    if training.get("optim_args") and name in _IGNORES_OPTIM_ARGS:
+        raise ConfigError(
+            f"{where}.optim_args: {name} takes none; its settings are keys of their own, such as "
+            "adam_beta2"
+        )
+
+
+def _check_packages(training: Mapping[str, Any], where: str) -> None:
+    """Name optional packages that are not installed, which transformers does after the loading."""
+    name = training.get("optim", "adamw_torch_fused")
+    wanted = [(f"optim: {name}", (p,)) for start, p in _PACKAGES.items() if name.startswith(start)]
+    if training.get("use_liger_kernel"):
+        wanted.append(("use_liger_kernel", ("liger_kernel",)))
+    reporters = training.get("report_to") or []
+    for reporter in [reporters] if isinstance(reporters, str) else reporters:
+        if reporter in _REPORTERS:
+            wanted.append((f"report_to: {reporter}", _REPORTERS[reporter]))
+    for key, packages in wanted:
+        if not any(find_spec(package) for package in packages):
+            package = _PYPI.get(packages[0], packages[0].replace("_", "-"))
+            raise ConfigError(
+                f"{where}.{key} needs a package that is not installed: pip install {package}"
+            )
+
+
+def _check_loading(training: Mapping[str, Any], where: str) -> None:
+    strategy = training.get("train_sampling_strategy", SAMPLING[0])
+    if strategy not in SAMPLING:
+        raise ConfigError(
+            f"{where}.train_sampling_strategy: {strategy} is refused: batches hold one modality "
+            f"and one number of samples; choose {', '.join(SAMPLING)}"
+        )
+    if training.get("dataloader_num_workers", 0) == 0:
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers",
+                    "dataloader_multiprocessing_context"):  # fmt: skip
+            if training.get(key):
+                raise ConfigError(
+                    f"{where}.{key}: there is no worker process; set dataloader_num_workers"
+                )
+    settings = training.get("accelerator_config") or {}
+    unknown = [key for key in settings if key not in _ACCELERATOR_KEYS]
+    if not isinstance(settings, dict) or unknown:
+        raise ConfigError(
+            f"{where}.accelerator_config: {settings!r} would deal batches out in another way than "
+            f"the order of the samples needs; it may set {', '.join(_ACCELERATOR_KEYS)}"
+        )
+    resume = training.get("resume_from_checkpoint")
+    if resume is False or (isinstance(resume, str) and not Path(resume).expanduser().is_dir()):
+        raise ConfigError(
+            f"{where}.resume_from_checkpoint: {resume!r} is no folder of a checkpoint; a run goes "
+            "on from its own checkpoints by itself, and begins anew in another run folder"
+        )
+
+
+def _check_evaluation(
+    training: Mapping[str, Any],
+    where: str,
+    has_validation: bool,
+    benches: list[str],
+    every_steps: int | None,
+) -> None:
+    """Check what is measured during training, and what the best checkpoint is chosen by."""
+    asked = bool(every_steps and benches)
+    evaluates = _is_on(training.get("eval_strategy")) or asked
+    # the validation loss is made of validation data, scores of benches
+    known = (["eval_loss"] if has_validation else []) + (
+        [f"eval_{bench}" for bench in benches] if asked else []
+    )
+    if _is_on(training.get("eval_strategy")) and not known:
+        raise ConfigError(
+            f"{where}.eval_strategy: {training['eval_strategy']}: there is nothing to evaluate on; "
+            "set data.validation, or eval.every_steps for a bench, or remove the key"
+        )
+    best = training.get("load_best_model_at_end") or training.get("save_strategy") == "best"
+    for key in ("eval_on_start", "early_stopping_patience"):
+        if training.get(key) and not evaluates:
+            raise ConfigError(f"{where}.{key} needs evaluations; set eval_strategy")
+    if best and not evaluates:
+        raise ConfigError(f"{where}: a best checkpoint needs evaluations; set eval_strategy")
+    metric = training.get("metric_for_best_model") or "loss"
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    needed = best or training.get("early_stopping_patience") or training.get(
+        "lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")  # fmt: skip
+    if (needed or "metric_for_best_model" in training) and metric not in known:
+        raise ConfigError(
+            f"{where}.metric_for_best_model: {metric.removeprefix('eval_')} is not measured during "
+            f"training; known: {', '.join(known) or 'none'}"
+        )
+    steps = training.get("eval_steps")
+    if metric != "eval_loss" and needed and steps and steps != every_steps:
+        raise ConfigError(
+            f"{where}.eval_steps: {steps} but eval.every_steps: {every_steps}; the best checkpoint "
+            "is chosen by a bench's score, so both must be the same"
+        )
+
+
+def _is_on(strategy: Any) -> bool:
+    return strategy not in (None, "no", False)
+
+
+def build_arguments(
+    training: Mapping[str, Any], folder: Path, seed: int, every_steps: int | None = None
+) -> StageArguments:
+    """Turn a ``training`` section into the arguments of one stage.
 
     What the section does not say: checkpoints go to ``folder``, two are kept, no logging back-end,
     an epoch is the unit of evaluation and saving.
+
+    Args:
+        training: The section, checked by ``check_training_keys``.
+        folder: Of the checkpoints.
+        seed: Of order and dropout.
+        every_steps: How often benches are asked during training, which makes evaluations.
 
     Raises:
         ValueError: If transformers refuses a value, or one process would spread its batches over
@@ -31,12 +335,43 @@ def build_arguments(training: dict[str, Any], folder: Path, seed: int) -> Traini
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],
+        "train_sampling_strategy": SAMPLING[0],
     }
-    devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by every launcher
-    arguments = TrainingArguments(**(defaults | arguments_for(training, devices)))
+    extras, _ = split_training(training)
+    settings = defaults | arguments_for(training, int(os.environ.get("WORLD_SIZE", "1")))
+    settings |= extras.model_dump(exclude={"global_batch_size"})
+    settings["enable_jit_checkpoint"] = False  # the trainer's own answer to SIGTERM
+    if settings.get("save_strategy") == "best":  # who asks for the best wants it delivered
+        settings.setdefault("load_best_model_at_end", True)
+    if settings.get("early_stopping_patience"):
+        settings.setdefault("metric_for_best_model", "loss")
+    if every_steps:
+        settings |= _with_benches(settings, every_steps)
+    if settings.get("tf32") and not torch.cuda.is_available():
+        logger.warning("training.tf32 is a setting of CUDA devices and does nothing here")
+        settings["tf32"] = None
+    arguments = StageArguments(**settings)
+    if arguments.auto_find_batch_size and arguments.world_size > 1:
+        raise ConfigError(
+            "training.auto_find_batch_size: one process may lack memory while the others wait for "
+            "it; with several processes set per_device_train_batch_size"
+        )
     if arguments.n_gpu > 1:  # DataParallel averages the losses of unequal parts
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible to one process; start one process a GPU with "
             "`accelerate launch -m milora_vl train CONFIG`, or set CUDA_VISIBLE_DEVICES=0"
         )
     return arguments
+
+
+def _with_benches(settings: Mapping[str, Any], every_steps: int) -> dict[str, Any]:
+    """Return the keys that make an evaluation of every step at which a bench is asked."""
+    if not _is_on(settings.get("eval_strategy")):
+        return {"eval_strategy": "steps", "eval_steps": every_steps}
+    steps = settings.get("eval_steps")
+    if settings["eval_strategy"] != "steps" or (steps and every_steps % steps):
+        raise ConfigError(
+            f"eval.every_steps: {every_steps} needs training.eval_strategy: steps with eval_steps "
+            f"that divide it (now {settings['eval_strategy']}, {steps})"
+        )
+    return {"eval_steps": steps or every_steps}

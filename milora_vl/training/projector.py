@@ -24,9 +24,18 @@ from milora_vl.data.images import build_image_transform, load_image, resolve_ima
 from milora_vl.data.records import RecordError
 from milora_vl.files import cache_folder, replace_folder
 from milora_vl.model.load import VLM
+from milora_vl.runtime import process_count
 from milora_vl.training.align import LabelledPicture, align_patches_
-from milora_vl.training.resume import last_checkpoint
+from milora_vl.training.resume import (
+    FACTS_FILE,
+    check_finite_file,
+    choose_checkpoint,
+    compare_facts,
+    describe_base,
+    describe_data,
+)
 from milora_vl.training.run import train
+from milora_vl.training.watch import NonFiniteError, all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +125,16 @@ def align_projector(
     projector = model.get_submodule(name)
     projector.requires_grad_(True)
     keep_master_weights_(projector)
-    checkpoint = last_checkpoint(Path(arguments.output_dir))
+    checkpoints = Path(arguments.output_dir)
+    regardless = getattr(arguments, "resume_regardless", False)
+    checkpoint = choose_checkpoint(
+        checkpoints,
+        lambda folder: check_finite_file(folder / WEIGHTS_FILE),
+        n_processes=process_count(),
+        regardless=regardless,
+    )
+    facts = {"data": describe_data([dataset]), "base": describe_base(model)}
+    compare_facts(checkpoints / FACTS_FILE, facts, checkpoint is not None, regardless)
     if checkpoint:
         load_trained_state_(projector, load_file(checkpoint / "adapter" / WEIGHTS_FILE))
     elif section.patch_steps:
@@ -157,13 +175,26 @@ def align_projector(
             metrics_file=metrics_file,
             stage="align",
             projector=ProjectorSection(),
+            checkpoint=checkpoint,
+        )
+    if not all_finite(projector.parameters()):
+        raise NonFiniteError(
+            f"{vlm.path}: the aligned projector holds NaN or infinity; lower "
+            "alignment.patch_learning_rate"
         )
     remove_master_weights_(projector)
     model.requires_grad_(False)
 
 
 def save_base(vlm: VLM, folder: Path) -> Path:
-    """Write model and processor as a plain transformers checkpoint, whole or not at all."""
+    """Write model and processor as a plain transformers checkpoint, whole or not at all.
+
+    Raises:
+        NonFiniteError: If a weight is not finite: every later run would begin with it.
+    """
+    for name, value in vlm.model.named_parameters():
+        if not all_finite([value]):
+            raise NonFiniteError(f"{vlm.path}: {name} holds NaN or infinity; no base is kept")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name

@@ -1,20 +1,223 @@
-"""Which checkpoint a stopped training goes on from."""
+"""Which checkpoint a stopped training goes on from: one that is whole, of the same data and base.
 
+A checkpoint is whole if every file that was written with it is there and can be read to its end.
+``trainer_state.json`` is written last, so a folder without it was never finished and is passed
+over. One that was finished and has lost something since is not gone on from unsaid: an older whole
+one is taken, or the user is told.
+"""
+
+import hashlib
 import json
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from milora_vl.errors import MiloraError
+from milora_vl.files import write_json_atomic
+from milora_vl.runtime import is_main_process, wait_for_all
+from milora_vl.training.watch import all_finite
+
+logger = logging.getLogger(__name__)
+
+REGARDLESS = "training.resume_regardless=true"
+SAMPLED_VALUES = 64
+FACTS_FILE = "training_data.json"
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None.
+class ResumeError(MiloraError, ValueError):
+    """A training cannot go on from what its folder holds."""
 
-    ``trainer_state.json`` is the last file of a checkpoint; one that was cut off by a full disk or
-    an interruption lacks it or holds half of it, and an older one is taken.
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders that training named, oldest first; others lie beside them undisturbed."""
+    named = [
+        one for one in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", one.name)
+    ]
+    return sorted((one for one in named if one.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name tells."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was once written to its end."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and isinstance(state.get("global_step"), int)
+
+
+def find_problems(
+    checkpoint: Path, check_weights: Callable[[Path], None], n_processes: int = 1
+) -> list[str]:
+    """Say what a finished checkpoint lacks; an empty list if it is whole.
+
+    Args:
+        checkpoint: The folder.
+        check_weights: Raises ``OSError`` or ``ValueError`` unless the folder ``adapter`` is whole.
+        n_processes: Processes of this training, each of which has a random state of its own.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    for checkpoint in reversed(found):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    return None
+    found = []
+    try:
+        check_weights(checkpoint / "adapter")
+    except (OSError, ValueError) as error:
+        found.append(f"adapter: {error}")
+    names = ["optimizer.pt", "scheduler.pt"]
+    if n_processes == 1:
+        names.append("rng_state.pth")
+    else:
+        names += [f"rng_state_{rank}.pth" for rank in range(n_processes)]
+    for name in names:
+        if problem := archive_problem(checkpoint / name):
+            found.append(f"{name} {problem}")
+    return found
+
+
+def archive_problem(file: Path) -> str | None:
+    """Read a file of ``torch.save`` to its end, checksums included."""
+    if not file.exists():
+        return "is missing"
+    if file.stat().st_size == 0:
+        return "is empty"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+        return "is cut short"
+    return f"is damaged ({damaged})" if damaged else None
+
+
+def check_finite_file(file: Path) -> None:
+    """Check that the tensors of a safetensors file can be read and are finite.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is damaged or holds NaN or infinity.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file.name} is missing")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            for key in stored.keys():  # noqa: SIM118
+                if not all_finite([stored.get_tensor(key)]):
+                    raise ValueError(f"{file.name}: {key} holds NaN or infinity")
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from error
+
+
+def choose_checkpoint(
+    folder: Path,
+    check_weights: Callable[[Path], None],
+    *,
+    n_processes: int = 1,
+    named: str | Path | None = None,
+    regardless: bool = False,
+) -> Path | None:
+    """Return the checkpoint to go on from, or None to begin.
+
+    Args:
+        folder: Holds the run's own checkpoints.
+        check_weights: See ``find_problems``.
+        n_processes: See ``find_problems``.
+        named: A checkpoint of another run, taken if this one has none of its own.
+        regardless: Take the newest one whose weights can be read, whatever else it lacks.
+
+    Raises:
+        ResumeError: If checkpoints were finished and none is whole now; the message says what the
+            newest lacks and what can be done.
+    """
+    own = [one for one in checkpoint_folders(folder) if is_finished(one)]
+    if not own and named:
+        own = [Path(named).expanduser()]
+        if not is_finished(own[0]):
+            raise ResumeError(f"{named} is no finished checkpoint: it has no trainer_state.json")
+    problems: dict[Path, list[str]] = {}
+    for checkpoint in reversed(own):
+        found = find_problems(checkpoint, check_weights, n_processes)
+        if not found or (regardless and not found[0].startswith("adapter: ")):
+            if found:
+                logger.warning(
+                    "%s: going on without what is lost: %s", checkpoint, "; ".join(found)
+                )
+            return checkpoint
+        logger.warning("%s is not whole: %s", checkpoint, "; ".join(found))
+        problems[checkpoint] = found
+    if not problems:
+        return None
+    newest, found = next(iter(problems.items()))
+    raise ResumeError(
+        f"{newest}: {'; '.join(found)}; no older checkpoint is whole. {REGARDLESS} goes on from "
+        "the newest weights that can be read, with a new optimizer; removing "
+        f"{folder} begins anew"
+    )
+
+
+def describe_data(datasets: Iterable[Any]) -> dict[str, Any]:
+    """Return what identifies the samples: count, and a digest of their texts in their order.
+
+    What is left out because it cannot be used is no part of it, nor are the images' bytes.
+
+    Args:
+        datasets: With ``conversations``, or mixtures of such.
+    """
+    digest, count = hashlib.sha256(), 0
+    for dataset in datasets:
+        parts = getattr(dataset, "datasets", [dataset])
+        for part in parts:
+            for one in getattr(part, "conversations", ()):
+                facts = [[turn.role, turn.text] for turn in one.turns]
+                digest.update(json.dumps([facts, list(one.images)]).encode())
+                count += 1
+        digest.update(json.dumps(getattr(dataset, "places", None)).encode())
+    return {"records": count, "sha256": digest.hexdigest()}
+
+
+def describe_base(model: nn.Module) -> str:
+    """Return a digest of a base model: names, shapes and some values of every tensor.
+
+    Enough to tell another checkpoint, and quick; the adapted layers have a full fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        # packed 4-bit weights change their layout on a CPU
+        if value.is_floating_point() and value.numel():
+            step = max(1, value.numel() // SAMPLED_VALUES)
+            picked = value.detach().reshape(-1)[::step][:SAMPLED_VALUES]
+            digest.update(picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def compare_facts(file: Path, facts: dict[str, Any], goes_on: bool, regardless: bool) -> None:
+    """Write what a training begins with, or compare it when the training goes on.
+
+    A run of an earlier version has no such file, and nothing is compared.
+
+    Raises:
+        ResumeError: Naming what differs, unless ``regardless``.
+    """
+    if not goes_on:
+        if is_main_process():
+            write_json_atomic(file, facts)
+        wait_for_all()
+        return
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    differing = [key for key in before if key in facts and before[key] != facts[key]]
+    if not differing:
+        return
+    told = "; ".join(f"{key}: {before[key]} before, {facts[key]} now" for key in differing)
+    if not regardless:
+        raise ResumeError(
+            f"{file}: the training began with something else ({told}). Give another run folder, "
+            f"restore it, or go on with it all the same with {REGARDLESS}"
+        )
+    logger.warning("%s: going on although the training began with something else: %s", file, told)

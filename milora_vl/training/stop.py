@@ -39,6 +39,8 @@ class StopOnSigterm(TrainerCallback):
     ) -> None:
         """Save and stop if any process was asked: all must stop at the same step."""
         if any(gather_json(self._is_asked)):
+            # no evaluation: whoever asks kills soon, and save_strategy best would undo the saving
+            control.should_evaluate = False
             control.should_save = control.should_training_stop = True
             self._stopped_at = state.global_step
 
@@ -46,10 +48,15 @@ class StopOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the signal back."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        self.give_back()
         if self._stopped_at == state.max_steps:  # it was the last one: the run is whole
             self._stopped_at = None
+
+    def give_back(self) -> None:
+        """Restore what SIGTERM did before, also after a training that failed."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
 
     def check(self) -> None:
         """Raise if the training was stopped.

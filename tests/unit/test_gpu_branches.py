@@ -23,7 +23,7 @@ from milora_vl.eval.generate_shared import packed_linears
 from milora_vl.pipeline import guess_stages, warn_of_memory
 from milora_vl.runtime import Precision, resolve_device
 from milora_vl.training import arguments
-from milora_vl.training.trainer import peak_memory
+from milora_vl.training.callbacks import peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpu.md"

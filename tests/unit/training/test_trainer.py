@@ -18,9 +18,10 @@ from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.arguments import build_arguments
-from milora_vl.training.resume import last_checkpoint
+from milora_vl.training.callbacks import MetricsWriter
+from milora_vl.training.resume import checkpoint_folders, is_finished
 from milora_vl.training.run import finetune, train
-from milora_vl.training.trainer import MetricsWriter, token_loss_sum
+from milora_vl.training.trainer import token_loss_sum
 
 
 @pytest.fixture
@@ -219,8 +220,9 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert last_checkpoint(tmp_path / "nowhere") is None
+    found = checkpoint_folders(tmp_path)
+    assert [is_finished(one) for one in found] == [True, False, False]
+    assert checkpoint_folders(tmp_path / "nowhere") == []
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""Losses and gradients that are not finite: noticed at their step, before anything is written."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from milora_vl.errors import MiloraError
+
+logger = logging.getLogger(__name__)
+
+SKIPS_IN_A_ROW = 10
+OVERFLOWS_IN_A_ROW = 20
+"""A float16 scaler starts at 2^16 and halves: after 20 overflows the scale is not the reason."""
+
+
+class NonFiniteError(MiloraError, FloatingPointError):
+    """A loss, a gradient or a trained tensor holds NaN or infinity."""
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether all values are finite; the device is asked once.
+
+    The largest absolute value tells it, which no sum of squares can overflow on the way to.
+    """
+    values = [one.detach() for one in tensors if one.is_floating_point() and one.numel()]
+    return not values or bool(torch.isfinite(get_total_norm(values, float("inf"))))
+
+
+@dataclass
+class StepWatch:
+    """Whether the losses and the gradient norm of every optimizer step are finite.
+
+    The flags stay on the device and are read one step late, when they are long computed, so no
+    step waits. On a CPU, where nothing waits, and where a step is to be left out they are read at
+    once. Where a float16 loss scaler skips steps, overflows are its way of finding the scale; they
+    are counted, and only a long run of them is an error.
+
+    Attributes:
+        mode: Stop at such a step, or leave it out and count it.
+        describe: Step and micro-batch (None: all of the step) -> the records, in words.
+        late: Read the flags of a step at the next one, so that no step waits for its device.
+        reduce: Joins a flag over processes, which must leave out the same steps; None for one.
+        skipped: Steps left out so far.
+    """
+
+    mode: Literal["stop", "skip"]
+    describe: Callable[[int, int | None], str]
+    late: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
+    skipped: int = 0
+    _in_a_row: int = 0
+    _losses: list[Tensor] = field(default_factory=list)
+    _pending: tuple[int, Tensor] | None = None
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Take the loss of one micro-batch."""
+        self._losses.append(loss.detach())
+
+    def see_gradient(self, step: int, norm: Tensor | float | None) -> bool:
+        """Take the gradient norm of a step, after its losses; 1-based ``step``.
+
+        Returns:
+            Whether the step is to be left out.
+
+        Raises:
+            NonFiniteError: At a step that is not finite, or the tenth in a row that is left out.
+        """
+        losses, self._losses = self._losses, []
+        device = losses[0].device if losses else torch.device("cpu")
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=device).float()
+        # [micro-batches + 1]; True is bad, and the last place is the gradient's
+        flags = ~torch.isfinite(torch.stack([*(one.float() for one in losses), norm]))
+        if self.mode == "skip":
+            return self._leave_out(step, flags)
+        late, self._pending = self._pending, (step, flags)
+        if late is not None:
+            self._check(*late)
+        if not self.late:
+            self.flush()
+        return False
+
+    def flush(self) -> None:
+        """Read what is still unread; call it before anything is written.
+
+        Raises:
+            NonFiniteError: See ``see_gradient``.
+        """
+        late, self._pending = self._pending, None
+        if late is not None:
+            self._check(*late)
+
+    def _check(self, step: int, flags: Tensor) -> None:
+        found = flags.tolist()
+        if any(found):
+            raise NonFiniteError(f"{self._name(step, found)}. {ADVICE}")
+
+    def _name(self, step: int, found: list[bool]) -> str:
+        """Say which number is bad at which step, with the records of its micro-batch or step."""
+        bad = [index for index, flag in enumerate(found[:-1]) if flag]
+        what = "the loss is" if bad else "the gradient norm is"
+        return (
+            f"{what} not finite at step {step}, with {self.describe(step, bad[0] if bad else None)}"
+        )
+
+    def _leave_out(self, step: int, flags: Tensor) -> bool:
+        is_bad = flags.any().float()
+        is_bad = bool(self.reduce(is_bad) if self.reduce else is_bad)
+        if not is_bad:
+            self._in_a_row = 0
+            return False
+        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        text = self._name(step, flags.tolist())
+        if self._in_a_row >= SKIPS_IN_A_ROW:
+            raise NonFiniteError(
+                f"{self._in_a_row} steps in a row were left out; now {text}. {ADVICE}"
+            )
+        logger.warning("left out (%d so far): %s", self.skipped, text)
+        return True
+
+    def see_scaler(self, step: int, was_skipped: bool) -> None:
+        """Count the steps that a float16 loss scaler skipped.
+
+        Raises:
+            NonFiniteError: After a long run of them.
+        """
+        self._losses = []
+        self._in_a_row = self._in_a_row + 1 if was_skipped else 0
+        self.skipped += was_skipped
+        if self._in_a_row >= OVERFLOWS_IN_A_ROW:
+            raise NonFiniteError(
+                f"float16 overflowed in {self._in_a_row} steps in a row, up to step {step}, at "
+                f"whatever scale of the loss; with {self.describe(step, None)}. Train with bf16, "
+                "or in float32"
+            )
+
+
+ADVICE = (
+    "Nothing of it was written; the same command goes on from the last checkpoint. Lower the "
+    "learning rate, look at these records, or leave such steps out with training.on_non_finite=skip"
+)
