@@ -60,6 +60,7 @@ def pad_batch(
         batch["labels"] = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         real = slice(0, length) if side == "right" else slice(width - length, width)
+        # from lengths: padding may use the end token, which is real elsewhere
         batch["input_ids"][row, real] = torch.as_tensor(sample["input_ids"], dtype=torch.long)
         batch["attention_mask"][row, real] = 1
         if "labels" in batch:
@@ -89,6 +90,7 @@ def _join_images(rows: list[Mapping[str, Tensor]], fill_rows: bool) -> dict[str,
     for name in {name: None for row in rows for name in row}:  # in order, once
         present = [row[name] for row in rows if name in row]
         largest = [max(sizes) for sizes in zip(*(one.shape[1:] for one in present), strict=True)]
+        # Mllama cross-attends by row, so a row without images needs a place among those that have
         empty = present[0].new_zeros((1, *largest))
         parts = [_grown(row[name], largest) if name in row else empty for row in rows]
         joined[name] = torch.cat(

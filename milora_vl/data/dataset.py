@@ -76,13 +76,14 @@ def group_by_length(
         raise ValueError(f"{len(lengths)} lengths but {len(has_image)} modality flags")
     if batch_size < 1 or window < 1:
         raise ValueError(f"batch_size and window must be at least 1: {batch_size}, {window}")
+    # a generator of its own: every process gets the same order, whatever else drew numbers
     generator = random.Random(f"{seed}/{epoch}")
     batches: list[list[int]] = []
     rest: list[int] = []
     for modality in (True, False):
         members = [index for index, flag in enumerate(has_image) if bool(flag) == modality]
         generator.shuffle(members)
-        whole = len(members) - len(members) % batch_size
+        whole = len(members) - len(members) % batch_size  # whole batches of one modality
         rest += members[whole:]
         for start in range(0, whole, window * batch_size):
             group = members[start : min(start + window * batch_size, whole)]
@@ -90,6 +91,7 @@ def group_by_length(
             batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
     generator.shuffle(batches)
     if batches:
+        # a lack of memory shows at the first step, not hours later
         longest = max(range(len(batches)), key=lambda at: max(lengths[i] for i in batches[at]))
         batches[0], batches[longest] = batches[longest], batches[0]
     rest.sort(key=lambda index: lengths[index], reverse=True)
@@ -225,6 +227,7 @@ class ConversationDataset(Dataset):
         """Say once how many answers hold the name of a special token, and what it means here."""
         if not self._special_tokens:
             return
+        # one search a turn: a data set can hold millions of answers
         pattern = re.compile("|".join(map(re.escape, self._special_tokens)))
         found: Counter[str] = Counter()
         places: list[str] = []
@@ -273,7 +276,7 @@ class ConversationDataset(Dataset):
             self._count("unreadable image", error)
             return None
         except RecordError as error:
-            if self.on_bad_length == "error":
+            if self.on_bad_length == "error":  # also where only headers were looked at
                 raise
             self._count(error.reason, error)
             return None
@@ -317,7 +320,7 @@ class ConversationDataset(Dataset):
     def _left_out(self) -> dict[str, Any]:
         """Return what stands for a sample that cannot be read: nothing to see, nothing to learn."""
         tokenizer = self.tokenizer
-        pad = tokenizer.pad_token_id
+        pad = tokenizer.pad_token_id  # Llama's tokenizers have none
         input_ids = [tokenizer.eos_token_id if pad is None else pad]
         sample: dict[str, Any] = {"input_ids": input_ids, "labels": [IGNORE_INDEX]}
         if self.pictures:
@@ -340,6 +343,7 @@ class ConversationDataset(Dataset):
             images = [load_image(path) for path in paths]
             if self.pictures:
                 return self.pictures.read(images)
+            # sizes are equal: the transform gives every image the shape that the tower takes
             return torch.stack([self.transform(one) for one in images])  # [n, 3, H, W]
         except BadImageError as error:
             raise _named(error, conversation) from error
@@ -412,6 +416,7 @@ def mixture(
     for part, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight {weight} of data set {part} must be finite and not negative")
+        # a weight of 2.5 is every sample twice and a random half of them once more
         times, share = divmod(round(weight * len(dataset)), len(dataset))
         indices = list(range(len(dataset))) * times
         indices += generator.sample(range(len(dataset)), share)

@@ -8,7 +8,8 @@ SentencePiece-like tokenizers put a space mark before text that stands alone ("Y
 run in the middle of a text must not get it, so such a run is tokenized behind an anchor character
 whose ids are then removed; the result is what tokenizing the joined text gives.
 
-Exchanges about one picture side by side: each is learned alone, the picture is computed once.
+``encode_side_by_side`` writes several exchanges about the same images behind one another, so that
+the images are computed once and yet each exchange is learned as if it were the only one.
 """
 
 import re
@@ -94,6 +95,7 @@ def encode(
     """
     style = get_style(style)
     segments = render_segments(turns, style, add_generation_prompt)
+    # labels are decided before tokenizing, so they never depend on counting tokens
     silent = _silent_segments(segments, turns)
     runs = _build_runs(segments, style, tokenizer, image_token_counts, silent, answer_tokens)
     input_ids: list[int] = []
@@ -104,6 +106,7 @@ def encode(
     ends: list[int] = []  # where each answer ends
     images_end = 0
     for run, ids in zip(runs, _tokenize_runs(runs, tokenizer), strict=True):
+        # an answer and its end marker are two runs, and one answer
         if ends and run.learned and ends[-1] == len(input_ids):
             ends.pop()
         input_ids += ids
@@ -264,6 +267,7 @@ def _tokenize_runs(runs: list[_Run], tokenizer: PreTrainedTokenizerBase) -> list
         if run.ids is None:
             after_text = index > 0 and runs[index - 1].ids is None
             after_special = index > 0 and not after_text
+            # the first text after a special token is "alone" for some tokenizers and not for others
             bare = leads and (after_text or (after_special and not leads_after_special))
             (mid_text if bare else plain).append(index)
     for index, ids in zip(
@@ -313,7 +317,7 @@ def _space_mark_rule(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Return whether text gets a leading space mark at the start, and after a special token."""
     alone = tokenizer.convert_ids_to_tokens(_tokenize(["a"], tokenizer)[0])
     leads = alone[0].startswith(_SPACE_MARKS)
-    special = tokenizer.eos_token or IMAGE_TOKEN
+    special = tokenizer.eos_token or IMAGE_TOKEN  # any token that is never split
     behind = tokenizer.convert_ids_to_tokens(
         tokenizer(special + "a", add_special_tokens=False)["input_ids"]
     )
@@ -322,6 +326,7 @@ def _space_mark_rule(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 def _truncation_point(labels: list[int], ends: list[int], images_end: int, max_length: int) -> int:
     """Return the length to keep; see ``encode`` for the rule."""
+    # a model has as many image features as the image has tokens, so images are never cut
     whole = [end for end in ends if images_end <= end <= max_length]
     if whole:
         return whole[-1]
@@ -406,6 +411,7 @@ def encode_side_by_side(
         min(len(row.input_ids) - 1, next(i for i, x in enumerate(row.labels) if x != IGNORE_INDEX))
         for row in rows
     )
+    # tokens can merge across the border of beginning and rest, so the ids decide what is shared
     for row in rows[1:]:
         pairs_of_ids = zip(rows[0].input_ids[:shared], row.input_ids, strict=False)
         shared = next((i for i, (one, other) in enumerate(pairs_of_ids) if one != other), shared)
@@ -435,7 +441,7 @@ def compute_branch_inputs(rows: Sequence[Tensor], width: int) -> dict[str, Tenso
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     for place, branches in enumerate(rows):
         length = len(branches)
-        same = (branches[:, None] == branches) | (branches == 0)
+        same = (branches[:, None] == branches) | (branches == 0)  # its own branch, or the beginning
         allowed[place, :length, :length] = same & causal[:length, :length]
         positions[place, :length] = allowed[place, :length].sum(dim=1) - 1
     mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)

@@ -55,7 +55,7 @@ class BadImageError(MiloraError, ValueError):
 
 @dataclass(eq=False)
 class ProcessorPictures:
-    """Asks the processor; for families whose pictures take different numbers of tokens.
+    """Asks a processor; for families whose images take different numbers of tokens.
 
     Attributes:
         processor: A transformers processor with an ``image_token``.
@@ -71,16 +71,16 @@ class ProcessorPictures:
     _texts: dict[tuple[Size, ...], list[str]] = field(default_factory=dict, repr=False)
 
     def expand(self, sizes: Sequence[Size]) -> list[str]:
-        """Return what stands in the prompt for each picture of one sample.
+        """Return what stands in the prompt for each image of one sample.
 
-        The text depends on the pictures' sizes alone, so it is found with blank ones and kept.
+        The text depends on the sizes alone, so it is found with blank images and kept.
 
         Args:
-            sizes: (width, height) in px of each picture.
+            sizes: (width, height) in px of each image.
 
         Raises:
-            PictureError: If there are more pictures than the family takes.
-            BadImageError: If the processor refuses a picture of such a size.
+            PictureError: If there are more images than the family takes.
+            BadImageError: If the processor refuses an image of such a size.
         """
         key = tuple(sizes)
         if key not in self._texts:
@@ -88,9 +88,9 @@ class ProcessorPictures:
             self._texts[key] = self._process(blanks)[0] if blanks else []
         return self._texts[key]
 
-    def read(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return the tensors of one sample's pictures, by the names of the model's arguments."""
-        return self._process(pictures)[1]
+    def read(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return the tensors of one sample's images, by the names of the model's arguments."""
+        return self._process(images)[1]
 
     def token_inputs(
         self, input_ids: Sequence[int], labels: Sequence[int] | None, images: dict[str, Tensor]
@@ -100,18 +100,19 @@ class ProcessorPictures:
         Args:
             input_ids: Token ids of one sample, length T.
             labels: Its labels; None when it is a prompt.
-            images: The result of ``read``; empty without pictures.
+            images: The result of ``read``; empty without images.
 
         Returns:
             Tensors whose first axis is T.
         """
         if self.token_types == "prefix":
+            # PaliGemma reads all before the answer in both directions: type 0 up to there, then 1
             learned = (i for i, label in enumerate(labels or []) if label != IGNORE_INDEX)
             first = next(learned, len(input_ids))
             return {"token_type_ids": (torch.arange(len(input_ids)) >= first).long()}
         if self.token_types != "none":
-            is_picture = torch.isin(torch.tensor(input_ids), torch.tensor(self._picture_ids()))
-            return {self.token_types: is_picture.long()}
+            is_image = torch.isin(torch.tensor(input_ids), torch.tensor(self._image_ids()))
+            return {self.token_types: is_image.long()}
         if self.cross_attention and images:
             return {"cross_attention_mask": self._cross_attention_mask(input_ids, images)}
         return {}
@@ -119,10 +120,10 @@ class ProcessorPictures:
     def token_names(self) -> set[str]:
         """Return the tokens that stand for images, video or sound; no text may bring them in."""
         names = (getattr(self.processor, f"{kind}_token", None) for kind in _MEDIA)
-        found = self.processor.tokenizer.convert_ids_to_tokens(self._picture_ids())
+        found = self.processor.tokenizer.convert_ids_to_tokens(self._image_ids())
         return {name for name in (*names, *found) if isinstance(name, str)}
 
-    def _picture_ids(self) -> list[int]:
+    def _image_ids(self) -> list[int]:
         return [token for token in self.processor.image_token_ids if token is not None]
 
     def _cross_attention_mask(self, input_ids: Sequence[int], images: dict[str, Tensor]) -> Tensor:
@@ -139,29 +140,30 @@ class ProcessorPictures:
         )
         return torch.as_tensor(dense[0])
 
-    def _process(self, pictures: Sequence[Image.Image]) -> tuple[list[str], dict[str, Tensor]]:
-        if self.max_images is not None and len(pictures) > self.max_images:
+    def _process(self, images: Sequence[Image.Image]) -> tuple[list[str], dict[str, Tensor]]:
+        if self.max_images is not None and len(images) > self.max_images:
             raise PictureError(
-                f"{len(pictures)} pictures in one sample, but "
+                f"{len(images)} pictures in one sample, but "
                 f"{type(self.processor).__name__} takes {self.max_images}"
             )
         token = self.processor.image_token
         try:
             output = self.processor(
-                text=[token * len(pictures)],
-                images=[list(pictures)],
+                text=[token * len(images)],
+                images=[list(images)],
                 return_text_replacement_offsets=True,
                 return_tensors="pt",
             )
         except MemoryError:
             raise
         except Exception as error:  # each processor has its own ways to refuse a shape
-            sizes = ", ".join(f"{one.width} x {one.height} px" for one in pictures)
+            sizes = ", ".join(f"{one.width} x {one.height} px" for one in images)
             raise BadImageError(
                 f"{type(self.processor).__name__} refuses {sizes}: {type(error).__name__}: {error}"
             ) from error
+        # with cross attention an image is one token in the text, whatever its size
         if self.cross_attention:
-            texts = [token] * len(pictures)
+            texts = [token] * len(images)
         elif "text_replacement_offsets" in output:
             texts = [item["replacement"] for item in output["text_replacement_offsets"][0]]
         else:
@@ -179,7 +181,7 @@ class ProcessorPictures:
 
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Largest picture read by default, in pixels (Pillow's own warning threshold)."""
+"""Largest image read by default, in pixels (Pillow's own warning threshold)."""
 
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError)
 
@@ -208,6 +210,7 @@ def resolve_image(image_folder: Path | str, name: str) -> Path:
     if not name.strip() or "\0" in name:
         raise ImagePathError(f"{name[:120]!r} is not a file name")
     folder = Path(image_folder)
+    # normpath works on the name alone: ".." is resolved before a link could lead elsewhere
     normal = Path(os.path.normpath(name))
     top = Path(os.path.abspath(folder))  # noqa: PTH100  Path.resolve would follow links
     if normal.anchor and normal.is_relative_to(top):
@@ -339,23 +342,23 @@ def _scale_to_8_bits(image: Image.Image) -> np.ndarray:
 def pad_to_square(
     image: Image.Image, background_rgb: Sequence[int], *, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:
-    """Centre a picture on a square of its longer side (LLaVA's ``expand2square``).
+    """Center an image on a square of its longer side (LLaVA's ``expand2square``).
 
-    A picture so long that its square would pass ``max_pixels`` is shrunk first, in proportion.
+    An image so long that its square would pass ``max_pixels`` is shrunk first, in proportion.
 
     Args:
-        image: An RGB picture.
+        image: An RGB image.
         background_rgb: Color of the border, 0 to 255.
         max_pixels: Largest square, in pixels.
 
     Returns:
-        The square picture; a square one is returned as it is.
+        The square image; a square one is returned as it is.
     """
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
-    if side * side > max_pixels:
+    if side * side > max_pixels:  # the limit holds for the square, not only for the file
         ratio = int(max_pixels**0.5) / side
         width, height = max(1, int(width * ratio)), max(1, int(height * ratio))
         image, side = image.resize((width, height)), max(width, height)

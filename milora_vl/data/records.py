@@ -208,6 +208,7 @@ def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error})") from error
+    # a line of JSON Lines may be a list too, and is then one bad record
     if text.lstrip()[:1] == "[" and path.suffix != ".jsonl":
         try:
             records = json.loads(text, object_pairs_hook=_build_object)
@@ -217,6 +218,7 @@ def _iterate_records(path: Path) -> Iterator[tuple[str, int, Any]]:
             yield f"{path}[{index}]", index, record
         return
     index = 0
+    # not splitlines: it also splits at U+2028 and other characters inside texts
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -317,12 +319,13 @@ class _Reader:
         """Return a text that a tokenizer takes; without marks ``<image>`` in it is escaped."""
         if not isinstance(value, str):
             raise RecordError(at, reason, f"needs text, got {type(value).__name__}")
+        # JSON can write half of a pair of surrogates, and tokenizers end in a TypeError on it
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             detail = f"half of a character (a lone surrogate) at position {error.start}"
             raise RecordError(at, "not Unicode text", detail) from error
-        if IMAGE_TEXT in value:
+        if IMAGE_TEXT in value:  # it would come out as another text than went in
             raise RecordError(at, "not Unicode text", "U+FDD0 inside an image mark")
         return value if has_marks else value.replace(IMAGE_TOKEN, IMAGE_TEXT)
 
@@ -376,6 +379,7 @@ class _Reader:
             detail = f"{first!r} beside {second!r}, so which one counts? {_WAYS_OUT}"
             raise RecordError(self.where, "two conversations", detail)
         if single:
+            # TRL writes texts or lists of messages under the same two names
             if any(isinstance(fields.get(name), list) for name in ("prompt", "completion")):
                 return self._prompt_and_completion(fields)
             return self._one_exchange(fields, has_images)
@@ -411,6 +415,7 @@ class _Reader:
             text, names = self._parts(content, role, at)
         else:
             text, names = _move_one_mark(self._text(content, at), role), []
+        # images that the turn names beside its text: at its marks, or in front
         own = self._image_names(fields.get("image", []), at)
         own += self._image_names(fields.get("images", []), at)
         if own and names:
@@ -442,6 +447,7 @@ class _Reader:
         """Read the switches of a turn: true and false, or the weights 1 and 0."""
         values = {name: fields[name] for name in LOSS_SWITCHES if name in fields}
         for name, value in values.items():
+            # a weight in between would have to scale the loss, a text could mean anything
             if not isinstance(value, int | float) or value not in (0, 1):
                 detail = f"{name!r} is {_show(value)}; needs true, false, 1 or 0"
                 raise RecordError(at, "bad loss switch", detail)
@@ -495,6 +501,7 @@ class _Reader:
             raise RecordError(self.where, "bad instruction", '"input" belongs to "instruction"')
         if not question and not more:
             raise RecordError(self.where, "bad instruction", f"needs one of {', '.join(QUESTIONS)}")
+        # tables with a fixed schema write questions without an instruction under "input"
         asked = text(question or more)
         if question and text(more).strip():
             asked = f"{asked}\n\n### Input:\n{text(more)}"

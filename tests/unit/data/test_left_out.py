@@ -10,10 +10,10 @@ from PIL import Image
 
 from milora_vl.config import DataSection, MiloraConfig, ProjectorSection
 from milora_vl.data.images import BadImageError
-from milora_vl.data.records import Conversation, Turn
+from milora_vl.data.records import Conversation, RecordError, Turn
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.arguments import build_arguments
-from milora_vl.training.inputs import build_collate, build_dataset
+from milora_vl.training.inputs import build_collate, build_dataset, load_conversations
 from milora_vl.training.run import finetune
 from milora_vl.training.trainer import token_loss_sum
 
@@ -106,6 +106,22 @@ def test_a_shape_that_the_processor_refuses_is_left_out(vlm, folder):
     if refused:
         with pytest.raises(BadImageError, match=r"made\.json\[1\].*300 x 1 px"):
             _ = build(vlm, folder, talks).lengths
+
+
+def test_missing_images_are_left_out_with_the_unreadable_ones(vlm, folder, tmp_path):
+    records = [
+        {"mood": "x", "image": image, "query": "What?", "response": "A fox."}
+        for image in ("a.png", "missing.png")
+    ]
+    file = str(tmp_path / "made.json")
+    Path(file).write_text(json.dumps(records), encoding="utf-8")
+    options = {"train": [file], "image_folder": str(folder), "ignore_keys": ["mood"]}
+    section = DataSection(**options, on_bad_image="skip")
+    dataset = build_dataset(vlm, section, load_conversations(section, file))
+    assert len(dataset) == 1
+    assert dataset.skipped == {"unreadable image": 1}
+    with pytest.raises(RecordError, match=r"made.json\[1\]: image file missing"):
+        load_conversations(DataSection(**options), file)
 
 
 def test_training_goes_on_over_steps_without_a_readable_image(tiny_checkpoint, folder, tmp_path):
