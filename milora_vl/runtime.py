@@ -494,3 +494,28 @@ def choose_precision(
             *(setting, 1 / factor, rates, remedy),
         )
     return Precision(bf16, rates, gflops)
+
+
+MUCH_SLOWER = 1.5
+
+
+def prefer_faster_weights_(model: nn.Module) -> None:
+    """Turn bfloat16 weights on a CPU into float32 ones in place, if that is clearly faster here.
+
+    Nothing is rounded by it. Weights that would not fit stay as they are, with a warning.
+    """
+    first = next(model.parameters())
+    kinds = {value.dtype for value in model.parameters()}
+    if first.device.type != "cpu" or torch.bfloat16 not in kinds:
+        return
+    rates = measure_precisions(count_layer_shapes(model), backward=False)
+    factor = rates["float32"] / rates["bfloat16"]
+    if factor < MUCH_SLOWER:
+        return
+    needed = 4 * sum(value.numel() for value in model.parameters()) / 2**30
+    is_quantized = any(not value.is_floating_point() for value in model.parameters())
+    if is_quantized or needed > memory_gib():
+        logger.warning("bfloat16 weights: %.1f times slower than float32 on this CPU", factor)
+        return
+    logger.info("the bfloat16 weights run in float32, %.1f times faster on this CPU", factor)
+    model.float()

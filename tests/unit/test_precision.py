@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from milora_vl import runtime
 from milora_vl.config import ConfigError, parse_config
 from milora_vl.eval.__main__ import choose_autocast
 from milora_vl.eval.evaluation import JOURNAL
@@ -136,3 +137,18 @@ def test_an_evaluation_that_goes_on_keeps_its_precision(tmp_path: Path) -> None:
     assert choose_autocast("auto", model, tmp_path) != first
     assert choose_autocast("none", model, tmp_path) is None
     assert choose_autocast("float16", model, tmp_path) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("bfloat16_rate", "expected"), [(5.0, torch.float32), (90.0, torch.bfloat16)]
+)
+def test_stored_bfloat16_runs_in_float32_where_that_is_faster(
+    bfloat16_rate: float, expected: torch.dtype, make_tiny_vlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"float32": 50.0, "bfloat16": bfloat16_rate}
+    monkeypatch.setattr(runtime, "measure_precisions", lambda shapes, backward: rates)
+    model = make_tiny_vlm().bfloat16()
+    before = model.lm_head.weight.clone()
+    runtime.prefer_faster_weights_(model)
+    assert model.dtype == expected
+    assert torch.equal(model.lm_head.weight.bfloat16(), before)
