@@ -31,6 +31,7 @@ from milora_vl.eval.pages import (
     figure,
     metric_text,
     page,
+    parts_or_reason,
     read_items,
     scale_of,
     thumbnail,
@@ -459,7 +460,16 @@ def render_comparison(
     parts += [f"<p><b>{html.escape(text)}</b></p>" for text in verdicts(runs, changes)]
     parts.append(_scores(runs, changes))
     entries = {bench: [run.results["benches"].get(bench) for run in runs] for bench in changes}
-    parts.append(figure(plots.plot_run_scores(names, entries), "scores with intervals"))
+    scored = {
+        bench: results
+        for bench, results in entries.items()
+        if any(entry and entry["score"] is not None for entry in results)
+    }
+    if scored:
+        parts += parts_or_reason(
+            "The figure of scores",
+            lambda: [figure(plots.plot_run_scores(names, scored), "scores with intervals")],
+        )
     curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
     if curves:
         parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
@@ -472,7 +482,9 @@ def render_comparison(
             summary = html.escape(run.certificate.summary())
             parts.append(f"<h2>Init certificate: {html.escape(run.name)}</h2><pre>{summary}</pre>")
     for bench in changes:
-        parts += _gallery(runs, bench)
+        parts += parts_or_reason(
+            f"Disagreements on {bench}", lambda bench=bench: _gallery(runs, bench)
+        )
     return page(f"{len(runs)} runs", parts)
 
 

@@ -1,13 +1,10 @@
-"""Parts of HTML reports: page, figure, picture; nothing is loaded from elsewhere.
-
-Scores as text: terminal tables of one evaluation, and of two side by side.
-"""
+"""Parts of reports: scores as text and terminal tables, and HTML that loads nothing else."""
 
 import base64
 import html
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from milora_vl.data.images import load_image
+from milora_vl.eval.bench_files import shorten
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.items import Item
 
@@ -168,14 +166,31 @@ img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size
 """
 
 
+def parts_or_reason(title: str, build: Callable[[], list[str]]) -> list[str]:
+    """Return HTML parts, or the reason why they could not be made, in their place.
+
+    Args:
+        title: What the parts show.
+        build: Makes them.
+    """
+    try:
+        return build()
+    except Exception as error:  # a run of hours must not end with its report
+        logger.warning("the report lacks %s: %s: %s", title, type(error).__name__, error)
+        reason = html.escape(shorten(f"{type(error).__name__}: {error}", 500))
+        return [f"<p><b>{html.escape(title)} cannot be shown:</b> {reason}</p>"]
+
+
 def page(title: str, parts: Sequence[str]) -> str:
     """Return a whole HTML page; ``title`` is text, ``parts`` are HTML."""
-    return (
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
+    # half of a character, as a cut text may hold, cannot be written as UTF-8
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def figure(encoded: str, text: str) -> str:
@@ -184,7 +199,7 @@ def figure(encoded: str, text: str) -> str:
 
 
 def read_items(name: str, data_dir: Path | None) -> dict[str, Item]:
-    """Return a bench's items by id, nothing if its files are not to be had; then a warning."""
+    """Return a bench's items by id; nothing, and a warning, if its files cannot be read."""
     try:
         return {item.id: item for item in BENCHES[name].load(data_dir)}
     except (OSError, ValueError) as error:

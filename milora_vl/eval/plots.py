@@ -1,7 +1,4 @@
-"""Figures of the report, drawn without a display and returned as base64 PNG text.
-
-Figures that set several runs side by side, as base64 PNG text.
-"""
+"""Figures of one run and of several side by side, drawn without a display, as base64 PNG text."""
 
 import base64
 import io
@@ -10,17 +7,31 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from milora_vl.eval.bench_files import shorten
 
 # Okabe and Ito's palette, told apart by people with any colour vision.
 BEFORE, AFTER, BLIND, MAJORITY = "#999999", "#0072B2", "#D55E00", "#333333"
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 DPI = 110
+MOST_BARS = 60
+"""Most categories drawn; more cannot be read, and a figure has a largest size."""
+_LONGEST_NAME_CHARS = 48
+
+
+def label_of(name: str) -> str:
+    """Return a name for a figure: on one line, not longer than the figure, never hidden."""
+    text = shorten(" ".join(name.split()), _LONGEST_NAME_CHARS)
+    return f" {text}" if text.startswith("_") else text  # matplotlib drops "_" from legends
 
 
 def finish_figure(figure: Figure) -> str:
     """Draw a figure without its upper and right borders. Returns base64 PNG."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a "$" in a name is no formula
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -71,7 +82,7 @@ def plot_scores(
                     label=label if place == len(rows) - 1 else None,
                     zorder=3,
                 )
-    axes.set_yticks(range(len(rows)), [title for title, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [label_of(title) for title, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(-2, 102)
     axes.set_xlabel("score in per cent, with its 95 % interval")
@@ -83,8 +94,8 @@ def plot_scores(
 def plot_categories(
     before: Mapping[str, float] | None, after: Mapping[str, float], scale: float = 100.0
 ) -> str:
-    """Draw the scores of a bench's categories as bars, before and after. Returns base64 PNG."""
-    names = list(after)
+    """Draw a bench's first ``MOST_BARS`` categories as bars, before and after, as base64 PNG."""
+    names = list(after)[:MOST_BARS]
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(names)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     height = 0.38 if before else 0.7
@@ -92,19 +103,19 @@ def plot_categories(
     if before:
         axes.barh(
             [place - height / 2 for place in places],
-            [scale * before.get(name, 0.0) for name in names],
+            [scale * (before.get(name) or 0.0) for name in names],
             height,
             color=BEFORE,
             label="before",
         )
     axes.barh(
         [place + (height / 2 if before else 0) for place in places],
-        [scale * after[name] for name in names],
+        [scale * (after[name] or 0.0) for name in names],
         height,
         color=AFTER,
         label="after",
     )
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [label_of(name) for name in names])
     axes.invert_yaxis()
     if scale == 100:
         axes.set_xlim(0, 100)
@@ -142,8 +153,8 @@ def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
         ):
             steps, values = zip(*points, strict=True)
             style = "o-" if len(points) <= 12 else "-"
-            axes.plot(steps, values, style, color=colour, label=name.replace("_", " "))
-        axes.set_title(stage)
+            axes.plot(steps, values, style, color=colour, label=label_of(name.replace("_", " ")))
+        axes.set_title(label_of(stage))
         axes.set_xlabel("optimiser step")
         axes.legend(frameon=False, fontsize="small")
     return finish_figure(figure)
@@ -166,7 +177,7 @@ def plot_run_scores(names: Sequence[str], entries: Mapping[str, Sequence[Any]]) 
     step = 0.7 / max(1, len(names))
     for run, name in enumerate(names):
         colour = CURVE_COLOURS[run % len(CURVE_COLOURS)]
-        axes.plot([], [], "o", color=colour, label=name)
+        axes.plot([], [], "o", color=colour, label=label_of(name))
         for place, results in enumerate(entries.values()):
             entry = results[run]
             if entry is None or entry["score"] is None:
@@ -183,7 +194,7 @@ def plot_run_scores(names: Sequence[str], entries: Mapping[str, Sequence[Any]]) 
                 capsize=3,
                 color=colour,
             )
-    axes.set_yticks(range(len(entries)), list(entries))
+    axes.set_yticks(range(len(entries)), [label_of(name) for name in entries])
     axes.invert_yaxis()
     axes.set_xlabel("score in per cent (MME: of its maximum), with its 95 % interval")
     axes.grid(axis="x", alpha=0.3)
@@ -213,7 +224,7 @@ def plot_run_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | No
                 if key in entry and entry.get("stage") == stage
             ]
             if points:
-                label = None if style == "o" else f"{name}: {stage}"
+                label = None if style == "o" else label_of(f"{name}: {stage}")
                 axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
                 n_drawn += 1
     if not n_drawn:

@@ -1,12 +1,12 @@
-"""Results for people: terminal tables and the HTML report of a run.
+"""Results for people: the terminal table, and the HTML report of a run as one file.
 
-One run as one HTML file: nothing is loaded from elsewhere, and all foreign text is escaped.
+A report never fails a run: what cannot be shown is named in its place. All foreign text is escaped.
 """
 
 import html
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import plots
-from milora_vl.eval.bench_files import read_json_lines, read_json_object
+from milora_vl.eval.bench_files import read_json_lines, read_json_object, shorten
 from milora_vl.eval.comparison import compare_folders, read_comparison
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
 from milora_vl.eval.items import Item
@@ -26,6 +26,7 @@ from milora_vl.eval.pages import (
     figure,
     metric_text,
     page,
+    parts_or_reason,
     read_items,
     results_notes,
     results_table,
@@ -47,35 +48,52 @@ _RIGHT_FROM = 0.5  # credit of a free answer that counts as right in the gallery
 
 
 def render_report(
-    run_folder: Path, comparison: Mapping[str, Any] | None, *, data_dir: Path | None = None
+    run_folder: Path,
+    comparison: Mapping[str, Any] | None,
+    *,
+    data_dir: Path | None = None,
+    remarks: Sequence[str] = (),
 ) -> str:
-    """Build the report of a run folder; parts whose files are absent are left out.
+    """Build the report of a run folder; a part without its file is skipped, a damaged one named.
 
     Args:
         run_folder: May hold ``eval_before/``, ``eval_after/``, ``metrics.jsonl``,
             ``certificate.json``, ``environment.json`` and ``config.yaml``.
         comparison: From ``read_comparison``.
         data_dir: Where the benches' files are, for pictures; None: as recorded by the evaluation.
+        remarks: What to say first.
 
     Returns:
         HTML text.
     """
     parts = [f"<h1>Run {html.escape(run_folder.resolve().name)}</h1>"]
+    parts += [f"<p><b>{html.escape(text)}</b></p>" for text in remarks]
     if comparison is not None:
-        parts += _scores(comparison)
-        parts += _forgetting(comparison)
+        parts += parts_or_reason("Scores", lambda: _scores(comparison))
+        parts += parts_or_reason("Categories", lambda: _categories(comparison))
+        parts += parts_or_reason("Forgetting", lambda: _forgetting(comparison))
+    parts += parts_or_reason("Training", lambda: _training(run_folder))
+    if comparison is not None:
+        parts += parts_or_reason(
+            "Questions and answers", lambda: _gallery(run_folder, comparison, data_dir)
+        )
+    parts += parts_or_reason("Init certificate", lambda: _certificate(run_folder))
+    parts += parts_or_reason("Settings and environment", lambda: _files(run_folder))
+    return page(run_folder.resolve().name, parts)
+
+
+def _training(run_folder: Path) -> list[str]:
     metrics = run_folder / "metrics.jsonl"
     curves = plots.plot_curves(read_json_lines(metrics)) if metrics.is_file() else None
-    if curves:
-        parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
-    if comparison is not None:
-        parts += _gallery(run_folder, comparison, data_dir)
-    certificate = run_folder / "certificate.json"
-    if certificate.is_file():
-        summary = Certificate.from_json(certificate.read_text(encoding="utf-8")).summary()
-        parts += ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
-    parts += _files(run_folder)
-    return page(run_folder.resolve().name, parts)
+    return ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")] if curves else []
+
+
+def _certificate(run_folder: Path) -> list[str]:
+    file = run_folder / "certificate.json"
+    if not file.is_file():
+        return []
+    summary = Certificate.from_json(file.read_text(encoding="utf-8")).summary()
+    return ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
 
 
 def _scores(comparison: Mapping[str, Any]) -> list[str]:
@@ -101,9 +119,10 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
             body.append(f'<tr class="sub"><td colspan="7">{html.escape(new["note"])}</td></tr>')
     heads = ("", "before", "after", "change", "no picture", "majority", "n")
     head = "".join(f"<th>{text}</th>" for text in heads)
+    scored = [name for name in names if after["benches"][name]["score"] is not None]
     rows = [
         (bench_title(name, after), before["benches"][name], after["benches"][name])
-        for name in names
+        for name in scored
     ]
     parts = [
         "<h2>Scores</h2>",
@@ -111,12 +130,36 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
         " paired). “No picture” is the trained model asked without the picture, “majority” the best"
         " constant guess.</p>",
         f"<table><tr>{head}</tr>{''.join(body)}</table>",
-        figure(plots.plot_scores(rows), "scores before and after with intervals"),
     ]
-    for title, old, new in rows:
-        if len(new["by_category"]) > 1:
-            encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
-            parts += [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
+    if rows:
+        parts += parts_or_reason(
+            "The figure of scores",
+            lambda: [figure(plots.plot_scores(rows), "scores before and after with intervals")],
+        )
+    return parts
+
+
+def _categories(comparison: Mapping[str, Any]) -> list[str]:
+    before, after = comparison["before"], comparison["after"]
+    parts = []
+    for name, new in after["benches"].items():
+        if name in before["benches"] and len(new["by_category"]) > 1:
+            title = bench_title(name, after)
+            parts += parts_or_reason(
+                f"{title} by category",
+                lambda old=before["benches"][name], new=new, title=title: _category_figure(
+                    title, old, new
+                ),
+            )
+    return parts
+
+
+def _category_figure(title: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
+    parts = [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
+    n_hidden = len(new["by_category"]) - plots.MOST_BARS
+    if n_hidden > 0:
+        parts.append(f"<p>{n_hidden} more categories are in results.json.</p>")
     return parts
 
 
@@ -137,7 +180,8 @@ def _forgetting(comparison: Mapping[str, Any]) -> list[str]:
 
 def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | None) -> list[str]:
     """Show some questions of every outcome, with both answers."""
-    folder = data_dir or Path(comparison["after"]["data"])
+    data = comparison["after"].get("data")
+    folder = data_dir or (None if data is None else Path(data))
     old, new = (
         {(line["bench"], line["id"]): line for line in read_json_lines(run_folder / name)}
         for name in ("eval_before/predictions.jsonl", "eval_after/predictions.jsonl")
@@ -238,7 +282,7 @@ def print_comparison(
 
 
 def write_report(run_folder: Path | str, *, data_dir: Path | str | None = None) -> Path:
-    """Write ``report.html`` into a run folder; what the folder lacks, the report leaves out.
+    """Write ``report.html`` into a run folder; see ``render_report``.
 
     Args:
         run_folder: With ``eval_before/`` and ``eval_after/``, ``metrics.jsonl``,
@@ -247,14 +291,19 @@ def write_report(run_folder: Path | str, *, data_dir: Path | str | None = None) 
 
     Returns:
         The file.
-
-    Raises:
-        ValueError: If a file is damaged, or the two evaluations cannot be compared.
     """
     run_folder = Path(run_folder)
-    comparison = read_comparison(run_folder)
+    comparison, problem = None, []
+    try:
+        comparison = read_comparison(run_folder)
+    except (OSError, ValueError, KeyError) as error:
+        problem = [f"The two evaluations cannot be compared: {shorten(str(error), 500)}"]
+        logger.warning("%s", problem[0])
     text = render_report(
-        run_folder, comparison, data_dir=None if data_dir is None else Path(data_dir)
+        run_folder,
+        comparison,
+        data_dir=None if data_dir is None else Path(data_dir),
+        remarks=problem,
     )
     path = run_folder / "report.html"
     write_text_atomic(path, text)

@@ -19,7 +19,7 @@ from milora_vl.adapter.decompose import count_workers
 from milora_vl.adapter.minor_svd import pack
 from milora_vl.config import MiloraConfig, load_config
 from milora_vl.environment import describe_environment
-from milora_vl.eval.generate_shared import packed_linears
+from milora_vl.eval.packed_linear import packed_linears
 from milora_vl.pipeline import guess_stages, warn_of_memory
 from milora_vl.runtime import Precision, resolve_device
 from milora_vl.training import arguments

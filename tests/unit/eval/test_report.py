@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import pytest
 from eval_data import write_benches
@@ -9,7 +10,7 @@ from eval_models import build_vlm
 from PIL import Image
 from rich.console import Console
 
-from milora_vl.eval import evaluate
+from milora_vl.eval import evaluate, plots
 from milora_vl.eval.pages import as_percent, change_text, with_interval
 from milora_vl.eval.report import print_comparison, print_results, read_comparison, write_report
 
@@ -118,7 +119,58 @@ def test_report_without_the_data_keeps_the_text(run_folder, tmp_path, caplog):
     assert "no pictures of pope" in caplog.text
 
 
-def test_damaged_metrics_are_an_error_that_names_the_line(tmp_path):
+def test_damaged_files_are_named_in_the_report_and_do_not_fail_it(tmp_path, run_folder):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2"):
-        write_report(tmp_path)
+    (tmp_path / "certificate.json").write_text("[]")
+    text = write_report(tmp_path).read_text()
+    assert "Training cannot be shown" in text
+    assert "metrics.jsonl line 2" in text
+    assert "Init certificate cannot be shown" in text
+    for name in ("eval_before", "eval_after"):
+        shutil.copytree(run_folder / name, tmp_path / name)
+    lines = (tmp_path / "eval_after/predictions.jsonl").read_text().splitlines()[:-1]
+    (tmp_path / "eval_after/predictions.jsonl").write_text("\n".join(lines))
+    assert "asked different questions" in write_report(tmp_path).read_text()
+
+
+NAMES = [
+    "$",
+    "a $ b $",
+    "_hidden",
+    "<b>",
+    "\\frac{",
+    "x" * 5000,
+    "line\nbreak",
+    "",
+    "中文",
+    "\ud800",
+]
+
+
+def test_no_name_of_a_category_fails_a_report(tmp_path, run_folder):
+    for name in ("eval_before", "eval_after"):
+        shutil.copytree(run_folder / name, tmp_path / name)
+    file = tmp_path / "eval_after/results.json"
+    results = json.loads(file.read_text())
+    names = NAMES + [f"category {n}" for n in range(200)]
+    results["benches"]["pope"]["by_category"] = dict.fromkeys(names, 0.5)
+    results["benches"]["vqav2"]["by_category"] = {"a": None, "b": 0.5}
+    results["benches"]["mmbench"]["by_category"] = 7
+    file.write_text(json.dumps(results))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert f"{len(names) - plots.MOST_BARS} more categories are in results.json" in text
+    assert "pope format) by category" in text
+    assert "cannot be shown" in text  # mmbench's part, and no other is lost with it
+    assert "vqav2 format)</h3>" in text
+
+
+def test_a_figure_without_a_score_is_skipped(tmp_path, run_folder):
+    for name in ("eval_before", "eval_after"):
+        shutil.copytree(run_folder / name, tmp_path / name)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        for bench in results["benches"].values():
+            bench |= {"score": None, "interval_95": None, "by_category": {}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    text = write_report(tmp_path).read_text()
+    assert "image/png" not in text
+    assert "cannot be shown" not in text
