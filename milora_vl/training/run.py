@@ -163,7 +163,7 @@ def _may_split(arguments: TrainingArguments) -> bool:
 def _fit_batch(
     run_once: Callable[[], VlmTrainer], model: nn.Module, arguments: TrainingArguments
 ) -> VlmTrainer:
-    """Split the batch into more parts until it fits; the samples of a step stay the same.
+    """Split the batch into more parts until it fits; a step has as many samples as before.
 
     A step that ran out of memory half-way leaves weights that moved, so they are put back.
     """
