@@ -70,11 +70,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def ask(arguments: argparse.Namespace) -> int:
     """Answer one question about one picture."""
     from milora_vl import inference
-    from milora_vl.export.source import base_of
     from milora_vl.runtime import prefer_faster_weights_
 
     settings = (arguments.adapter, arguments.device, arguments.quantization)
-    vlm = inference.load_for_inference(arguments.model or base_of(arguments.adapter), *settings)
+    vlm = inference.load_for_inference(arguments.model, *settings)
     prefer_faster_weights_(vlm.model)
     print(inference.ask(vlm, arguments.image, arguments.question, arguments.max_new_tokens))
     return 0

@@ -6,26 +6,28 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from milora_vl.adapter.checkpoint import load_adapter
+from milora_vl.adapter.tuned import load_tuned
 from milora_vl.data.images import load_image, to_rgb
 from milora_vl.eval.generate_plain import build_prompt, generate
-from milora_vl.model.load import VLM, load_vlm
+from milora_vl.model.load import VLM
 
 
 def load_for_inference(
-    model: Path | str,
+    model: Path | str | None,
     adapter: Path | str | None = None,
     device: str = "auto",
     quantization: Literal["nf4"] | None = None,
+    prompt_style: str | None = None,
 ) -> VLM:
     """Load a model, with its adapter if one is given, ready to answer.
 
     Args:
-        model: Hub id or checkpoint folder.
-        adapter: Folder of a saved adapter.
+        model: Hub id or checkpoint folder; None: the base that the adapter names.
+        adapter: Run, checkpoint or adapter folder, or hub id; also of plain PEFT adapters.
         device: "cpu", "cuda", ... or "auto".
         quantization: "nf4" brings the language model to 4 bits; an adapter that was trained so
             answers as it did in training.
+        prompt_style: Default: as the adapter was trained, else by the model.
 
     Returns:
         Model and processor.
@@ -34,10 +36,9 @@ def load_for_inference(
         milora_vl.model.load.LoadError: If the model cannot be loaded.
         ValueError: If the adapter belongs to another model.
     """
-    vlm = load_vlm(model, device=device, quantization=quantization)
-    if not adapter:
-        return vlm
-    return vlm.with_model(load_adapter(vlm.model, adapter, weights=vlm.float_weights).eval())
+    return load_tuned(
+        model, adapter, device=device, quantization=quantization, prompt_style=prompt_style
+    )
 
 
 @torch.inference_mode()

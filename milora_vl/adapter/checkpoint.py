@@ -143,11 +143,22 @@ def _check_base(
     weights: ShardedWeights | None,
 ) -> ShardedWeights | None:
     """Compare fingerprints; return the float weights, unless those in memory are the right ones."""
-    found = fingerprint(model, metadata.modules, weights)["exact"]
+    forms = fingerprint(model, metadata.modules, weights)
+    found = forms["exact"]
     match = [precision for precision in PRECISIONS if metadata.fingerprint[precision] == found]
     if match and match[0] != "exact":
         logger.info("%s: same base, its weights rounded to %s", folder, match[0])
     if match:
+        return weights
+    # trained in lower or another precision than this: the same rounding gives the same values
+    cast = [key for key in PRECISIONS if forms[key] == metadata.fingerprint["exact"]]
+    if cast:
+        logger.warning(
+            "%s: same base, which was rounded to %s in training and is not here; what the adapter "
+            "adds is exact, the base differs from the one of training by that rounding",
+            folder,
+            cast[0],
+        )
         return weights
     quantized = any(is_quantized(model.get_submodule(name).weight) for name in metadata.modules)
     if weights is not None and metadata.fingerprint == fingerprint(model, metadata.modules):
@@ -297,6 +308,7 @@ def save_adapter(
     extra: dict[str, Any] | None = None,
     processor: Any | None = None,
     adapter_name: str | None = None,
+    inputs: dict[str, Any] | None = None,
 ) -> Path:
     """Save the adapter in its portable form; the live model is only read.
 
@@ -311,6 +323,7 @@ def save_adapter(
         extra: More metadata to keep in ``milora.json``; must be JSON.
         processor: Processor of the base; a reference to it is kept in ``milora.json``.
         adapter_name: Which of several adapters; default: the active one.
+        inputs: What answers depend on beside the weights (``tuned.describe_inputs``).
 
     Returns:
         The folder.
@@ -323,7 +336,9 @@ def save_adapter(
     check_writable(Path(folder))
     state = recall(peft_model, adapter_name)
     metadata = describe(peft_model, state, base=base, revision=revision, extra=extra)
-    metadata = metadata.model_copy(update={"processor": processor_reference(processor)})
+    metadata = metadata.model_copy(
+        update={"processor": processor_reference(processor), "inputs": inputs}
+    )
     class_names = {
         "base_model_class": type(peft_model.get_base_model()).__name__,
         "parent_library": type(peft_model.get_base_model()).__module__,
@@ -345,6 +360,7 @@ def describe(
     reference = {"name_or_path": _base_name(peft_model, base), "revision": revision}
     weights = [lora_layer(peft_model, name).get_base_layer().weight for name in state.modules]
     quantized = sorted({type(weight).__name__ for weight in weights if is_quantized(weight)})
+    held = peft_model.get_base_model().get_input_embeddings().weight if quantized else weights[0]
     if quantized:
         reference["quantized"] = ", ".join(quantized)
     return MiloraFile(
@@ -353,6 +369,7 @@ def describe(
         base=reference,
         weights_sha256="",
         packages=installed_versions(),
+        dtype=str(held.dtype).removeprefix("torch."),
         extra=extra or {},
     )
 

@@ -34,7 +34,7 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 MILORA_FILE = "milora.json"
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_KEYS = (
     "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -52,6 +52,9 @@ class MiloraFile(BaseModel):
         processor: Where its processor is, its classes and a digest of its tokenizer, or None.
         fingerprint: Of the original weights of the adapted layers, per precision.
         weights_sha256: Of the weights file beside it.
+        dtype: In which the base was held in training, for example "bfloat16"; None in files of
+            format 2.
+        inputs: What answers depend on beside the weights, see ``tuned.describe_inputs``.
         packages: Package -> version at saving.
         extra: What the caller added.
     """
@@ -74,6 +77,8 @@ class MiloraFile(BaseModel):
     quantization_correction: str = "none"
     weights_sha256: str
     packages: dict[str, str]
+    dtype: str | None = None
+    inputs: dict[str, Any] | None = None
     extra: dict[str, Any] = {}
 
     @field_validator("base", mode="before")

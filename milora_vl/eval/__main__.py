@@ -158,27 +158,18 @@ def load_model(arguments: argparse.Namespace) -> Any:
         OSError: If a file is missing.
     """
     import torch
-    from peft import PeftModel
 
-    from milora_vl.adapter.checkpoint import load_adapter
-    from milora_vl.model.load import load_vlm
+    from milora_vl.adapter.tuned import load_tuned
 
     dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    vlm = load_vlm(
+    return load_tuned(
         arguments.model,
+        arguments.adapter,
         dtype=dtype,
         device=arguments.device,
         quantization=arguments.quantization,
         prompt_style=arguments.prompt_style,
     )
-    if arguments.adapter is None:
-        return vlm
-    if (arguments.adapter / "milora.json").is_file():
-        peft_model = load_adapter(vlm.model, arguments.adapter, weights=vlm.float_weights)
-        return vlm.with_model(peft_model)
-    if (arguments.adapter / "adapter_config.json").is_file():
-        return vlm.with_model(PeftModel.from_pretrained(vlm.model, arguments.adapter))
-    raise FileNotFoundError(f"{arguments.adapter}: no milora.json and no adapter_config.json there")
 
 
 def choose_autocast(asked: str, model: Any, out: Path) -> Any:
@@ -213,13 +204,13 @@ def choose_autocast(asked: str, model: Any, out: Path) -> Any:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the options say; returns the results."""
+    from milora_vl.adapter.tuned import choose_model
     from milora_vl.eval.evaluation import bench_names, evaluate, load_items
     from milora_vl.eval.judge import Judge
-    from milora_vl.export.source import base_of
 
     benches = "all" if arguments.bench.strip().lower() == "all" else arguments.bench
     bench_names(benches)
-    arguments.model = arguments.model or base_of(arguments.adapter)
+    arguments.model, arguments.adapter = choose_model(arguments.model, arguments.adapter)
     data = arguments.data
     if data is None and arguments.bench.strip().lower() == "stickervqa":
         data = cache_folder() / "stickervqa" / "core"

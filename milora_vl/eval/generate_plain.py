@@ -19,7 +19,7 @@ from milora_vl.eval.items import Answer, NonFiniteError, Request
 
 
 def build_prompt(
-    vlm: Any, question: str, pictures: Sequence[Image.Image] = (), pad_to_square: bool = True
+    vlm: Any, question: str, pictures: Sequence[Image.Image] = (), pad_to_square: bool | None = None
 ) -> dict[str, Any]:
     """Encode one question as for training.
 
@@ -27,7 +27,8 @@ def build_prompt(
         vlm: From ``load_vlm``.
         question: Plain text; the pictures come before it.
         pictures: RGB pictures.
-        pad_to_square: Whether pictures of LLaVA-1.5 are padded with the mean colour.
+        pad_to_square: Whether pictures of LLaVA-1.5 are padded with the mean colour; None: as the
+            model or its adapter says.
 
     Returns:
         A sample for ``generate``.
@@ -49,7 +50,8 @@ def build_prompt(
         return {"input_ids": ids, "image_inputs": images, "token_inputs": tokens}
     sample: dict[str, Any] = {"input_ids": ids}
     if pictures:
-        transform = build_image_transform(vlm.processor.image_processor, pad_to_square)
+        pads = getattr(vlm, "pad_to_square", True) if pad_to_square is None else pad_to_square
+        transform = build_image_transform(vlm.processor.image_processor, pads)
         sample["pixel_values"] = torch.stack([transform(one) for one in pictures])
     return sample
 

@@ -67,7 +67,8 @@ class SharedAnswerer:
             ``processor`` and ``prompt_style`` (a style or its name).
         batch_size: Most questions in one forward pass.
         share_prefix: Compute common beginnings once; off only to compare.
-        pad_to_square: Whether pictures are padded with the mean color, as LLaVA does.
+        pad_to_square: Whether pictures are padded with the mean color, as LLaVA does; None: as
+            the model or its adapter says.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class SharedAnswerer:
         *,
         batch_size: int = 16,
         share_prefix: bool = True,
-        pad_to_square: bool = True,
+        pad_to_square: bool | None = None,
     ) -> None:
         """See the class."""
         if batch_size < 1:
@@ -87,7 +88,8 @@ class SharedAnswerer:
         self.style = get_style(vlm.prompt_style)
         self.batch_size = batch_size
         self.share_prefix = share_prefix
-        self.transform = build_image_transform(vlm.processor.image_processor, pad_to_square)
+        pads = getattr(vlm, "pad_to_square", True) if pad_to_square is None else pad_to_square
+        self.transform = build_image_transform(vlm.processor.image_processor, pads)
         self.stop_ids = find_stop_ids(vlm)
         self.n_image_tokens = count_image_tokens(vlm.processor)
         self._features: OrderedDict[str, Tensor] = OrderedDict()

@@ -18,6 +18,7 @@ from milora_vl.adapter.portable import (
     read_milora_file,
 )
 from milora_vl.adapter.state import Residual
+from milora_vl.adapter.tuned import apply_inputs, choose_model, find_adapter
 from milora_vl.config import load_config
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.images import load_image
@@ -52,13 +53,18 @@ class Source:
         kinds = self.metadata.base.get("quantized")
         if kinds not in (None, NF4_CLASS):
             raise ValueError(f"{self.folder}: its base is quantized as {kinds}; only NF4 can be")
-        return load_vlm(
+        inputs, dtype = self.metadata.inputs or {}, self.dtype
+        if dtype == "auto" and self.metadata.dtype:
+            dtype = getattr(torch, self.metadata.dtype)
+        vlm = load_vlm(
             self.base,
-            dtype=self.dtype,
+            dtype=dtype,
             device=self.device,
             revision=self.metadata.base["revision"],
             quantization="nf4" if kinds and quantized else None,
+            prompt_style=inputs.get("prompt_style"),
         )
+        return apply_inputs(vlm, inputs, self.folder)
 
     def attach(
         self, vlm: VLM, *, residual: Residual | None = "anchor", strict_base: bool = True
@@ -71,22 +77,6 @@ class Source:
             strict_base=strict_base,
             weights=vlm.float_weights,
         )
-
-
-def find_adapter(path: Path | str) -> Path:
-    """Return the adapter folder of a run, a checkpoint or an adapter folder itself.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    path = Path(path)
-    for folder in (path, path / "adapter"):
-        if (folder / MILORA_FILE).exists():
-            return folder
-    raise FileNotFoundError(
-        f"{path}: neither an adapter folder (with {MILORA_FILE}) nor a run or checkpoint with one "
-        "in adapter/"
-    )
 
 
 def read_source(
@@ -105,6 +95,11 @@ def read_source(
         ValueError: If its description is damaged, or no base is known.
     """
     folder = find_adapter(path)
+    if not (folder / MILORA_FILE).exists():
+        raise ValueError(
+            f"{folder} is a plain PEFT adapter already; ask and eval take it as it is, and PEFT's "
+            "merge_and_unload merges it"
+        )
     metadata = read_milora_file(folder)
     base = base or metadata.base["name_or_path"]
     if not base:
@@ -165,7 +160,4 @@ def base_of(adapter: Path | str | None) -> str:
         ValueError: If there is no adapter or it names no base.
         FileNotFoundError: If the folder is no adapter folder.
     """
-    base = read_milora_file(adapter).base["name_or_path"] if adapter else None
-    if not base:
-        raise ValueError("which model? pass --model, or an --adapter that names its base")
-    return base
+    return choose_model(None, adapter)[0]

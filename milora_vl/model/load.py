@@ -48,6 +48,8 @@ class VLM:
         pictures: How pictures are read; None where each is one square of a fixed number of tokens
             (LLaVA-1.5), and for a causal language model.
         float_weights: The float weights on disk of a model that was quantized while loading.
+        pad_to_square: Whether images of LLaVA-1.5 are padded with the mean color, see
+            ``DataSection.pad_to_square``; an adapter's own choice once it is loaded.
     """
 
     model: Any
@@ -57,6 +59,7 @@ class VLM:
     prompt_style: PromptStyle
     pictures: ProcessorPictures | None = None
     float_weights: ShardedWeights | None = None
+    pad_to_square: bool = True
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

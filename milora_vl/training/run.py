@@ -21,6 +21,7 @@ from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.portable import WEIGHTS_FILE, check_files, read_milora_file, read_tensors_
 from milora_vl.adapter.state import recall
+from milora_vl.adapter.tuned import describe_inputs
 from milora_vl.config import ConfigError, MiloraConfig, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.records import DataError
@@ -273,7 +274,14 @@ def finetune(  # noqa: PLR0913  settings by keyword
         )
     else:
         peft_model = _attach(vlm, adapter, dataset, arguments, run_folder)
-    save = partial(save_adapter, peft_model, base=vlm.path, processor=vlm.processor)
+    pads = None if dataset.transform is None else dataset.transform.background is not None
+    save = partial(
+        save_adapter,
+        peft_model,
+        base=vlm.path,
+        processor=vlm.processor,
+        inputs=describe_inputs(vlm, pad_to_square=pads),
+    )
     train(
         peft_model,
         vlm,
