@@ -2,8 +2,11 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
@@ -115,10 +118,20 @@ def test_folder_of_the_first_format_still_loads(make_tiny_vlm, tmp_path):
     folder = save_adapter(peft_model, tmp_path / "a")
     path = folder / "milora.json"
     facts = json.loads(path.read_text())
-    assert facts["format_version"] == 2
-    old = {key: facts[key] for key in facts if key not in ("init", "processor")}
+    newer = ("init", "processor", "dtype", "inputs")
+    old = {key: facts[key] for key in facts if key not in newer}
     path.write_text(json.dumps({**old, "format_version": 1}))
     assert recall(load_adapter(make_tiny_vlm(), folder)) == recall(peft_model)
+
+
+def test_a_folder_saved_by_the_first_release_computes_as_before(make_tiny_vlm):
+    folder = Path(__file__).parents[2] / "data" / "adapter_format_2"
+    expected = load_file(folder / "logits.safetensors")["logits"]
+    for residual in ("anchor", "subtract"):
+        loaded = load_adapter(make_tiny_vlm(), folder / "adapter", residual=residual)
+        with torch.no_grad():
+            logits = loaded(input_ids=torch.arange(3, 11)[None]).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_another_architecture_is_refused_by_name(make_tiny_vlm, tmp_path):
