@@ -41,7 +41,6 @@ from milora_vl.model.load_errors import explain
 
 logger = logging.getLogger(__name__)
 
-FAST_KINDS = ("LORA",)  # what the prefix-sharing evaluation was tested with
 LORA_PARTS = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.weight|\.bias)?$"
 )
@@ -209,12 +208,6 @@ def put_on(vlm: VLM, found: Found, *, residual: Residual | None = None) -> VLM:
     else:
         peft_model = load_plain_adapter(vlm.model, found.folder)
     return vlm.with_model(peft_model.eval())
-
-
-def runs_fast(model: Any) -> bool:
-    """Tell whether the prefix-sharing evaluation may run a model below PEFT's own forward."""
-    configs = getattr(model, "peft_config", {}) if isinstance(model, PeftModel) else {}
-    return all(str(config.peft_type.value) in FAST_KINDS for config in configs.values())
 
 
 def describe_inputs(vlm: Any, *, pad_to_square: bool | None = None) -> dict[str, Any]:

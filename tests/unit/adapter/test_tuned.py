@@ -16,7 +16,6 @@ from milora_vl.adapter.tuned import (
     describe_inputs,
     load_plain_adapter,
     load_tuned,
-    runs_fast,
 )
 
 TARGETS = r"model\.language_model\..*\.(q_proj|v_proj)"
@@ -84,7 +83,6 @@ def test_every_tensor_lands_under_its_name_here(make_tiny_vlm, batch, tmp_path, 
     loaded = load_plain_adapter(make_tiny_vlm(), tmp_path)
     torch.testing.assert_close(logits(loaded, batch), expected, atol=1e-5, rtol=0)
     assert not torch.allclose(expected, logits(make_tiny_vlm(), batch), atol=1e-3)
-    assert runs_fast(loaded) == (case != "boft")
 
 
 def spoil_extra(tensors):
