@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,6 +186,8 @@ class ModelSection(Section):
         device: "auto" takes CUDA when there is one.
         attn_implementation: Passed to transformers: "sdpa", "flash_attention_2", "eager".
         prompt_style: A name in ``milora_vl.data.prompts.PROMPT_STYLES``, or "chat_template".
+        prompt_day: Day (2031-02-03) for a chat template that writes the date; None: the day on
+            which the run began.
         trust_remote_code: Run code that comes with the checkpoint. Off unless you ask for it.
         allow_pickle: Also read weights that are not safetensors; pickles can run code.
         image_size_px: "demo" only: side of the picture the tower sees, a multiple of 14.
@@ -199,6 +202,7 @@ class ModelSection(Section):
     device: str = "auto"
     attn_implementation: str | None = None
     prompt_style: str
+    prompt_day: date | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
     image_size_px: int = Field(default=112, ge=14)

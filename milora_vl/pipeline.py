@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def record_environment(config: Config, file: Path) -> dict[str, Precision]:
     facts = describe_environment(config.seed, None)
     precisions = decide_precisions(config)
     facts["precision"] = {name: asdict(one) for name, one in precisions.items()}
+    facts["prompt_day"] = str(config.model.prompt_day or date.today())
     write_json_atomic(file, facts)
     return precisions
 
@@ -145,6 +147,15 @@ def read_precisions(file: Path) -> dict[str, Precision]:
     """Return the precision of each stage from an ``environment.json``; empty in older ones."""
     kept = json.loads(file.read_text(encoding="utf-8")).get("precision", {})
     return {name: Precision(**values) for name, values in kept.items()}
+
+
+def with_prompt_day(config: Config, file: Path) -> Config:
+    """Return the config with the day that the run began on, for templates that write the date."""
+    kept = json.loads(file.read_text(encoding="utf-8")).get("prompt_day")
+    if kept is None:  # begun by an older version
+        return config
+    model = config.model.model_copy(update={"prompt_day": date.fromisoformat(kept)})
+    return config.model_copy(update={"model": model})
 
 
 def record_data(image_folder: str, file: Path) -> None:
@@ -354,6 +365,8 @@ def _run_claimed(config: Config, run_folder: Path, shared: Path | None) -> dict[
         found = {name: asdict(one) for name, one in record_environment(config, environment).items()}
     precisions = {name: Precision(**one) for name, one in from_main_process(found).items()}
     config = with_precisions(config, precisions)
+    if environment.exists():
+        config = with_prompt_day(config, environment)
     set_seed(config.seed)
     arguments = build_arguments(
         config.training, run_folder / "checkpoints", config.seed, config.eval.every_steps

@@ -239,7 +239,8 @@ def kept_evaluation(
     if not base.is_relative_to(cache_folder().resolve()):
         return None
     during = {"every_steps", "during_limit"}
-    facts = [base.name, section.model_dump(exclude=during), model.model_dump(), sha256_of(manifest)]
+    asked = model.model_dump(exclude={"prompt_day"})  # a new day needs no new evaluation
+    facts = [base.name, section.model_dump(exclude=during), asked, sha256_of(manifest)]
     facts += [arguments.bf16, arguments.fp16, installed_versions()]
     facts += [BENCHES[name].VERSION for name in bench_names(section.benches)]
     facts.append(forgetting.VERSION)

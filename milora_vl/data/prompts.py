@@ -1,14 +1,21 @@
-"""Prompt styles as data, and the one function that turns a conversation into segments.
+"""How a conversation becomes prompt text: named styles, and a model's own chat template.
 
-A style is a row of ``PROMPT_STYLES``. Text that comes from a record is marked ``literal``: a
-special token's name inside it is ordinary text, so data cannot forge a turn. Only the style's own
-text may name special tokens, and only those it lists in ``special_tokens``.
+``render_segments`` is the one way from turns to text. It gives segments, each of which says whether
+it is learned and whether it comes from a record. Text of a record is ``literal``: a special token's
+name inside it is ordinary text, so data cannot forge a turn. Only the style's own text may name
+special tokens, and only those listed in its ``special_tokens``.
 
-A model's own chat template -> a ``PromptStyle``, so that labels come from segments as always.
+A style is either a ``PromptStyle``, a row of ``PROMPT_STYLES``, or a ``ChatTemplate``, which lets
+the model's template write the conversation and cuts the result into segments. Either way labels
+come from segments, never from searching for an answer in tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from itertools import count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -165,13 +172,13 @@ PROMPT_STYLES: dict[str, PromptStyle] = {style.name: style for style in _STYLES}
 """Every prompt style by name. A new style is one more row above."""
 
 
-def get_style(style: PromptStyle | str) -> PromptStyle:
-    """Return the style of that name; a ``PromptStyle`` is returned as it is.
+def get_style(style: "PromptStyle | ChatTemplate | str") -> "PromptStyle | ChatTemplate":
+    """Return the style of that name; a style is returned as it is.
 
     Raises:
         ValueError: If no style has that name; the message lists the names.
     """
-    if isinstance(style, PromptStyle):
+    if isinstance(style, PromptStyle | ChatTemplate):
         return style
     if style not in PROMPT_STYLES:
         raise ValueError(f"no prompt style {style!r}; choose from {', '.join(PROMPT_STYLES)}")
@@ -192,7 +199,9 @@ def prefix_style(tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
 
 
 def render_segments(
-    turns: Sequence[Turn], style: PromptStyle | str, add_generation_prompt: bool = False
+    turns: Sequence[Turn],
+    style: "PromptStyle | ChatTemplate | str",
+    add_generation_prompt: bool = False,
 ) -> list[Segment]:
     """Turn a conversation into segments whose texts, joined, are the full prompt.
 
@@ -210,10 +219,13 @@ def render_segments(
         ValueError: If the turns do not alternate, or the style cannot hold them.
     """
     style = get_style(style)
-    system, exchanges = _split_turns(turns, style)
+    plain = style if isinstance(style, PromptStyle) else _ANY_TURNS
+    system, exchanges = _split_turns(turns, plain)
     last_is_open = bool(exchanges) and exchanges[-1][1] is None
     if add_generation_prompt and not last_is_open:
         raise ValueError("a generation prompt needs a conversation that ends with a user turn")
+    if isinstance(style, ChatTemplate):
+        return style.segments(turns, add_generation_prompt)
 
     system_block: list[Segment] = []
     if system:
@@ -301,165 +313,322 @@ def _keep_images(
 
 STYLE_NAME = "chat_template"
 
-# Words that no template contains; long, so that a template's own text cannot complete one.
-_SYSTEM, _Q1, _A1, _Q2, _A2 = (f"probe{word}text" for word in ("zero", "one", "two", "six", "ten"))
+_ANY_TURNS = PromptStyle(STYLE_NAME)
+_CORE = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without its outer spaces
+_THINK = re.compile(r"(</?think>)")
+_HOLE = "\0"
+_WORD = re.compile(r"Probe(\d+)eborP")  # of both cases, so that a template that changes case shows
+_CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class ChatTemplateError(MiloraError, ValueError):
-    """A chat template that cannot be written as segments; choose a prompt style by name."""
+    """A chat template that cannot be written as segments, or a conversation that it refuses."""
 
 
-def derive_style(processor: Any, image_token: str | None = None) -> PromptStyle:
-    """Read a prompt style off a chat template by rendering probe conversations.
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A model's own chat template, used as a prompt style.
 
-    Args:
-        processor: A processor or tokenizer with a chat template.
-        image_token: The processor's mark of a picture; None for a text model.
+    The template itself writes every conversation: with a word in place of each text, which is then
+    cut out. So it may depend on anything but the texts: on the place of a turn, on pictures, on a
+    missing system turn. Outer spaces stay around the words, so that a template that trims is
+    followed; so do think marks in answers, which Qwen3's template moves or removes. Renderings are
+    kept by shape, so a data set costs few of them.
 
-    Returns:
-        A style whose rendering equals the template's, with and without a system turn where the
-        template takes one.
-
-    Raises:
-        ChatTemplateError: If there is no template, or it does something a style cannot hold.
+    Attributes:
+        processor: A processor or tokenizer of transformers.
+        template: The template's source, with the day written out.
+        image_token: What it writes for an image; None for a text model.
+        day: The day that stands in its prompts, as ISO date; None when it names no day.
+        bos: Whether the processor puts BOS before a text that does not begin with it.
+        assistant_suffix: The special tokens that end an answer.
+        special_tokens: Names in the template's own text that are single tokens.
     """
-    tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
-    if not getattr(processor, "chat_template", None):
-        raise ChatTemplateError("there is no chat template")
-    render = _renderer(processor, in_parts=image_token is not None)
-    turns = [Turn("user", _Q1), Turn("assistant", _A1), Turn("user", _Q2), Turn("assistant", _A2)]
-    opening, first, between, second, ending = _cut(render(turns), (_Q1, _A1, _Q2, _A2))
-    _, prompt_end = _cut(render(turns[:1], prompt=True), (_Q1,))
-    if first != second or not first.startswith(prompt_end) or not between.startswith(ending):
-        raise ChatTemplateError("its turns are written differently at different places")
-    between = between[len(ending) :]
-    user_prefix = _common_end(opening, between)
-    bos = tokenizer.bos_token or ""
-    head = opening[: len(opening) - len(user_prefix)]
-    has_bos = bool(bos) and head.startswith(bos)
-    marker, tail = _split_end_marker(ending, tokenizer)
-    style = PromptStyle(
-        name=STYLE_NAME,
-        system=head[len(bos) :] if has_bos else head,
-        user_prefix=user_prefix,
-        user_suffix="",
-        assistant_prefix=prompt_end,
-        answer_lead=first[len(prompt_end) :],
-        assistant_suffix=marker,
-        assistant_tail=tail,
-        between=between[: len(between) - len(user_prefix)],
-        bos=has_bos,
-        takes_system=False,
-    )
-    style = _with_system(style, render, turns, bos if has_bos else "")
-    if image_token:
-        style = replace(style, image_frame=_image_frame(processor, user_prefix, image_token))
-    own_text = "".join(
-        str(part) for value in vars(style).values() for part in _parts(value) if part
-    )
-    names = [name for name in tokenizer.get_added_vocab() if name in own_text]
-    style = replace(style, special_tokens=tuple(sorted(names, key=len, reverse=True)))
-    _check(style, render, turns, bos if has_bos else "")
-    return style
 
+    processor: Any = field(repr=False)
+    template: str = field(repr=False)
+    image_token: str | None = None
+    day: str | None = None
+    bos: bool = False
+    assistant_suffix: str = ""
+    special_tokens: tuple[str, ...] = ()
+    name: str = STYLE_NAME
+    bos_after_image: bool = False
+    _rendered: dict[Any, list[str]] = field(default_factory=dict, repr=False)
 
-def _parts(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, tuple) else (value,)
+    def write(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        """Return what transformers makes of messages.
 
-
-def _renderer(processor: Any, in_parts: bool) -> Callable[..., str]:
-    def render(turns: Sequence[Turn], prompt: bool = False, images: int = 0) -> str:
-        messages = []
-        for turn in turns:
-            content: Any = turn.text
-            if in_parts:
-                pictures = images if turn.role == "user" and not messages else 0
-                content = [{"type": "image"}] * pictures + [{"type": "text", "text": turn.text}]
-            messages.append({"role": turn.role, "content": content})
+        Raises:
+            ChatTemplateError: With the template's own reason.
+        """
         try:
-            return processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
+            return self.processor.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         except Exception as error:  # whatever a template raises: jinja2's own, KeyError, TypeError
             raise ChatTemplateError(f"it fails: {error}") from error
 
-    return render
+    def segments(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
+        """Return the segments of a conversation; see ``render_segments``.
+
+        An answer is supervised from the end of the generation prompt on. Where the template itself
+        puts words between the two, such as Qwen3's empty think block, these are context, and the
+        generation prompt ends with them: what is asked later is what was learned.
+
+        Raises:
+            ChatTemplateError: If the template refuses the conversation, or does with its texts what
+                segments cannot say.
+        """
+        if add_generation_prompt:
+            turns = [*turns, Turn("assistant", "answer")]
+        shape, texts, owners = self._take_apart(turns)
+        pieces = self._render(shape)
+        present = [int(word) for word in pieces[1::2]]
+        self._check_words(turns, owners, present)
+        segments: list[Segment] = []
+        before = None  # the turn of the word before
+        for at, word in enumerate([*present, None]):
+            static = pieces[2 * at]
+            turn = None if word is None else owners[word]
+            inside = turn is not None and turn == before and turns[turn].role == "assistant"
+            if inside:  # a think mark between the parts of one answer
+                segments.append(Segment(static, supervised=True))
+            else:
+                segments += self._around(at, shape, before, turn, add_generation_prompt)
+            if word is not None:
+                answer = turns[turn].role == "assistant"
+                with_marks = self.image_token is None and turns[turn].role == "user"
+                segments.append(Segment(texts[word], answer, True, with_marks))
+            before = turn
+        segments = [segment for segment in segments if segment.text]
+        if add_generation_prompt:  # the answer put in goes, with all that follows
+            segments = segments[: max(at for at, part in enumerate(segments) if part.supervised)]
+            while segments[-1].supervised:
+                segments.pop()
+        self._check_images(turns, segments)
+        return segments
+
+    def _take_apart(self, turns: Sequence[Turn]) -> tuple[Any, list[str], list[int]]:
+        """Return roles and parts with holes for words, the words' texts, and the turn of each."""
+        shape, texts, owners = [], [], []
+        for number, turn in enumerate(turns):
+            parts: list[str | None] = [turn.text]
+            if turn.role == "user" and self.image_token is not None:
+                first, *rest = turn.text.split(IMAGE_TOKEN)
+                # an image stands in the prompt in place of its mark and the line break after it
+                parts = [first] if first else []
+                for text in rest:
+                    parts += [None, text.removeprefix("\n")]
+                parts = [part for part in parts if part != ""] or [""]
+            holes = []
+            for part in parts:
+                if part is None:
+                    holes.append(None)
+                    continue
+                pieces = _THINK.split(part) if turn.role == "assistant" else [part]
+                for at in range(0, len(pieces), 2):
+                    found = _CORE.findall(pieces[at])
+                    texts += found
+                    owners += [number] * len(found)
+                    pieces[at] = _CORE.sub(_HOLE, pieces[at])
+                holes.append("".join(pieces))
+            shape.append((turn.role, tuple(holes)))
+        return tuple(shape), texts, owners
+
+    def _render(self, shape: Any, prompt: bool = False) -> list[str]:
+        """Return the template's text for a shape, cut: text, number of a word, text, ..."""
+        key = shape, prompt
+        if key not in self._rendered:
+            numbers = count()
+            messages = []
+            for role, holes in shape:
+                content: Any = [
+                    {"type": "image"}
+                    if hole is None
+                    else {
+                        "type": "text",
+                        "text": re.sub(_HOLE, lambda _: f"Probe{next(numbers)}eborP", hole),
+                    }
+                    for hole in holes
+                ]
+                if self.image_token is None:
+                    content = content[0]["text"]
+                messages.append({"role": role, "content": content})
+            self._rendered[key] = _WORD.split(self.write(messages, prompt))
+        return self._rendered[key]
+
+    def _around(
+        self, at: int, shape: Any, before: int | None, turn: int | None, as_prompt: bool
+    ) -> list[Segment]:
+        """Split the template's text between two words into end marker, context and lead."""
+        static, lead, segments = self._render(shape)[2 * at], "", []
+        if turn is not None and shape[turn][0] == "assistant":
+            static, lead = self._split_before_answer(
+                at, shape, turn, as_prompt and turn == len(shape) - 1
+            )
+        if before is not None and shape[before][0] == "assistant":
+            start = static.find(self.assistant_suffix)
+            if start < 0 or static[:start].strip():
+                raise ChatTemplateError("answers end differently at different places")
+            end = start + len(self.assistant_suffix)
+            segments.append(Segment(static[:end], supervised=True))
+            static = static[end:]
+        return [*segments, *self._with_images(static), Segment(lead, supervised=True)]
+
+    def _split_before_answer(
+        self, at: int, shape: Any, turn: int, as_prompt: bool
+    ) -> tuple[str, str]:
+        """Split the text before an answer into what the model reads and what it learns."""
+        static, kept = self._render(shape)[2 * at], ""
+        role, (hole,) = shape[turn]
+        if hole != hole.lstrip():  # spaces that the template keeps are part of the answer
+            trimmed = (*shape[:turn], (role, (hole.lstrip(),)), *shape[turn + 1 :])
+            bare = self._render(trimmed)[2 * at]
+            static, kept = bare, static.removeprefix(bare)
+        try:
+            prompt = self._render(shape[:turn], prompt=True)[-1]
+        except ChatTemplateError:
+            prompt = ""
+        rest = static.removeprefix(prompt) if static.startswith(prompt) else None
+        if as_prompt:  # LLaVA-OneVision's has one space less than what it writes before an answer
+            return (static if not prompt or (rest and rest.strip()) else prompt), ""
+        # a record's own think block is its answer
+        start = len(prompt) if prompt and rest and _THINK.search(hole) else len(static)
+        if prompt and rest is not None and not rest.strip():
+            start = len(prompt)
+        # a space belongs to the word after it
+        start = len(static[:start].rstrip(" "))
+        return static[:start], static[start:] + kept
+
+    def _with_images(self, static: str) -> list[Segment]:
+        if not self.image_token:
+            return [Segment(static)]
+        first, *rest = static.split(self.image_token)
+        segments = [Segment(first)]
+        for text in rest:
+            segments += [Segment(IMAGE_TOKEN, literal=True, has_images=True), Segment(text)]
+        return segments
+
+    def _check_words(
+        self, turns: Sequence[Turn], owners: Sequence[int], present: Sequence[int]
+    ) -> None:
+        answers = [word for word in present if turns[owners[word]].role == "assistant"]
+        if len(present) > len(set(present)) or answers != sorted(answers):
+            raise ChatTemplateError("it repeats or reorders texts")
+        found = {owners[word] for word in present}
+        for word, turn in enumerate(owners):
+            thinks = turns[turn].role == "assistant" and _THINK.search(turns[turn].text)
+            # reasoning of earlier answers may be removed, nothing else
+            if word not in present and not (thinks and turn in found):
+                raise ChatTemplateError(
+                    f"it changes or leaves out the text of a turn ({turns[turn].role})"
+                )
+
+    def _check_images(self, turns: Sequence[Turn], segments: Sequence[Segment]) -> None:
+        if self.image_token is None:
+            return
+        expected = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "user")
+        actual = sum(part.has_images for part in segments)
+        if actual != expected:
+            raise ChatTemplateError(
+                f"it writes {self.image_token!r} {actual} times for {expected} images"
+            )
 
 
-def _cut(text: str, words: Sequence[str]) -> list[str]:
-    parts = []
-    for word in words:
-        before, found, text = text.partition(word)
-        if not found:
-            raise ChatTemplateError("it changes or leaves out the text of a turn")
-        parts.append(before)
-    return [*parts, text]
+_QUESTION, _ANSWER = "Is it <b>A & B</b>?\n\n- {{ x }} 'q'", 'Two.\n\nOr "three" {% y %}'
 
 
-def _common_end(one: str, other: str) -> str:
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]
+def probe_conversations(with_images: bool) -> dict[str, tuple[list[Turn], bool]]:
+    """Return conversations of all shapes, by name: the turns, and whether a prompt is asked for."""
+
+    def talk(*questions: str, system: str | None = None, answer: str = _ANSWER) -> list[Turn]:
+        turns = [] if system is None else [Turn("system", system)]
+        for question in questions:
+            turns += [Turn("user", question), Turn("assistant", answer)]
+        return turns
+
+    mark, one, two = IMAGE_TOKEN, _QUESTION, "And the other?"
+    shapes = {
+        "one exchange": talk(one),
+        "several exchanges": talk(one, two, one),
+        "outer spaces": talk(f"  {one}\n ", f" {two} ", answer=f" \n{_ANSWER}\n "),
+        "a system turn": talk(one, two, system="Be brief."),
+        "a system turn with outer spaces": talk(one, system=" Be brief.\n"),
+        "an empty system text": talk(one, system=""),
+    }
+    if with_images:
+        shapes |= {
+            "an image": talk(f"{mark}\n{one}", two),
+            "two images": talk(f"{mark}\n{mark}\n{one}"),
+            "an image in a later turn": talk(one, f"{mark}\n{two}"),
+            "an image after text": talk(f"{one}{mark}", two),
+            "an image and a system turn": talk(f"{mark}\n{one}", system="Be brief."),
+            "an image and outer spaces": talk(f"{mark}\n  {one} ", answer=f" {_ANSWER} "),
+        }
+    prompts = {f"the prompt of {name}": (turns[:-1], True) for name, turns in shapes.items()}
+    return {name: (turns, False) for name, turns in shapes.items()} | prompts
 
 
-def _split_end_marker(ending: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Split what follows an answer after its last special token: the end marker, and the tail."""
-    cut = max(
-        (ending.rfind(name) + len(name) for name in tokenizer.get_added_vocab() if name in ending),
-        default=0,
-    )
-    if not cut:
-        raise ChatTemplateError("no special token ends an answer, so a model could not stop")
-    return ending[:cut], ending[cut:]
+def derive_style(
+    processor: Any, image_token: str | None = None, day: date | None = None
+) -> ChatTemplate:
+    """Make a prompt style of a model's own chat template.
 
+    Args:
+        processor: A processor or tokenizer with a chat template.
+        image_token: The processor's mark of an image; None for a text model.
+        day: What a template that asks for the day is told; None: today.
 
-def _with_system(
-    style: PromptStyle, render: Callable[..., str], turns: list[Turn], bos: str
-) -> PromptStyle:
-    """Return the style with the template's system block, if the template has one."""
-    try:
-        rendered = render([Turn("system", _SYSTEM), *turns])
-        before, after, _ = _cut(rendered, (_SYSTEM, _Q1))
-    except ChatTemplateError:
-        return style
-    before = before.removeprefix(bos)
-    in_user = not after.endswith(style.user_prefix) or not style.user_prefix
-    if in_user:
-        if style.system or before != style.user_prefix:
-            return style
-        changes = {"system_prefix": "", "system_suffix": after, "system_in_first_user": True}
-    else:
-        suffix = after[: len(after) - len(style.user_prefix)]
-        default = style.system
-        if default and not (default.startswith(before) and default.endswith(suffix)):
-            return style
-        text = default[len(before) : len(default) - len(suffix)] if default else ""
-        changes = {"system": text, "system_prefix": before, "system_suffix": suffix}
-    return replace(style, takes_system=True, **changes)
-
-
-def _image_frame(processor: Any, user_prefix: str, image_token: str) -> tuple[str, str]:
-    """Return the text that the template writes before and after a picture."""
-    render = _renderer(processor, in_parts=True)
-    before, _ = _cut(render([Turn("user", _Q1)], images=1), (_Q1,))
-    left, found, right = before.rpartition(image_token)
-    start = left.rfind(user_prefix)
-    if not found or start < 0:
-        raise ChatTemplateError(f"it does not write {image_token!r} for a picture in a question")
-    return left[start + len(user_prefix) :], right
-
-
-def _check(style: PromptStyle, render: Callable[..., str], turns: list[Turn], bos: str) -> None:
-    """Compare the style's rendering with the template's.
+    Returns:
+        A style that writes what the template writes. Conversations that the template refuses, for
+        instance with a system turn, raise an error when they are encoded.
 
     Raises:
-        ChatTemplateError: If they differ.
+        ChatTemplateError: If there is no template, or it does something that segments cannot hold;
+            the message names the shape of conversation.
     """
-    cases = [(turns[:2], False), (turns, False), (turns[:3], True)]
-    if style.takes_system:
-        cases += [([Turn("system", _SYSTEM), *turns], False)]
-    for conversation, prompt in cases:
-        ours = "".join(part.text for part in render_segments(conversation, style, prompt))
-        if bos + ours != render(conversation, prompt=prompt):
-            raise ChatTemplateError("its rendering depends on more than the text of the turns")
+    tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
+    source = getattr(processor, "chat_template", None)
+    source = source.get("default") if isinstance(source, dict) else source
+    if not source:
+        raise ChatTemplateError("there is no chat template")
+    day = day or date.today()
+    # the clock is read once: a run that goes on tomorrow keeps its prompts
+    template, another = (
+        _CLOCK.sub(lambda found: json.dumps(one.strftime(found[2])), source)  # noqa: B023
+        for one in (day, date(1987, 12, 31))
+    )
+    style = ChatTemplate(processor, template, image_token)
+    turns = [Turn("user", "question"), Turn("assistant", "answer")]
+    shape, _, owners = style._take_apart(turns)
+    pieces = style._render(shape)
+    style._check_words(turns, owners, [int(word) for word in pieces[1::2]])
+    opening, ending = pieces[0], pieces[-1]
+    if pieces != replace(style, template=another, _rendered={})._render(shape):
+        style = replace(style, day=day.isoformat())
+    bos = tokenizer.bos_token
+    if bos and processor is not tokenizer and not opening.startswith(bos):
+        style = replace(style, bos=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+    names = sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
+    style = replace(style, assistant_suffix=_end_marker(ending, names))
+    texts = [template]
+    for name, (talk, prompt) in probe_conversations(image_token is not None).items():
+        try:
+            texts += [part.text for part in style.segments(talk, prompt) if not part.literal]
+        except ChatTemplateError as error:
+            if "system" not in name:  # a template need not take a system turn
+                raise ChatTemplateError(f"with {name}: {error}") from error
+    own_text = "".join(texts)
+    return replace(style, special_tokens=tuple(name for name in names if name in own_text))
+
+
+def _end_marker(ending: str, names: Sequence[str]) -> str:
+    """Return what follows an answer up to its last special token."""
+    end = max((ending.rfind(name) + len(name) for name in names if name in ending), default=0)
+    if not end:
+        raise ChatTemplateError("no special token ends an answer, so a model could not stop")
+    return ending[:end].strip()

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from milora_vl.data.images import ProcessorPictures
-from milora_vl.data.prompts import PromptStyle
+from milora_vl.data.prompts import ChatTemplate, PromptStyle
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.load_errors import LoadError, explain, explained_memory
 from milora_vl.model.nf4 import load_nf4
@@ -56,7 +57,7 @@ class VLM:
     processor: ProcessorMixin | PreTrainedTokenizerBase
     family: str
     path: str
-    prompt_style: PromptStyle
+    prompt_style: PromptStyle | ChatTemplate
     pictures: ProcessorPictures | None = None
     float_weights: ShardedWeights | None = None
     pad_to_square: bool = True
@@ -115,6 +116,7 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     revision: str | None = None,
     attn_implementation: str | None = None,
     prompt_style: str | None = None,
+    prompt_day: date | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> VLM:
@@ -130,6 +132,7 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
         attn_implementation: Passed to transformers.
         prompt_style: A name in ``PROMPT_STYLES`` or "chat_template"; None: see
             ``choose_prompt_style``.
+        prompt_day: What a chat template that asks for the day is told; None: today.
         trust_remote_code: Run code that comes with the checkpoint.
         allow_pickle: Also read weights that are not safetensors, which can run code; not with
             ``quantization``.
@@ -183,5 +186,5 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
         raise explain(path, error, revision) from error
     if takes_pictures:
         check_image_tokens(model, processor, path)
-    style = choose_prompt_style(prompt_style, family, model, processor)
+    style = choose_prompt_style(prompt_style, family, model, processor, prompt_day)
     return VLM(model.eval(), processor, config.model_type, path, style, pictures, weights)

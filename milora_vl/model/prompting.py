@@ -1,20 +1,28 @@
 """How conversations and pictures are written for a model: prompt style and image tokens."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
+from PIL import Image
 from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.data.encode import encode
 from milora_vl.data.images import ProcessorPictures
 from milora_vl.data.prompts import (
     PROMPT_STYLES,
     STYLE_NAME,
+    ChatTemplate,
     ChatTemplateError,
     PromptStyle,
     derive_style,
     prefix_style,
+    probe_conversations,
 )
+from milora_vl.data.records import Turn
 from milora_vl.model.families import Family
 from milora_vl.model.load_errors import LoadError
 
@@ -56,8 +64,12 @@ def guess_prompt_style(model: PreTrainedModel, processor: ProcessorMixin) -> str
 
 
 def choose_prompt_style(
-    name: str | None, family: Family, model: PreTrainedModel, processor: Any
-) -> PromptStyle:
+    name: str | None,
+    family: Family,
+    model: PreTrainedModel,
+    processor: Any,
+    day: date | None = None,
+) -> PromptStyle | ChatTemplate:
     """Return the prompt style of that name, or the one that the checkpoint was trained with.
 
     Args:
@@ -66,6 +78,7 @@ def choose_prompt_style(
         family: The model's row in the table of families.
         model: The model.
         processor: Its processor or tokenizer.
+        day: What a chat template that asks for the day is told; None: today.
 
     Raises:
         LoadError: If the name is unknown, or the template cannot be used and is needed.
@@ -89,7 +102,10 @@ def choose_prompt_style(
         known = sorted([*PROMPT_STYLES, STYLE_NAME])
         raise LoadError(f"unknown prompt style {name!r}; known: {known}")
     try:
-        return derive_style(processor, mark)
+        style = derive_style(processor, mark, day)
+        pictures = read_pictures_by(processor, family)
+        check_template_ids(style, pictures or (ProcessorPictures(processor) if mark else None))
+        return style
     except ChatTemplateError as error:
         if name is None and not getattr(processor, "chat_template", None):
             logger.warning("no chat template: prompts are written as vicuna_v1")
@@ -98,6 +114,81 @@ def choose_prompt_style(
             f"the model's chat template cannot be used: {error}. Choose a prompt_style from "
             f"{', '.join(PROMPT_STYLES)}"
         ) from error
+
+
+def check_template_ids(style: ChatTemplate, pictures: ProcessorPictures | None = None) -> None:
+    """Check on conversations of all shapes that our ids are those of transformers, images included.
+
+    Raises:
+        ChatTemplateError: If they differ; the message names the shape and shows both texts.
+    """
+    tokenizer = getattr(style.processor, "tokenizer", style.processor)
+    for name, (turns, prompt) in probe_conversations(pictures is not None).items():
+        try:
+            expected = _stock_ids(style, turns, prompt)
+            n_images = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+            counts = pictures.expand([_PROBE_SIZE] * n_images) if pictures else []
+            actual = encode(turns, style, tokenizer, counts, None, prompt).input_ids
+        except ValueError as error:
+            if "system" in name:  # refused when a record has such a turn
+                continue
+            raise ChatTemplateError(f"with {name}: {error}") from error
+        # the prompt may go on with what the template puts before each answer, an empty think block
+        if actual != expected and not (prompt and actual[: len(expected)] == expected):
+            at = next(
+                (
+                    i
+                    for i, pair in enumerate(zip(actual, expected, strict=False))
+                    if len({*pair}) > 1
+                ),
+                min(len(actual), len(expected)),
+            )
+            ours, theirs = (
+                tokenizer.decode(ids[max(at - 5, 0) : at + 8]) for ids in (actual, expected)
+            )
+            raise ChatTemplateError(
+                f"with {name} the tokens differ from those of transformers: {ours!r} here, "
+                f"{theirs!r} there"
+            )
+
+
+_PROBE_SIZE = (40, 30)
+
+
+def _stock_ids(style: ChatTemplate, turns: Sequence[Turn], prompt: bool) -> list[int]:
+    """Return the ids that transformers' own function gives.
+
+    Raises:
+        ChatTemplateError: If it fails.
+    """
+    image = Image.new("RGB", _PROBE_SIZE)
+    messages = []
+    for turn in turns:
+        content: Any = turn.text
+        if style.image_token:
+            first, *rest = turn.text.split(IMAGE_TOKEN)
+            parts = [first, *(part for text in rest for part in (image, text.removeprefix("\n")))]
+            content = [
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image", "image": part}
+                for part in parts
+                if part or len(parts) == 1
+            ]
+        messages.append({"role": turn.role, "content": content})
+    try:
+        output = style.processor.apply_chat_template(
+            messages,
+            chat_template=style.template,
+            tokenize=True,
+            add_generation_prompt=prompt,
+            return_dict=True,
+        )
+    except Exception as error:  # whatever a template or a processor raises
+        raise ChatTemplateError(f"it fails: {error}") from error
+    ids = output["input_ids"]
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    return list(ids[0] if isinstance(ids[0], list) else ids)
 
 
 def read_pictures_by(processor: Any, family: Family) -> ProcessorPictures | None:

@@ -35,6 +35,7 @@ def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
         revision=section.revision,
         attn_implementation=section.attn_implementation,
         prompt_style=section.prompt_style,
+        prompt_day=section.prompt_day,
         trust_remote_code=section.trust_remote_code,
         allow_pickle=section.allow_pickle,
         quantization=section.quantization,

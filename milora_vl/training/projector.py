@@ -92,7 +92,7 @@ def aligned_base_folder(
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
     # what is done about bad records and pictures may change while a run goes on
     without = {"prepare", "on_bad_record", "on_bad_image"}
-    sections = [model.model_dump(exclude={"device"}), alignment.model_dump()]
+    sections = [model.model_dump(exclude={"device", "prompt_day"}), alignment.model_dump()]
     sections.append(data.model_dump(exclude=without))
     facts: list[Any] = [str(base), *sections, seed]
     for file in sorted(base.glob("*.safetensors")) if base.is_dir() else []:

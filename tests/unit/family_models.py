@@ -9,7 +9,6 @@ import torch
 import transformers as tf
 from chat_tokenizers import build_extended
 from llava_like_models import (
-    CHATML,
     MROPE,
     TEXT,
     VISION,
@@ -23,6 +22,7 @@ from llava_like_models import (
     square,
     vipllava,
 )
+from own_templates import GEMMA3, MLLAMA, QWEN2_VL, QWEN3_VL, SMOLVLM
 from transformers import LlamaConfig, MistralConfig, SiglipVisionConfig
 
 
@@ -62,7 +62,7 @@ def qwen2_vl(version: str = "2") -> tuple[Any, Any]:
         tf.Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=pixels),
         tokenizer,
         videos(patch_size=14),
-        chat_template=CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=QWEN3_VL if version == "3" else QWEN2_VL,
     )
     return model_class(config), processor
 
@@ -77,7 +77,7 @@ def idefics3(smol: bool = False) -> tuple[Any, Any]:
         "scale_factor": 2,
     }
     pictures = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
-    template = CHATML.replace("IMAGE", "<image>")
+    template = SMOLVLM
     if smol:
         config = tf.SmolVLMConfig(vision_config=vision, **shared)
         processor = tf.SmolVLMProcessor(
@@ -129,14 +129,8 @@ def gemma3() -> tuple[Any, Any]:
         boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
         eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
     )  # fmt: skip
-    template = (
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n{% for c in m.content %}"
-        "{% if c.type == 'image' %}<start_of_image>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    )
     processor = tf.Gemma3Processor(
-        tf.Gemma3ImageProcessor(size=square(28)), tokenizer, template, image_seq_length=4
+        tf.Gemma3ImageProcessor(size=square(28)), tokenizer, GEMMA3, image_seq_length=4
     )
     return tf.Gemma3ForConditionalGeneration(config), processor
 
@@ -158,14 +152,8 @@ def mllama() -> tuple[Any, Any]:
         },
         image_token_id=image_id,
     )  # fmt: skip
-    template = (
-        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}"
-        "{% endif %}{% endfor %}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    )
     processor = tf.MllamaProcessor(
-        tf.MllamaImageProcessor(size=square(28), max_image_tiles=4), tokenizer, template
+        tf.MllamaImageProcessor(size=square(28), max_image_tiles=4), tokenizer, MLLAMA
     )
     model = tf.MllamaForConditionalGeneration(config)
     with torch.no_grad():  # zero at the start of pre-training: pictures would change nothing

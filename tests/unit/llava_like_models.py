@@ -4,6 +4,7 @@ from typing import Any
 
 import transformers as tf
 from chat_tokenizers import build_extended
+from own_templates import INTERNVL, LLAVA_ONEVISION, PIXTRAL
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -129,7 +130,7 @@ def llava_onevision() -> tuple[Any, Any]:
         tf.LlavaOnevisionVideoProcessor(size=square(28)),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
-        chat_template=CHATML.replace("IMAGE", "<image>\n"),
+        chat_template=LLAVA_ONEVISION,
     )
     return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
@@ -157,7 +158,7 @@ def internvl() -> tuple[Any, Any]:
         tokenizer,
         tf.InternVLVideoProcessor(size=square(56)),
         image_seq_length=4,
-        chat_template=CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+        chat_template=INTERNVL,
     )
     return tf.InternVLForConditionalGeneration(config), processor
 
@@ -197,6 +198,6 @@ def pixtral() -> tuple[Any, Any]:
         tf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14),
         tokenizer,
         patch_size=14,
-        chat_template=INSTRUCT.replace("IMAGE", "[IMG]"),
+        chat_template=PIXTRAL,
     )
     return tf.LlavaForConditionalGeneration(config), processor

@@ -20,7 +20,8 @@ from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter
 from milora_vl.cli import main
 from milora_vl.config import MiloraConfig, parse_config
-from milora_vl.data.prompts import PROMPT_STYLES, derive_style
+from milora_vl.data.prompts import PROMPT_STYLES, derive_style, render_segments
+from milora_vl.data.records import Turn
 from milora_vl.eval.generate_plain import build_prompt, generate
 from milora_vl.export.merge import merge_adapter
 from milora_vl.model.compose import (
@@ -93,12 +94,13 @@ def test_a_tokenizer_without_chatml_gets_vicunas_prompt_with_its_own_end_token()
     )  # fmt: skip
     tokenizer.chat_template = choose_template(tokenizer)
     style = derive_style(tokenizer)
-    vicuna = PROMPT_STYLES["vicuna_v1"]
-    assert style.system + style.system_suffix == vicuna.system + vicuna.system_suffix
-    assert style.user_prefix == vicuna.user_prefix
-    assert style.user_suffix + style.assistant_prefix == " ASSISTANT:"
-    assert style.assistant_suffix == "<end>"
-    assert style.bos
+    turns = [Turn("system", "Be brief."), Turn("user", "Who?"), Turn("assistant", "A fox.")]
+    for case in (turns, turns[1:]):
+        own, vicuna = (
+            "".join(part.text for part in render_segments(case, one))
+            for one in (style, PROMPT_STYLES["vicuna_v1"])
+        )
+        assert own == "<s>" + vicuna.replace("</s>", "<end>")
 
 
 def test_both_stages_run_on_a_composed_model(

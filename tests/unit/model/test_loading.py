@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import save_adapter
 from milora_vl.config import MiloraConfig
+from milora_vl.data.prompts import render_segments
+from milora_vl.data.records import Turn
 from milora_vl.inference import ask, load_for_inference
 from milora_vl.model.load import LoadError, load_vlm
 from milora_vl.model.load_errors import explain, explained_memory
@@ -98,7 +100,8 @@ def test_the_models_own_template_can_be_asked_for(tiny_checkpoint: Path) -> None
     named = load_vlm(tiny_checkpoint, prompt_style="chatml").prompt_style
     assert own.name == "chat_template"
     assert own.assistant_suffix == named.assistant_suffix == "<|im_end|>"
-    assert own.image_frame == ("", "\n")
+    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", "A fox.")]
+    assert [one.text for one in render_segments(turns, own) if one.has_images] == ["<image>"]
 
 
 def test_a_template_that_cannot_be_used_is_refused_with_the_reason(
