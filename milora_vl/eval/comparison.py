@@ -448,7 +448,7 @@ def _change_cells(change: Mapping[str, Any] | None, scale: float) -> tuple[str, 
 def render_comparison(
     runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> str:
-    """Build the HTML page; parts that no run has are left out."""
+    """Build the HTML page; parts that no run has are skipped."""
     names = [run.name for run in runs]
     parts = [f"<h1>{html.escape(' · '.join(names))}</h1>", "<h2>Scores</h2>"]
     parts.append(
@@ -472,7 +472,7 @@ def render_comparison(
         )
     curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
     if curves:
-        parts += ["<h2>Training</h2>", figure(curves, "losses over optimiser steps")]
+        parts += ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")]
     parts += _facts(
         "Throughput, memory and size of the update", {run.name: run.facts() for run in runs}
     )

@@ -457,7 +457,7 @@ def load_items(
     """Read the questions of all benches, so that a slip shows before a model is loaded or asked.
 
     Args:
-        benches: As in ``evaluate``; text-only tasks are left out.
+        benches: As in ``evaluate``; text-only tasks have no items here.
         data_dir: As there.
         limit: As there.
 

@@ -155,7 +155,7 @@ def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
             style = "o-" if len(points) <= 12 else "-"
             axes.plot(steps, values, style, color=colour, label=label_of(name.replace("_", " ")))
         axes.set_title(label_of(stage))
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         axes.legend(frameon=False, fontsize="small")
     return finish_figure(figure)
 
@@ -229,7 +229,7 @@ def plot_run_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | No
                 n_drawn += 1
     if not n_drawn:
         return None
-    axes.set_xlabel("optimiser step")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats a token")
     axes.legend(frameon=False, fontsize="small")
     return finish_figure(figure)

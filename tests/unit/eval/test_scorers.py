@@ -30,7 +30,7 @@ from milora_vl.eval.items import Item
 
 pytestmark = pytest.mark.network
 
-N_STRINGS = 100_000
+N_STRINGS = 20_000
 WHEELS = (
     ("lmms-eval", "0.7.3", "5709f9f9f56a8f5f22bf379571bd1c5e7702af5ae2bbb9637001c5dd91168895"),
     (

@@ -25,7 +25,7 @@ def test_interval_holds_the_mean_and_narrows_with_the_square_root_of_n():
 
 def test_interval_covers_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(1)
-    samples = (rng.random((200, 150)) < 0.3).astype(float)
+    samples = (rng.random((100, 150)) < 0.3).astype(float)
     hits = [low <= 0.3 <= high for low, high in map(mean_interval, samples)]
     assert 0.88 <= np.mean(hits) <= 0.99
 
