@@ -46,7 +46,7 @@ HONORED: dict[str, str] = {
     "resume_from_checkpoint": "where a run without checkpoints of its own begins",
     "save_strategy": "best also delivers the best",
     "train_sampling_strategy": f"one of {', '.join(SAMPLING)}; default: the first",
-    "weight_decay": "pulls factors to zero, which a warning says where it takes pretrained weights",
+    "weight_decay": "pulls trained matrices to zero, factors and their pretrained part included",
 }  # fmt: skip
 
 
