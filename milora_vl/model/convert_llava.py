@@ -256,20 +256,41 @@ def _plain_name(name: str) -> str:
 def _merge_lora_(
     weights: dict[str, Tensor], lora: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Add s B A to every adapted weight, in float32, rounded once."""
-    if settings.get("use_dora"):
-        raise LoadError("the LoRA is a DoRA; merge it with PEFT before converting")
-    r, alpha = settings["r"], settings["lora_alpha"]
-    scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+    """Add s B A to every adapted weight, in float32, rounded once.
+
+    Raises:
+        LoadError: Naming the first tensor or setting that this sum does not express.
+    """
+    for key in ("use_dora", "alpha_pattern", "layer_replication", "fan_in_fan_out", "lora_bias"):
+        if settings.get(key):
+            raise LoadError(f"the LoRA has {key}={settings[key]}; merge it with PEFT first")
+    start = str(settings.get("init_lora_weights", True)).lower()
+    if start.startswith(("pissa", "olora", "corda", "milora")):
+        raise LoadError(
+            f"the LoRA started as {start!r}, which changed its base; convert it to a plain LoRA "
+            "or merge it with PEFT first"
+        )
     for name, down in lora.items():  # lora_A [r, d_in]
-        if ".lora_A." not in name:
+        if name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in lora:
             continue
-        up = lora[name.replace(".lora_A.", ".lora_B.")]  # [d_out, r]
+        if not name.endswith(".lora_A.weight"):
+            raise LoadError(
+                f"the LoRA folder holds {name}, which is no factor of a linear layer (a bias, an "
+                "embedding, a saved module); merge it with PEFT first"
+            )
+        up = lora.get(name.replace(".lora_A.", ".lora_B."))  # [d_out, r]
+        if up is None or up.shape[1] != down.shape[0]:
+            raise LoadError(f"the LoRA has no factor lora_B that fits {name}")
         target = _plain_name(name.partition(".lora_A.")[0]) + ".weight"
         if target not in weights:
             raise LoadError(f"the LoRA has weights for {target}, which the base lacks")
+        r = len(down)  # the layer's own, also where rank_pattern changes it
+        scaling = settings["lora_alpha"] / (math.sqrt(r) if settings.get("use_rslora") else r)
         merged = torch.addmm(weights[target].float(), up.float(), down.float(), alpha=scaling)
-        weights[target] = merged.to(weights[target].dtype)
+        merged = merged.to(weights[target].dtype)
+        if not torch.isfinite(merged).all():
+            raise LoadError(f"merged values of {target} are not finite in {merged.dtype}")
+        weights[target] = merged
 
 
 def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionModel) -> None:

@@ -22,7 +22,7 @@ from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.prompts import render_segments
 from milora_vl.data.records import Turn
 from milora_vl.eval.generate_plain import build_prompt
-from milora_vl.model.convert_llava import convert_llava
+from milora_vl.model.convert_llava import _merge_lora_, convert_llava
 from milora_vl.model.load import LoadError, load_vlm
 
 D, VISION_D, SIDE, PATCH = 32, 24, 28, 14
@@ -212,3 +212,32 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
     with pytest.raises(FileExistsError, match="nothing in it is overwritten"):
         convert_llava(source, source, **options)
     assert (source / "mm_projector.bin").exists()
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("extra", "settings", "words"),
+    [
+        (f"{LAYER}.lora_magnitude_vector", {}, "lora_magnitude_vector"),
+        (f"{LAYER}.bias", {}, r"q_proj\.bias"),
+        ("base_model.model.lm_head.modules_to_save.weight", {}, "modules_to_save"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", {}, "lora_embedding_A"),
+        (None, {"use_dora": True}, "use_dora"),
+        (None, {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        (None, {"init_lora_weights": "pissa_niter_4"}, "pissa"),
+    ],
+)
+def test_what_the_sum_does_not_express_is_refused_by_name(extra, settings, words) -> None:
+    lora = {f"{LAYER}.lora_A.weight": torch.ones(2, 4), f"{LAYER}.lora_B.weight": torch.ones(4, 2)}
+    weights = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
+    if extra:
+        lora[extra] = torch.ones(4)
+    with pytest.raises(LoadError, match=words):
+        _merge_lora_(weights, lora, {"r": 8, "lora_alpha": 4, **settings})
+    if not settings:
+        lora.pop(extra)
+        weights = {key: torch.zeros(4, 4) for key in weights}
+        _merge_lora_(weights, lora, {"r": 8, "lora_alpha": 4, "rank_pattern": {"q_proj": 2}})
+        assert torch.equal(*weights.values(), torch.full((4, 4), 4.0))  # (4 / 2) * 2
