@@ -7,7 +7,6 @@ device of a tensor, a tensor on "meta" stands for one that is not on the CPU.
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +18,8 @@ from milora_vl.adapter.decompose import count_workers
 from milora_vl.adapter.minor_svd import pack
 from milora_vl.config import MiloraConfig, load_config
 from milora_vl.environment import describe_environment
-from milora_vl.eval.packed_linear import packed_linears
 from milora_vl.pipeline import guess_stages, warn_of_memory
-from milora_vl.runtime import Precision, resolve_device
+from milora_vl.runtime import Precision, prefer_faster_weights_, resolve_device
 from milora_vl.training import arguments
 from milora_vl.training.callbacks import peak_memory
 
@@ -79,13 +77,14 @@ def test_the_tests_that_the_page_names_exist():
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch say that there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some GPU")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
 
 
 def test_a_gpu_is_chosen_named_and_measured(a_gpu, tiny_vlm):
-    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("auto") == torch.device("cuda", 1)
     assert describe_environment(0, None)["cuda"] == "some GPU"
     assert peak_memory()["peak_cuda_memory_gib"] == 3
     _, certificate = attach_milora(tiny_vlm, MiloraConfig(r=4), progress=False)
@@ -93,23 +92,28 @@ def test_a_gpu_is_chosen_named_and_measured(a_gpu, tiny_vlm):
 
 
 def test_a_gpu_gets_pinned_memory_and_is_trained_on(a_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        arguments, "TrainingArguments", lambda **values: SimpleNamespace(n_gpu=1, **values)
-    )
-    found = arguments.build_arguments({}, tmp_path, 0)
-    assert found.dataloader_pin_memory is True
-    assert found.use_cpu is False
+    caught = {}
+
+    def catch(**values):
+        caught.update(values)
+        raise InterruptedError  # to build them would start CUDA
+
+    monkeypatch.setattr(arguments, "StageArguments", catch)
+    with pytest.raises(InterruptedError):
+        arguments.build_arguments({"tf32": True}, tmp_path, 0)
+    assert caught["dataloader_pin_memory"] is True
+    assert caught["use_cpu"] is False
+    assert caught["tf32"] is True
 
 
 def test_what_is_tuned_for_cpus_is_left_alone_elsewhere():
     with torch.device("meta"):
-        layers = [nn.Linear(256, 256, bias=False)]
-    assert count_workers(layers) == 1
-    assert not pack(layers[0].weight).is_mkldnn
-    holder = nn.ModuleList(layers)
-    forward = layers[0].forward
-    with packed_linears(holder):
-        assert layers[0].forward == forward
+        layer = nn.Linear(256, 256, bias=False)
+    assert count_workers([layer]) == 1
+    assert not pack(layer.weight).is_mkldnn
+    layer.to(torch.bfloat16)
+    prefer_faster_weights_(layer)
+    assert layer.weight.dtype == torch.bfloat16
 
 
 def test_no_time_and_no_host_memory_is_foretold_for_a_gpu(caplog):
