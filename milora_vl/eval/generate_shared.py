@@ -180,7 +180,7 @@ class SharedAnswerer:
         of the language model's layers: a learned prompt, a hook on the whole model.
         """
         image = self.model.config.image_token_id
-        a, b, c, d, e = (token for token in range(6) if token != image)
+        a, b, c, d, e = [token for token in range(6) if token != image][:5]
         rows = [[a, b, c], [a, d, e]]
         was_training = self.vlm.model.training
         self.vlm.model.eval()
