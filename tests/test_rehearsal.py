@@ -6,9 +6,10 @@ set here as far as a CPU allows: TF32 through transformers' own switch, autocast
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ from milora_vl.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = str(ROOT / "configs" / "llava15_7b_milora.yaml")
-# A sitecustomize of a GPU machine: `tf32: true` is refused by transformers where there is none.
-AMPERE = """
-import transformers.training_args
-transformers.training_args.is_torch_tf32_available = lambda: True
+RECIPE, IN_4_BITS = (
+    str(ROOT / "configs" / name) for name in ("llava15_7b_milora.yaml", "llava15_7b_qmilora.yaml")
+)
+# What `tf32: true` sets on a GPU; on a CPU the key does nothing, so a sitecustomize sets it.
+TF32 = """
+import torch
+torch.backends.fp32_precision = "tf32"
 """
 
 
@@ -35,12 +38,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_playground(folder / "playground" / "data")
     write_stage1(folder / "hub")
     (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(AMPERE)
+    (folder / "site" / "sitecustomize.py").write_text(TF32)
     kept = torch.backends.fp32_precision
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MILORA_CACHE", str(folder / "cache"))
-        patch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+        torch.backends.fp32_precision = "tf32"
         yield folder
     torch.backends.fp32_precision = kept
 
@@ -80,6 +83,41 @@ def bf16_run(place: Path) -> Path:
     return place / "runs" / "llava15-7b-milora"
 
 
+def printed(capsys: pytest.CaptureFixture, *words: str) -> str:
+    """Run a verb at its defaults and return what it printed; it must succeed."""
+    capsys.readouterr()
+    code = main([str(word) for word in words])
+    seen = capsys.readouterr()
+    assert code == 0, seen.err
+    return seen.out
+
+
+FORMS = (("lora",), ("lora-small", "--rank", 4), ("merged",))
+# what an adapter of a 4-bit base is merged onto is the user's choice; there is no default
+FORMS_IN_4_BITS = (
+    *FORMS[:2], ("merged", "--merge-onto", "original"), ("merged", "--merge-onto", "dequantized"),
+)  # fmt: skip
+
+
+def check_every_verb(
+    run: Path, capsys: pytest.CaptureFixture, picture: Path, forms: Sequence[tuple] = FORMS
+) -> None:
+    """Ask and evaluate with the adapter, export in every form: nothing given but the folders."""
+    adapter = run / "adapter"
+    words = ["ask", picture, "What is it?", "--adapter", adapter, "--max-new-tokens", 3]
+    printed(capsys, *words)
+    data = Path("playground/data/eval")
+    words = ["eval", "--bench", "pope", "--adapter", adapter, "--data", data]
+    printed(capsys, *words, "--out", run.parent / f"{run.name}-eval", "--limit", 2)
+    again = json.loads((run.parent / f"{run.name}-eval" / "results.json").read_text())
+    assert again["benches"]["pope"]["n"] > 0
+    for name, *words in forms:
+        out = run.parent / f"{run.name}-{name}"
+        printed(capsys, "export", run, "--form", name, "--out", out, *words)
+        assert any(out.glob("*.safetensors")), name
+        shutil.rmtree(out)
+
+
 def check_run(run: Path, steps: int = 4) -> None:
     """Whole run folder, finite losses, scores before and after, TensorBoard's file."""
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -110,3 +148,23 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(bf16_run: Path) -> None:
     assert main(["train", RECIPE, *smaller()]) == 0
     assert file.read_bytes() == before
     check_run(bf16_run)
+
+
+def test_every_verb_takes_the_finished_run_at_its_defaults(
+    bf16_run: Path, place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    check_every_verb(bf16_run, capsys, next(place.rglob("coco/**/*.jpg")))
+
+
+def test_the_4_bit_recipe_goes_the_same_way(
+    bf16_run: Path, place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert main(["train", IN_4_BITS, *smaller(training__save_strategy="'no'")]) == 0
+    run = place / "runs" / "llava15-7b-qmilora"
+    check_run(run)
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert certificate["residual"] == "subtract"
+    check_every_verb(run, capsys, next(place.rglob("coco/**/*.jpg")), FORMS_IN_4_BITS)
+    printed(capsys, "compare", bf16_run, run, "--out", place / "comparison.html")
+    assert (place / "comparison.html").stat().st_size > 0
