@@ -139,6 +139,26 @@ def test_links_between_documents_hold() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def walks() -> dict[str, list[tuple[str, str]]]:
+    """Return {name: (file, function) of every hop} of the walks in docs/architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    found = {}
+    for name, body in re.findall(r"<!-- walk: (\w+) -->\n(.*?)<!-- /walk -->", text, re.DOTALL):
+        found[name] = re.findall(r"^\d+\. `([\w/.]+)` `(\w+)`", body, re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize("name", ["sample", "weight", "question"])
+def test_walks_are_short_and_real(name: str) -> None:
+    hops = walks()[name]
+    assert 5 <= len(hops) <= 7
+    sources = {file: (ROOT / file).read_text(encoding="utf-8") for file, _ in hops}
+    for file, function in hops:
+        assert re.search(rf"^(def|class) {function}\b", sources[file], re.MULTILINE), function
+        uses = sum(len(re.findall(rf"\b{function}\b", source)) for source in sources.values())
+        assert uses > 1 or (file, function) == hops[0], f"no hop of the walk uses {function}"
+
+
 def test_commands_named_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"(?:bash|python) ((?:scripts|data_prep)/[\w./-]+)", text):
