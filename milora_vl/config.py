@@ -127,8 +127,11 @@ class MiloraConfig(Section):
         residual: "subtract" writes W_p into the base weights; "anchor" keeps them and subtracts
             with a frozen second adapter; "auto" subtracts in float32 and NF4, else anchors.
         svd: Decomposition method, see ``milora_vl.adapter.minor_svd``.
-        target_modules: "all-linear" (attention and MLP of the language model), a regular
-            expression for full names, or a list of names or name endings.
+        target_modules: "all-linear" (attention and MLP of the language model), "attention", "mlp",
+            "gate_up", a regular expression for full names, or a list of names or name endings. It
+            matters more than ``init``: a study of vision-language models (arXiv:2510.08564) found
+            that attention alone learns 24.9 points of a new task and forgets 0.6 of others, the
+            whole language model 31.8 and 23.3.
         lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: at step 0
             the layer equals the pretrained one in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.

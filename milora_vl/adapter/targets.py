@@ -73,7 +73,13 @@ def holds_experts(name: str, module: nn.Module) -> bool:
     return any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 
 
-ALL_LINEAR = "all-linear"
+PRESETS = {
+    "all-linear": re.compile(r"attention .*|mlp .*"),
+    "attention": re.compile(r"attention .*"),
+    "mlp": re.compile(r"mlp .*"),
+    "gate_up": re.compile(r"mlp (gate_proj|up_proj|w1|w3)"),
+}
+"""Named choices of ``target_modules``: patterns of "kind last-name" of a layer."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ def find_targets(
     Args:
         model: A LLaVA-style model or a plain causal language model; its weights may be absent
             (meta device).
-        target_modules: ``all-linear``; or a regular expression that must match a full module name;
-            or a list of full names or name endings (``q_proj``), as in PEFT.
+        target_modules: a name in ``PRESETS``; or a regular expression that must match a full module
+            name; or a list of full names or name endings (``q_proj``), as in PEFT.
         allow_outside: Accept linear layers of the vision tower and the output head as well.
 
     Raises:
@@ -109,8 +115,8 @@ def find_targets(
     """
     family = find_family(model)
     language_model, projector = family.language_model, family.projector
-    if target_modules == ALL_LINEAR:
-        modules, skipped = _all_linear(model, language_model)
+    if isinstance(target_modules, str) and target_modules in PRESETS:
+        modules, skipped = _preset(model, language_model, target_modules)
     else:
         modules = _matching(model, language_model, target_modules, allow_outside)
         skipped = {}
@@ -207,7 +213,7 @@ def outside_refusal(model: nn.Module, name: str, module: nn.Module) -> str | Non
     return None
 
 
-def _all_linear(model: nn.Module, language_model: str) -> tuple[list[str], dict[str, str]]:
+def _preset(model: nn.Module, language_model: str, preset: str) -> tuple[list[str], dict[str, str]]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kinds: dict[str, str] = {}
     skipped: dict[str, str] = {}
@@ -234,10 +240,16 @@ def _all_linear(model: nn.Module, language_model: str) -> tuple[list[str], dict[
         )
     if problems:
         raise ValueError(
-            f"{problems[0]}, so 'all-linear' does not adapt this model; "
+            f"{problems[0]}, so {preset!r} does not adapt this model; "
             + _alternative(language_model, list(kinds))
         )
-    return list(kinds), skipped
+    modules = []
+    for name, kind in kinds.items():
+        if PRESETS[preset].fullmatch(f"{kind} {name.rpartition('.')[2]}"):
+            modules.append(name)
+        else:
+            skipped[name] = f"{preset!r} leaves it out"
+    return modules, skipped
 
 
 _LEFT_OUT = {
@@ -247,7 +259,7 @@ _LEFT_OUT = {
 
 
 def _problem(name: str, module: nn.Module, kind: str | None) -> str | None:
-    """Return why a module of the language model stands in the way of 'all-linear', or None."""
+    """Return why a module of the language model stands in the way of a preset, or None."""
     if holds_experts(name, module):
         kept = f"{type(module).__name__} keeps the weights of all experts in one tensor"
         return f"{kept}, not in linear layers"

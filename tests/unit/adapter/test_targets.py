@@ -97,3 +97,18 @@ def test_quantized_is_judged_by_class_not_dtype():
     with pytest.raises(ValueError, match="quantized"):
         resolve_residual(model, ["layer"], "subtract")
     assert not is_quantized(nn.Linear(4, 4).bfloat16().weight)
+
+
+def test_presets_part_the_layers_of_all_linear(make_tiny_vlm):
+    model = make_tiny_vlm()
+    found = {
+        name: find_targets(model, name).modules
+        for name in ("all-linear", "attention", "mlp", "gate_up")
+    }
+    assert sorted(found["attention"] + found["mlp"]) == sorted(found["all-linear"])
+    ends = {name: {m.rpartition(".")[2] for m in modules} for name, modules in found.items()}
+    assert ends["attention"] == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert ends["gate_up"] == {"gate_proj", "up_proj"}
+    assert ends["mlp"] == {"gate_proj", "up_proj", "down_proj"}
+    skipped = find_targets(model, "attention").skipped
+    assert set(found["mlp"]) <= set(skipped)
