@@ -389,6 +389,11 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     _check_training(config.training, f"{where}: training")
     if config.alignment:
         _check_training(config.alignment.training, f"{where}: alignment.training")
+    if config.training.get("fp16") and config.model.dtype == "bfloat16":
+        raise ConfigError(
+            f"{where}: training.fp16 multiplies in float16, which torch does not mix with weights "
+            "in bfloat16; set model.dtype to float16 or float32, or training.bf16 instead"
+        )
     if config.compare:
         variants(config, where)
     return config

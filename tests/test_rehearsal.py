@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -168,3 +168,39 @@ def test_the_4_bit_recipe_goes_the_same_way(
     check_every_verb(run, capsys, next(place.rglob("coco/**/*.jpg")), FORMS_IN_4_BITS)
     printed(capsys, "compare", bf16_run, run, "--out", place / "comparison.html")
     assert (place / "comparison.html").stat().st_size > 0
+
+
+@pytest.fixture
+def loss_scaler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[torch.amp.GradScaler]]:
+    """Give accelerate on the CPU what it makes for fp16 on a GPU: autocast and a loss scaler."""
+    from accelerate import Accelerator
+
+    made: list[torch.amp.GradScaler] = []
+    plain = Accelerator.__init__
+
+    def build(self: Accelerator, *words: object, **named: object) -> None:
+        plain(self, *words, **named)
+        if self.state.mixed_precision == "fp16":
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # overflows at once
+            made.append(self.scaler)
+
+    monkeypatch.setattr(Accelerator, "__init__", build)
+    return lambda: made
+
+
+def test_float16_trains_through_the_overflows_of_its_loss_scaler(
+    place: Path, capsys: pytest.CaptureFixture, loss_scaler: Callable
+) -> None:
+    words = smaller(training__bf16="false", training__fp16="true", training__num_train_epochs=10)
+    assert main(["check", RECIPE, *words]) == 1  # its bfloat16 weights do not go with it
+    assert "model.dtype" in capsys.readouterr().err
+    words.append("model.dtype=float16")
+    run = place / "runs" / "fp16"
+    assert main(["train", RECIPE, *words, "eval.benches=[]", "--run", str(run)]) == 0
+    assert loss_scaler()[0].get_scale() < 2.0**20, "no step overflowed: nothing was rehearsed"
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    picture = next(place.rglob("coco/**/*.jpg"))
+    words = ["ask", picture, "What is it?", "--adapter", run / "adapter", "--max-new-tokens", 3]
+    printed(capsys, *words)
