@@ -43,6 +43,7 @@ from milora_vl.model.embedded import cached_demo_base, demo_base_folder
 from milora_vl.model.load import VLM
 from milora_vl.runtime import (
     autocast_as,
+    from_main_process,
     gather_json,
     is_local_main_process,
     is_main_process,
@@ -302,28 +303,27 @@ def describe_files(data: DataSection) -> dict[str, Any]:
 def ask_during(
     vlm: VLM, section: EvalSection, run_folder: Path, model: PeftModel, step: int
 ) -> dict[str, float]:
-    """Return the benches' scores of a model in training, of few questions each, by bench name."""
+    """Return the benches' scores of a model in training, of few questions each, by bench name.
+
+    Every process of the job calls it and answers its share of the questions.
+    """
     place = run_folder / "eval_during" / f"step-{step}"
-    if is_main_process():
-        results = evaluate(
-            vlm.with_model(model),
-            section.benches,
-            section.data_dir,
-            place,
-            batch_size=section.batch_size,
-            limit=section.during_limit,
-            blind=False,
-            model_name=vlm.path,
-            adapter_name=f"step {step}",
-            text_probe=False,
-            progress=False,
-        )
-        found = {name: bench["score"] for name, bench in results["benches"].items()}
-        # a bench that a judge scores has no score yet
-        scores = {name: score for name, score in found.items() if score is not None}
-        write_json_atomic(place / "scores.json", scores)
-    wait_for_all()
-    return json.loads((place / "scores.json").read_text(encoding="utf-8"))
+    results = evaluate(
+        vlm.with_model(model),
+        section.benches,
+        section.data_dir,
+        place,
+        batch_size=section.batch_size,
+        limit=section.during_limit,
+        blind=False,
+        model_name=vlm.path,
+        adapter_name=f"step {step}",
+        text_probe=False,
+        progress=False,
+    )
+    found = {name: bench["score"] for name, bench in results.get("benches", {}).items()}
+    # the main process alone has the scores; a bench that a judge scores has none yet
+    return from_main_process({name: one for name, one in found.items() if one is not None})
 
 
 def build_training_data(vlm: VLM, data: DataSection, seed: int) -> tuple[Dataset, Dataset | None]:
