@@ -141,6 +141,25 @@ def from_main_process(value: Any) -> Any:
     return gather_json(value if is_main_process() else None)[0]
 
 
+def ask_all(flag: bool) -> Callable[[], bool]:
+    """Begin to ask whether any process says yes; the processes work on meanwhile.
+
+    Returns:
+        Waits for what is missing of the answers, and tells whether one was yes. Called a step
+        later, it has nothing to wait for.
+    """
+    if process_count() == 1:
+        return lambda: flag
+    said = torch.tensor([int(flag)])
+    work = dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_patient_group(), async_op=True)
+
+    def answer() -> bool:
+        work.wait()
+        return bool(said)
+
+    return answer
+
+
 def use_one_device(command: str) -> None:
     """Keep a process without a launcher to one GPU, and say how to use the others.
 

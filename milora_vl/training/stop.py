@@ -3,13 +3,14 @@
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_vl.errors import StoppedError
-from milora_vl.runtime import gather_json
+from milora_vl.runtime import ask_all, process_count
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ class StopOnSigterm(TrainerCallback):
         """Nothing was asked yet."""
         self._is_asked = False
         self._stopped_at: int | None = None
+        self._answer: Callable[[], bool] | None = None
         self._before: Any = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -37,8 +39,14 @@ class StopOnSigterm(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop if any process was asked: all must stop at the same step."""
-        if any(gather_json(self._is_asked)):
+        """Save and stop if any process was asked: all must stop at the same step.
+
+        Several processes hear of it a step later: the question goes round while that step is
+        computed, so no step waits for it.
+        """
+        asked_before, self._answer = self._answer, ask_all(self._is_asked)
+        answer = self._answer if process_count() == 1 else asked_before
+        if answer is not None and answer():
             # no evaluation: whoever asks kills soon, and save_strategy best would undo the saving
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
@@ -49,6 +57,9 @@ class StopOnSigterm(TrainerCallback):
     ) -> None:
         """Give the signal back."""
         self.give_back()
+        if self._answer is not None:  # the last question is on its way
+            self._answer()
+            self._answer = None
         if self._stopped_at == state.max_steps:  # it was the last one: the run is whole
             self._stopped_at = None
 
