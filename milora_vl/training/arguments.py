@@ -350,6 +350,8 @@ def build_arguments(
     if settings.get("tf32") and not torch.cuda.is_available():
         logger.warning("training.tf32 is a setting of CUDA devices and does nothing here")
         settings["tf32"] = None
+    if settings.get("fp16") and not torch.cuda.is_available():
+        logger.warning("training.fp16 is a setting of GPUs; training here runs in float32")
     arguments = StageArguments(**settings)
     if arguments.auto_find_batch_size and arguments.world_size > 1:
         raise ConfigError(

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -185,26 +185,19 @@ class WholeParameters(TrainerCallback):
         check_whole(model)
 
 
-class ScalerWatch(TrainerCallback):
-    """Count the steps that a float16 loss scaler skips; it knows after the optimizer's turn."""
+class SkippedSteps(TrainerCallback):
+    """Go on counting the steps that were left out where the checkpoint's history ends."""
 
-    def __init__(self, watch: StepWatch, was_skipped: Callable[[], bool]) -> None:
-        """Ask ``was_skipped`` after every step, and tell ``watch``."""
-        self.watch, self.was_skipped = watch, was_skipped
+    def __init__(self, watch: StepWatch) -> None:
+        """Tell ``watch``."""
+        self.watch = watch
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on counting where the checkpoint's history ends."""
+        """Read the history."""
         counts = [row["skipped_steps"] for row in state.log_history if "skipped_steps" in row]
         self.watch.skipped = counts[-1] if counts else 0
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count."""
-        if args.fp16:
-            self.watch.see_scaler(state.global_step, self.was_skipped())
 
 
 class CheckpointKeeper(TrainerCallback):

@@ -34,7 +34,7 @@ from milora_vl.training.callbacks import (
     CheckpointKeeper,
     MetricsWriter,
     NothingLeftToTrain,
-    ScalerWatch,
+    SkippedSteps,
     WholeParameters,
 )
 from milora_vl.training.inputs import build_collate
@@ -117,9 +117,7 @@ def train(  # noqa: PLR0913  settings by keyword
             callbacks=[metrics, best, AlreadyDone(best)],
         )
         trainer.add_callback(CheckpointKeeper(limit))
-        trainer.add_callback(
-            ScalerWatch(trainer.watch, lambda: trainer.accelerator.optimizer_step_was_skipped)
-        )
+        trainer.add_callback(SkippedSteps(trainer.watch))
         try:
             _train_to_the_end(trainer, checkpoint)
         except NonFiniteError as error:

@@ -138,8 +138,9 @@ class VlmTrainer(Trainer):
         self.watch = StepWatch(
             getattr(self.args, "on_non_finite", "stop"),
             self.describe_records,
-            self.args.device.type != "cpu",
-            partial(self.accelerator.reduce, reduction="sum") if several else None,
+            late=self.args.device.type != "cpu",
+            scaled=self.accelerator.scaler is not None,
+            reduce=partial(self.accelerator.reduce, reduction="sum") if several else None,
         )
 
     def compute_loss(
@@ -168,15 +169,13 @@ class VlmTrainer(Trainer):
         """Do one forward and backward pass; a loss that will be left out is logged as 0."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.watch.see_loss(loss)
-        may_skip = self.watch.mode == "skip" or self.accelerator.scaler is not None
+        may_skip = self.watch.mode == "skip" or self.watch.scaled
         return loss.nan_to_num(0.0, 0.0, 0.0) if may_skip else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient norm, which the parent computes anyway, and let it be checked."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.accelerator.scaler is None and self.watch.see_gradient(
-            self.state.global_step + 1, norm
-        ):
+        if self.watch.see_gradient(self.state.global_step + 1, norm):
             model.zero_grad()  # to None: an optimizer passes over what has no gradient
         return norm
 
@@ -336,6 +335,7 @@ class VlmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the number of steps that were left out, if any."""
+        self.watch.flush()
         if self.watch.skipped:
             logs["skipped_steps"] = self.watch.skipped
         super().log(logs, start_time)
@@ -380,6 +380,11 @@ class VlmTrainer(Trainer):
                 self.lr_scheduler.step()
             return
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Restore the loss scale, unless it was lost; a few overflows find it again."""
+        if checkpoint and not archive_problem(Path(checkpoint) / "scaler.pt"):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state, unless it was lost."""

@@ -35,15 +35,16 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 class StepWatch:
     """Whether the losses and the gradient norm of every optimizer step are finite.
 
-    The flags stay on the device and are read one step late, when they are long computed, so no
-    step waits. On a CPU, where nothing waits, and where a step is to be left out they are read at
-    once. Where a float16 loss scaler skips steps, overflows are its way of finding the scale; they
-    are counted, and only a long run of them is an error.
+    The flags are copied while the device goes on, and are read one step late, so no step waits. On
+    a CPU, where nothing waits, and where a step is to be left out they are read at once. Where a
+    float16 loss scaler skips steps, overflows are its way of finding the scale; they are counted,
+    and only a long run of them is an error.
 
     Attributes:
         mode: Stop at such a step, or leave it out and count it.
         describe: Step and micro-batch (None: all of the step) -> the records, in words.
         late: Read the flags of a step at the next one, so that no step waits for its device.
+        scaled: Whether a float16 loss scaler skips steps whose gradient overflows.
         reduce: Joins a flag over processes, which must leave out the same steps; None for one.
         skipped: Steps left out so far.
     """
@@ -51,11 +52,12 @@ class StepWatch:
     mode: Literal["stop", "skip"]
     describe: Callable[[int, int | None], str]
     late: bool = False
+    scaled: bool = False
     reduce: Callable[[Tensor], Tensor] | None = None
     skipped: int = 0
     _in_a_row: int = 0
     _losses: list[Tensor] = field(default_factory=list)
-    _pending: tuple[int, Tensor] | None = None
+    _pending: "tuple[int, Reading] | None" = None
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one micro-batch."""
@@ -65,19 +67,20 @@ class StepWatch:
         """Take the gradient norm of a step, after its losses; 1-based ``step``.
 
         Returns:
-            Whether the step is to be left out.
+            Whether the caller has to leave out the step; a loss scaler does it by itself.
 
         Raises:
-            NonFiniteError: At a step that is not finite, or the tenth in a row that is left out.
+            NonFiniteError: At a step that is not finite, the tenth in a row that is left out, or
+                the 20th in a row that overflows at whatever scale.
         """
         losses, self._losses = self._losses, []
         device = losses[0].device if losses else torch.device("cpu")
         norm = torch.as_tensor(0.0 if norm is None else norm, device=device).float()
         # [micro-batches + 1]; True is bad, and the last place is the gradient's
         flags = ~torch.isfinite(torch.stack([*(one.float() for one in losses), norm]))
-        if self.mode == "skip":
+        if self.mode == "skip" and not self.scaled:
             return self._leave_out(step, flags)
-        late, self._pending = self._pending, (step, flags)
+        late, self._pending = self._pending, (step, Reading(flags))
         if late is not None:
             self._check(*late)
         if not self.late:
@@ -94,9 +97,11 @@ class StepWatch:
         if late is not None:
             self._check(*late)
 
-    def _check(self, step: int, flags: Tensor) -> None:
-        found = flags.tolist()
-        if any(found):
+    def _check(self, step: int, reading: "Reading") -> None:
+        found = reading.values()
+        if self.scaled:
+            self._count_overflow(step, is_overflow=found[-1])
+        elif any(found):
             raise NonFiniteError(f"{self._name(step, found)}. {ADVICE}")
 
     def _name(self, step: int, found: list[bool]) -> str:
@@ -122,21 +127,37 @@ class StepWatch:
         logger.warning("left out (%d so far): %s", self.skipped, text)
         return True
 
-    def see_scaler(self, step: int, was_skipped: bool) -> None:
-        """Count the steps that a float16 loss scaler skipped.
+    def _count_overflow(self, step: int, *, is_overflow: bool) -> None:
+        """Count what the scaler skips: it looks at the same gradients as their norm does.
 
-        Raises:
-            NonFiniteError: After a long run of them.
+        Accelerate's own word for it is not asked: a fused optimizer skips from within, unnoticed.
         """
-        self._losses = []
-        self._in_a_row = self._in_a_row + 1 if was_skipped else 0
-        self.skipped += was_skipped
+        self._in_a_row = self._in_a_row + 1 if is_overflow else 0
+        self.skipped += is_overflow
         if self._in_a_row >= OVERFLOWS_IN_A_ROW:
             raise NonFiniteError(
                 f"float16 overflowed in {self._in_a_row} steps in a row, up to step {step}, at "
                 f"whatever scale of the loss; with {self.describe(step, None)}. Train with bf16, "
                 "or in float32"
             )
+
+
+class Reading:
+    """Flags on their way from the device; the way is over when its queue has come so far."""
+
+    def __init__(self, flags: Tensor) -> None:
+        """Begin the copy of flags [n]; a read of them later would wait for the whole queue."""
+        self._flags = flags.to("cpu", non_blocking=True)
+        self._ready: torch.cuda.Event | None = None
+        if flags.is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def values(self) -> list[bool]:
+        """Wait for this copy alone, and return the flags."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._flags.tolist()
 
 
 ADVICE = (

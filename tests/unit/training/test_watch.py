@@ -72,13 +72,13 @@ def test_steps_are_left_out_until_ten_in_a_row() -> None:
 
 
 def test_overflows_of_a_loss_scaler_are_counted_and_only_a_long_run_ends() -> None:
-    scaled = watch()
+    scaled = watch(scaled=True)
     for step in range(3):
         scaled.see_loss(NAN)
-        scaled.see_scaler(step, was_skipped=True)
-    scaled.see_scaler(3, was_skipped=False)
+        assert not scaled.see_gradient(step, NAN)
+    scaled.see_gradient(3, ONE)
     assert scaled.skipped == 3
     for step in range(1, OVERFLOWS_IN_A_ROW):
-        scaled.see_scaler(step, was_skipped=True)
+        scaled.see_gradient(step, NAN)
     with pytest.raises(NonFiniteError, match="float16 overflowed"):
-        scaled.see_scaler(OVERFLOWS_IN_A_ROW, was_skipped=True)
+        scaled.see_gradient(OVERFLOWS_IN_A_ROW, NAN)
