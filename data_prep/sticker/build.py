@@ -71,7 +71,7 @@ def attribution_text(catalogue: Catalogue) -> str:
     return "\n".join(lines) + "\n"
 
 
-VERSION = 5
+VERSION = 6
 TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)
 _POPE_KINDS = ("random", "popular", "adversarial")
 

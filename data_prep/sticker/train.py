@@ -218,8 +218,11 @@ FULL_SHARES = {
 CORE_SHARES = {"presence": 0.57, "drawing": 0.38, "text": 0.05}
 """The kinds that the CPU demo learns; the benches ask for no other ones either."""
 
-N_CHOICES = {"scene": 2, "drawing": 1}
+N_CHOICES = {"scene": 3, "drawing": 3}
 """Lettered questions about a picture, by its kind."""
+
+MOST_AFFIRMED = 2
+"""Things in a picture whose existence is asked for; as many absent ones are denied."""
 
 VARIED_RATIO = 0.5
 """Share of the cut-outs in train that are painted with a variation."""
@@ -337,7 +340,8 @@ def _common_items(rng: Random, split: Split, plan: Plan) -> list[Item]:
     """Ask for everything in it and as much that is not, and for letters: a picture costs more."""
     found: list[Item | None] = []
     asked: list[str] = []
-    for _ in names_in(plan):
+    # letters are learned last, "yes" and "no" first: two things a picture are enough for these
+    for _ in names_in(plan)[:MOST_AFFIRMED]:
         for yes in (True, False):
             item = existence_item(rng, plan, split.ledger, split.concepts, asked, yes=yes)
             found.append(item)
