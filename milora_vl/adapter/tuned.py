@@ -34,7 +34,12 @@ from milora_vl.adapter.portable import (
     check_finite,
     read_milora_file,
 )
-from milora_vl.adapter.state import Residual
+from milora_vl.adapter.state import (
+    Residual,
+    recall,
+    remove_master_weights_,
+    trained_projector,
+)
 from milora_vl.model.families import find_family
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.model.load_errors import explain
@@ -205,6 +210,10 @@ def put_on(vlm: VLM, found: Found, *, residual: Residual | None = None) -> VLM:
     if found.is_ours:
         weights = vlm.float_weights
         peft_model = load_adapter(vlm.model, found.folder, residual=residual, weights=weights)
+        state = recall(peft_model)
+        if state.projector:
+            # nothing trains any more: a cast of the whole model must reach the projector too
+            remove_master_weights_(trained_projector(peft_model, state.projector))
     else:
         peft_model = load_plain_adapter(vlm.model, found.folder)
     return vlm.with_model(peft_model.eval())

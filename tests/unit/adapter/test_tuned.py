@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import BOFTConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from milora_vl import MiloraConfig, attach_milora, load_vlm, save_adapter
@@ -17,6 +18,7 @@ from milora_vl.adapter.tuned import (
     load_plain_adapter,
     load_tuned,
 )
+from milora_vl.inference import ask
 
 TARGETS = r"model\.language_model\..*\.(q_proj|v_proj)"
 WEIGHTS = "adapter_model.safetensors"
@@ -189,6 +191,13 @@ def test_what_answers_depend_on_travels_with_the_adapter(tiny_checkpoint, tmp_pa
     assert [r.getMessage() for r in caplog.records if "prompt_style chatml" in r.getMessage()]
     assert len(caplog.records) == 1
     assert replace(vlm, pad_to_square=True).pad_to_square
+
+
+def test_a_model_loaded_to_answer_can_be_cast_as_a_whole(half_checkpoint, tmp_path):
+    adapter = trained_on(half_checkpoint, tmp_path / "adapter", torch.bfloat16)
+    vlm = load_tuned(None, adapter, device="cpu")
+    vlm.model.float()  # as ask does on a CPU that is slow in bfloat16
+    assert ask(vlm, Image.new("RGB", (40, 30)), "What?", max_new_tokens=1) is not None
 
 
 def test_an_adapter_folder_may_stand_for_the_model(tiny_checkpoint, tmp_path):
