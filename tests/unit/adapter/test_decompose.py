@@ -106,57 +106,80 @@ def test_large_layers_get_all_threads():
     assert count_workers([]) == 1
 
 
-def work(rank, port, folder, bad, missing):
+JOBS = {
+    "whole": {},
+    "bad": {"bad": "layer3"},
+    "missing": {"missing": "layer2"},
+}
+
+
+def work(rank, port, folder):
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
-        layers = build_layers(bad)
-        read = reader(layers, missing) if missing else None
-        result = decompose_all(layers, FactorCache(folder / f"cache{rank}"), read)
-        torch.save(
-            {name: [*done.factors, done.certificate.sigma_max] for name, done in result.items()},
-            folder / f"{rank}.pt",
-        )
-    except ValueError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
+        for name, options in JOBS.items():
+            do_job(rank, folder / name, **options)
     finally:
         dist.destroy_process_group()
 
 
-def run_two(folder, bad=None, missing=None):
+def do_job(rank, folder, bad=None, missing=None):
+    layers = build_layers(bad)
+    read = reader(layers, missing) if missing else None
+    folder.mkdir(exist_ok=True)
+    try:
+        result = decompose_all(layers, FactorCache(folder / f"cache{rank}"), read)
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+        return
+    torch.save(
+        {name: [*done.factors, done.certificate.sigma_max] for name, done in result.items()},
+        folder / f"{rank}.pt",
+    )
+
+
+@pytest.fixture(scope="module")
+def done_by_two(tmp_path_factory):
+    """Every job of JOBS done by the same two processes, whose start is what takes time."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, folder, bad, missing), nprocs=2)
+    torch.multiprocessing.spawn(work, (port, folder), nprocs=2)
+    return folder
 
 
-def test_two_processes_share_the_work_and_get_identical_factors(tmp_path):
-    run_two(tmp_path)
+def test_two_processes_share_the_work_and_get_identical_factors(done_by_two):
+    folder = done_by_two / "whole"
     alone = decompose_all(build_layers())
     for rank in (0, 1):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        result = torch.load(folder / f"{rank}.pt", weights_only=True)
         assert sorted(result) == sorted(alone)  # they come as they are done
         for name, (*pair, sigma_max) in result.items():
             for got, wanted in zip(pair, alone[name].factors, strict=True):
                 torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
             assert sigma_max == pytest.approx(alone[name].certificate.sigma_max, rel=1e-6)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in first:
         assert all(
             torch.equal(a, b) for a, b in zip(first[name][:2], second[name][:2], strict=True)
         )
     # each process keeps in its cache what it decomposed itself: half of the six layers
-    assert [len(list((tmp_path / f"cache{rank}").iterdir())) for rank in (0, 1)] == [3, 3]
+    assert [len(list((folder / f"cache{rank}").iterdir())) for rank in (0, 1)] == [3, 3]
 
 
-def test_an_error_in_one_process_is_raised_in_both(tmp_path):
-    run_two(tmp_path, bad="layer3")
+def test_an_error_in_one_process_is_raised_in_both(done_by_two):
     for rank in (0, 1):
-        assert (tmp_path / f"{rank}.txt").read_text().startswith("layer3: 1 of 384 values are NaN")
+        assert (
+            (done_by_two / "bad" / f"{rank}.txt")
+            .read_text()
+            .startswith("layer3: 1 of 384 values are NaN")
+        )
 
 
-def test_a_weight_that_one_process_cannot_read_is_named_in_both(tmp_path):
-    run_two(tmp_path, missing="layer2")
+def test_a_weight_that_one_process_cannot_read_is_named_in_both(done_by_two):
     for rank in (0, 1):
-        assert (tmp_path / f"{rank}.txt").read_text() == "layer2: layer2 is not in the file"
+        assert (
+            done_by_two / "missing" / f"{rank}.txt"
+        ).read_text() == "layer2: layer2 is not in the file"
