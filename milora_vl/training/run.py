@@ -272,6 +272,12 @@ def finetune(  # noqa: PLR0913  settings by keyword
         )
     else:
         peft_model = _attach(vlm, adapter, dataset, arguments, run_folder)
+    if arguments.weight_decay and recall(peft_model).has_anchor:
+        logger.warning(
+            "training.weight_decay: %g pulls the factors to zero, and with them the part of the "
+            "pretrained weights that they began with; set it to 0, as the method was published",
+            arguments.weight_decay,
+        )
     pads = None if dataset.transform is None else dataset.transform.background is not None
     save = partial(
         save_adapter,

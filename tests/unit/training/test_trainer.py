@@ -124,6 +124,20 @@ def test_two_steps_and_two_more_after_a_stop_are_four(
         assert torch.equal(again[name], value), name
 
 
+@pytest.mark.parametrize(("init", "is_told"), [("milora", True), ("lora", False)])
+def test_weight_decay_of_a_pretrained_part_is_told(
+    tiny_checkpoint: Path,
+    dataset: ConversationDataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    init: str,
+    is_told: bool,
+) -> None:
+    adapter = MiloraConfig(r=4, init=init)
+    run(load_vlm(tiny_checkpoint), dataset, tmp_path, 1, adapter, weight_decay=0.1)
+    assert ("training.weight_decay: 0.1 pulls" in caplog.text) == is_told
+
+
 def test_only_adapter_and_projector_change(
     tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
 ) -> None:
