@@ -157,6 +157,18 @@ class MiloraConfig(Section):
     factor_cache: bool = True
     quantization_correction: Correction = "none"
 
+    @field_validator("target_modules")
+    @classmethod
+    def _can_match(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("no layer is named; use all-linear, or names such as [q_proj, v_proj]")
+        if isinstance(value, str):  # a list holds names, not expressions
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression: {error}") from error
+        return value
+
     @model_validator(mode="after")
     def _slice_fits_init(self) -> "MiloraConfig":
         if self.init != "milora" and self.slice not in ("minor", self.spectrum):
@@ -455,7 +467,9 @@ def split_training(training: Mapping[str, Any]) -> tuple[TrainingExtras, dict[st
     return TrainingExtras.model_validate(ours), rest
 
 
-def arguments_for(training: Mapping[str, Any], devices: int) -> dict[str, Any]:
+def arguments_for(
+    training: Mapping[str, Any], devices: int, *, warn: bool = True
+) -> dict[str, Any]:
     """Return the keys of ``TrainingArguments``, with the accumulation that the batch asks for.
 
     ``gradient_accumulation_steps`` becomes ``global_batch_size`` / (devices x batch a device),
@@ -464,6 +478,7 @@ def arguments_for(training: Mapping[str, Any], devices: int) -> dict[str, Any]:
     Args:
         training: A ``training`` section.
         devices: Processes that train together, one a device.
+        warn: Whether to say so; a forecast leaves it to the training.
     """
     extras, arguments = split_training(training)
     wanted = extras.global_batch_size
@@ -471,7 +486,7 @@ def arguments_for(training: Mapping[str, Any], devices: int) -> dict[str, Any]:
         return arguments
     at_once = devices * arguments.get("per_device_train_batch_size", 8)
     steps = arguments.get("gradient_accumulation_steps") or max(1, round(wanted / at_once))
-    if steps * at_once != wanted:
+    if warn and steps * at_once != wanted:
         logger.warning(
             "the global batch is %d samples (%d devices x %d x %d accumulated), not the %d of "
             "training.global_batch_size; its learning rate was chosen for that. Change "

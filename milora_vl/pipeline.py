@@ -213,7 +213,7 @@ def guess_stages(
     weights = find_weights(model)
     rates = precision.gflops or measure_precisions(count_layer_shapes(model), backward=True)
     load, samples, _ = guess_load(config.data, model.config, config.training)
-    training = arguments_for(config.training, process_count())
+    training = arguments_for(config.training, process_count(), warn=False)
     accumulated = training.get("gradient_accumulation_steps", 1)
     steps = count_steps(training, samples, load.samples * accumulated) or 0
     tokens = load.tokens if samples else forecast.TOKENS_SHARE * config.data.max_length

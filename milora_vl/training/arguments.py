@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from accelerate.utils import DynamoBackend
+from transformers import TrainingArguments, get_scheduler
 
 from milora_vl.config import ConfigError, arguments_for, split_training
 
@@ -184,6 +185,8 @@ def check_training_keys(
         if refusal and not harmless:
             raise ConfigError(f"{where}.{key}: {value!r} is refused: {refusal.reason}")
     _check_counts(training, where)
+    _check_together(training, where, evaluates=bool(every_steps and benches))
+    _check_schedule(training, where)
     _check_optimizer(training, where)
     _check_packages(training, where)
     _check_loading(training, where)
@@ -196,9 +199,66 @@ def _check_counts(training: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}.max_steps: 0 steps train nothing; -1 leaves it to the epochs")
     if training.get("max_steps", -1) < 0 and training.get("num_train_epochs", 1) <= 0:
         raise ConfigError(f"{where}.num_train_epochs: no epoch trains nothing")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= training.get(key, 0.0) < 1:
+            raise ConfigError(f"{where}.{key}: {training[key]} is not in [0, 1)")
     smoothing = training.get("label_smoothing_factor") or 0.0
     if not 0 <= smoothing < 1:
         raise ConfigError(f"{where}.label_smoothing_factor: {smoothing} is not in [0, 1)")
+
+
+def _check_together(training: Mapping[str, Any], where: str, evaluates: bool) -> None:
+    """Refuse keys that act only beside another one, where that one is not set."""
+    saving = training.get("save_strategy", "steps")
+    # who writes "no" has switched it off on purpose, often over a config that has the other key
+    measures = evaluates or training.get("eval_strategy") is not None
+    by_steps = ("steps", "no", False)
+    chooses = (
+        training.get("load_best_model_at_end")
+        or training.get("early_stopping_patience")
+        or saving == "best"
+        or training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    )
+    beside = {
+        "eval_delay": (measures, "eval_strategy"),
+        "eval_steps": (
+            evaluates or training.get("eval_strategy") in by_steps, "eval_strategy: steps"),
+        "gradient_checkpointing_kwargs": (
+            training.get("gradient_checkpointing") is not None, "gradient_checkpointing"),
+        "greater_is_better": (chooses, "load_best_model_at_end or early_stopping_patience"),
+        "liger_kernel_config": (training.get("use_liger_kernel") is not None, "use_liger_kernel"),
+        "logging_steps": (training.get("logging_strategy", "steps") in by_steps,
+                          "logging_strategy: steps"),
+        "save_steps": (saving in by_steps, "save_strategy: steps"),
+        "warmup_steps": (training.get("lr_scheduler_type") != "constant",
+                         "an lr_scheduler_type that warms up, such as constant_with_warmup"),
+    }  # fmt: skip
+    for key, (acts, needed) in beside.items():
+        if training.get(key) not in (None, 0) and not acts:
+            raise ConfigError(
+                f"{where}.{key}: {training[key]!r} does nothing by itself; set {needed}, or remove "
+                "the key"
+            )
+    if training.get("fp16") is True and training.get("bf16") is True:
+        raise ConfigError(f"{where}: fp16 and bf16 are both on; remove one of the two keys")
+
+
+def _check_schedule(training: Mapping[str, Any], where: str) -> None:
+    """Build the schedule for one number: transformers does so after the model is loaded."""
+    name = training.get("lr_scheduler_type", "linear")
+    settings = training.get("lr_scheduler_kwargs") or {}
+    if not isinstance(settings, Mapping):  # text, which TrainingArguments reads
+        return
+    rate = training.get("learning_rate", 1e-3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    try:
+        get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(settings))
+    except (TypeError, ValueError) as error:
+        text = str(error).split("() ")[-1]  # without the name of a function in transformers
+        raise ConfigError(
+            f"{where}.lr_scheduler_kwargs: {dict(settings)} does not fit lr_scheduler_type: "
+            f"{name}: {text}"
+        ) from error
 
 
 def _check_optimizer(training: Mapping[str, Any], where: str) -> None:
@@ -245,6 +305,12 @@ def _check_loading(training: Mapping[str, Any], where: str) -> None:
                 raise ConfigError(
                     f"{where}.{key}: there is no worker process; set dataloader_num_workers"
                 )
+    backend = training.get("torch_compile_backend")
+    if backend is not None and backend.upper() not in DynamoBackend.list():
+        raise ConfigError(
+            f"{where}.torch_compile_backend: unknown choice {backend!r}; "
+            f"{', '.join(DynamoBackend.list()).lower()}"
+        )
     settings = training.get("accelerator_config") or {}
     unknown = [key for key in settings if key not in _ACCELERATOR_KEYS]
     if not isinstance(settings, dict) or unknown:

@@ -153,6 +153,8 @@ def test_every_shipped_config_passes_the_checks_of_a_start(path):
         ("training.global_batch=8", "did you mean 'global_batch_size'"),
         ("training.warmup_steps=-1", "warmup_steps"),
         ("training.bf16=maybe", "true, false or auto"),
+        ("adapter.target_modules='(q_proj'", "is no regular expression: missing )"),
+        ("adapter.target_modules=[]", "no layer is named"),
     ],
 )
 def test_values_of_training_are_checked_before_anything_is_written(

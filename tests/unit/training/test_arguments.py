@@ -72,11 +72,30 @@ def test_every_key_is_refused_or_reaches_the_trainer(name: str, tmp_path: Path) 
         ({"load_best_model_at_end": True}, "eval_strategy"),
         ({"early_stopping_patience": 2}, "eval_strategy"),
         ({"eval_strategy": "steps", "metric_for_best_model": "accuracy"}, "known: eval_loss"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "does not fit lr_scheduler_type: linear"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"adam_beta2": 1.5}, "adam_beta2"),
+        ({"fp16": True, "bf16": True}, "both on"),
+        ({"torch_compile_backend": "nonsense"}, "torch_compile_backend"),
+        ({"eval_steps": 5}, "eval_strategy"),
+        ({"eval_steps": 5, "eval_strategy": "epoch"}, "eval_strategy: steps"),
+        ({"eval_delay": 5}, "eval_strategy"),
+        ({"greater_is_better": True}, "load_best_model_at_end"),
+        ({"save_steps": 5, "save_strategy": "epoch"}, "save_strategy: steps"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "gradient_checkpointing"),
+        ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "constant_with_warmup"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_is_loaded(training: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check_training_keys(training)
+
+
+def test_what_is_switched_off_with_no_may_keep_its_other_keys() -> None:
+    off = {"eval_strategy": "no", "eval_steps": 5, "save_strategy": "no", "save_steps": 5}
+    check_training_keys(off, has_validation=False)
+    check_training_keys({"lr_scheduler_type": "cosine_with_min_lr",
+                         "lr_scheduler_kwargs": {"min_lr": 1e-6}, "warmup_steps": 3})  # fmt: skip
 
 
 def test_the_best_is_chosen_by_what_is_measured() -> None:
