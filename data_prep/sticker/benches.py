@@ -1,6 +1,6 @@
-"""What the benches ask: bench pictures and their questions, on the held-out axes.
+"""Bench pictures and questions on the held-out axes, and the files that hold them.
 
-The bench files: MMBench TSV, POPE JSON lines and VQA v2 JSON, over pictures already painted.
+The file formats are those of MMBench (TSV), POPE (JSON lines) and VQA v2 (JSON).
 """
 
 import base64

@@ -1,7 +1,4 @@
-"""One build of StickerVQA into a temporary folder: plan, paint, ask, count.
-
-The ATTRIBUTION file that goes beside a built set.
-"""
+"""Build StickerVQA in a temporary folder: plan, paint, ask, count, and write ATTRIBUTION."""
 
 import hashlib
 import json

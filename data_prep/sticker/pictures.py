@@ -1,9 +1,7 @@
-"""Planning of pictures: backgrounds and places for cut-outs.
+"""Plan pictures (backgrounds, places for cut-outs) and paint the plans.
 
-A plan is plain data, made in one process from one random source; painting a plan is a pure
-function of the plan and the cut-outs, so it can run in any process and gives the same pixels.
-
-Painting of plans: the same plan gives the same pixels in any process.
+A plan is plain data, made in one process from one random source. Painting is a pure function of
+the plan and the cut-outs, so any process paints the same pixels.
 """
 
 import colorsys

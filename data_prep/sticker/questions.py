@@ -1,8 +1,7 @@
-"""Question texts, answers and the bookkeeping that keeps them from being guessed without a picture.
+"""Question texts and answers, balanced so that they cannot be guessed without the picture.
 
-``Ledger`` balances, over a whole split: yes and no for each object, how often a name is the right
-option against how often it is a wrong one, and the letters. Counts are uniform because scenes are
-planned with uniform counts.
+Over a whole split, ``Ledger`` balances yes and no for each object, how often a name is the right
+or a wrong option, and the option letters. Counts are uniform because scenes are planned so.
 """
 
 import hashlib

@@ -1,8 +1,6 @@
-"""The pinned sources of StickerVQA, and the catalogue they are joined into.
+"""Read the pinned sources of StickerVQA and join them into one catalogue of labeled cut-outs.
 
-Readers of the package files: icons, names, photos, digits and tables.
-
-Joins names, drawings, photos, digits and tables into one catalogue of labelled cut-outs.
+The package files hold names, drawings, photos, digits and tables.
 """
 
 import csv

@@ -1,6 +1,6 @@
-"""Train and validation pictures and their conversations, as LLaVA JSON records.
+"""Train and validation pictures with their conversations, as LLaVA JSON records.
 
-Choosing what goes into a scene, with the held-out combinations kept out of train.
+Scenes are chosen so that held-out combinations never appear in the train split.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
-"""Pinned downloads through the package clients, kept once under the cache folder.
+"""Pinned downloads through the package clients, stored once in the cache folder.
 
 Every file is named by registry, package, version and SHA-256. A file with another checksum is
-refused; a missing client or an unreachable registry raises ``SourceUnavailableError``, which a
-caller turns into "this source is left out, which means ...".
+rejected. A missing client or an unreachable registry raises ``SourceUnavailableError``, so that the
+caller can skip the source and report what is missing.
 """
 
 import importlib.util
@@ -74,12 +74,12 @@ def check_sha256(path: Path, sha256: str) -> None:
         sha256: Expected digest, 64 hexadecimal digits.
 
     Raises:
-        ChecksumError: Naming the file, the expected and the found digest.
+        ChecksumError: Naming the file, the expected and the actual digest.
     """
-    found = sha256_of(path)
-    if found != sha256.lower():
+    actual = sha256_of(path)
+    if actual != sha256.lower():
         raise ChecksumError(
-            f"{path}: SHA-256 is {found}, pinned is {sha256}; the file is not used. "
+            f"{path}: SHA-256 is {actual}, pinned is {sha256}; the file is not used. "
             "Remove it if it is a broken copy, or correct the pin if the new content is wanted."
         )
 
@@ -160,7 +160,7 @@ def extract_debian(package: Path, folder: Path) -> Path:
 
     Args:
         package: The .deb file.
-        folder: Where its tree shall be; whole or absent.
+        folder: Destination of the tree; complete or absent.
 
     Returns:
         ``folder``.
@@ -219,7 +219,7 @@ def _run_client(command: Sequence[str], folder: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise SourceUnavailableError(f"{client} did not end in {DEFAULT_TIMEOUT_S} s") from error
+        raise SourceUnavailableError(f"{client} did not finish in {DEFAULT_TIMEOUT_S} s") from error
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise SourceUnavailableError(f"{client} failed ({done.returncode}): {lines[-1].strip()}")

@@ -1,6 +1,6 @@
-"""Vision tower + causal language model -> one plain transformers LLaVA checkpoint.
+"""Compose a vision tower and a causal language model into one transformers LLaVA checkpoint.
 
-Vision towers by name: loading, their extra tokens, another input size.
+Towers are loaded by name; their extra tokens are counted and their input size can be changed.
 """
 
 import tempfile
@@ -276,7 +276,7 @@ def compose_from_names(  # noqa: PLR0913  all but the two parts and the folder b
     if source == "open_clip":
         check_open_clip_name(name)
     safe = None if allow_pickle else True
-    try:  # the small files first: a wrong name is told before anything large is fetched
+    try:  # the small files first: a wrong name fails before anything large is fetched
         AutoConfig.from_pretrained(language)
         tokenizer = AutoTokenizer.from_pretrained(language)
         tower = load_tower(vision, allow_pickle=allow_pickle)

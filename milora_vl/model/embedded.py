@@ -50,7 +50,7 @@ SMOLLM2_135M = {
 GRID_POSITIONS = (DINOV2_SMALL["image_size"] // DINOV2_SMALL["patch_size"]) ** 2
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-# Dense layers of the graph are nameless initialisers; the node that uses one says what it is.
+# Dense layers of the graph are nameless initializers; the node that uses one says what it is.
 DENSE_NAMES = {
     "attention/attention/query": "attention.q_proj",
     "attention/attention/key": "attention.k_proj",
@@ -96,7 +96,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 def load_dinov2() -> Dinov2Model:
-    """Load the embedded vision tower (float32) from the ONNX graph's initialisers.
+    """Load the embedded vision tower (float32) from the ONNX graph's initializers.
 
     Returns:
         A ``Dinov2Model`` whose output equals the graph's at ``/backbone/layernorm``.

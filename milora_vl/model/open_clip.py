@@ -1,15 +1,13 @@
-"""Vision towers of open_clip -> transformers vision classes with the same features.
+"""Convert vision towers of open_clip to transformers classes with the same features.
 
-Every plain ViT can be expressed: with a class token and a norm before the blocks as CLIP's tower,
-with a class token and no such norm (CLIPA, EVA-01) as ViT, without a class token as SigLIP's. What
-differs in its arithmetic (EVA-02's and PE's rotary positions, post-norm, ResNets, ConvNeXt) is
-refused.
+A plain ViT of open_clip or timm is read into tensors with the same names for both libraries.
+Plain means: patches through one convolution, at most one class token, one table of positions, and
+blocks of norm, attention, norm and a two-layer MLP. Layer scale is folded into the matrices before
+it.
 
-A plain ViT of open_clip or timm, read into named tensors: the same names for both libraries.
-
-Plain is: patches through one convolution, a class token or none, one table of positions, blocks of
-norm, attention, norm, two-layer MLP. Layer scale is folded into the matrices before it. Whatever
-else takes part in the arithmetic is told and refused.
+With a class token and a norm before the blocks it becomes CLIP's tower; with a class token and no
+such norm (CLIPA, EVA-01) a ViT; without a class token SigLIP's. Anything else is rejected with a
+reason: rotary positions (EVA-02, PE), post-norm, ResNets, ConvNeXt.
 """
 
 import warnings
