@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -487,17 +488,22 @@ def arguments_for(
     at_once = devices * arguments.get("per_device_train_batch_size", 8)
     steps = arguments.get("gradient_accumulation_steps") or max(1, round(wanted / at_once))
     if warn and steps * at_once != wanted:
-        logger.warning(
-            "the global batch is %d samples (%d devices x %d x %d accumulated), not the %d of "
-            "training.global_batch_size; its learning rate was chosen for that. Change "
-            "training.per_device_train_batch_size or training.gradient_accumulation_steps",
-            steps * at_once,
-            devices,
-            at_once // devices,
-            steps,
-            wanted,
-        )
+        _warn_of_batch(devices, at_once // devices, steps, wanted)
     return {**arguments, "gradient_accumulation_steps": steps}
+
+
+@lru_cache  # arguments are built to check them, to plan and to train: one warning for all
+def _warn_of_batch(devices: int, per_device: int, steps: int, wanted: int) -> None:
+    logger.warning(
+        "the global batch is %d samples (%d devices x %d x %d accumulated), not the %d of "
+        "training.global_batch_size; its learning rate was chosen for that. Change "
+        "training.per_device_train_batch_size or training.gradient_accumulation_steps",
+        steps * devices * per_device,
+        devices,
+        per_device,
+        steps,
+        wanted,
+    )
 
 
 # Smallest value of counts and rates that transformers takes at its word, whatever it is.
