@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -261,7 +262,7 @@ def _merge_lora_(
     Raises:
         LoadError: Naming the first tensor or setting that this sum does not express.
     """
-    for key in ("use_dora", "alpha_pattern", "layer_replication", "fan_in_fan_out", "lora_bias"):
+    for key in ("use_dora", "layer_replication", "fan_in_fan_out", "lora_bias"):
         if settings.get(key):
             raise LoadError(f"the LoRA has {key}={settings[key]}; merge it with PEFT first")
     start = str(settings.get("init_lora_weights", True)).lower()
@@ -281,11 +282,14 @@ def _merge_lora_(
         up = lora.get(name.replace(".lora_A.", ".lora_B."))  # [d_out, r]
         if up is None or up.shape[1] != down.shape[0]:
             raise LoadError(f"the LoRA has no factor lora_B that fits {name}")
-        target = _plain_name(name.partition(".lora_A.")[0]) + ".weight"
+        module = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
+        target = _plain_name(module) + ".weight"
         if target not in weights:
             raise LoadError(f"the LoRA has weights for {target}, which the base lacks")
         r = len(down)  # the layer's own, also where rank_pattern changes it
-        scaling = settings["lora_alpha"] / (math.sqrt(r) if settings.get("use_rslora") else r)
+        alphas = settings.get("alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key(alphas, module), settings["lora_alpha"])
+        scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
         merged = torch.addmm(weights[target].float(), up.float(), down.float(), alpha=scaling)
         merged = merged.to(weights[target].dtype)
         if not torch.isfinite(merged).all():
@@ -295,21 +299,20 @@ def _merge_lora_(
 
 def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionModel) -> None:
     """Put the weights where transformers' LLaVA keeps them; every one must find its place."""
-    projector, language, seen = {}, {}, {}
-    for name, value in weights.items():
-        short = name.removeprefix("model.")
-        if short.startswith("mm_projector."):
-            index, _, kind = short.removeprefix("mm_projector.").partition(".")
-            projector[f"{_PROJECTOR.get(index, index)}.{kind}"] = value
-        elif short.startswith("vision_tower."):
-            seen[name.rpartition("vision_model.")[2]] = value
-        elif name.startswith("model.") and "rotary_emb" not in name:
-            language[short] = value
+    projector, language, seen, head = _sort_weights(weights)
     own = tower.state_dict()
     trained = {
-        key: seen.get(key.removeprefix("vision_model."), value) for key, value in own.items()
+        key: seen.pop(key.removeprefix("vision_model."), value) for key, value in own.items()
     }
-    head = {"weight": weights.get("lm_head.weight", language["embed_tokens.weight"])}
+    if strange := [key for key in seen if not key.endswith("position_ids")]:
+        raise LoadError(f"the vision tower of the checkpoint holds {strange[0]}, CLIP's does not")
+    if "embed_tokens.weight" not in language:
+        raise LoadError("the language model lacks model.embed_tokens.weight")
+    if not head and not model.config.text_config.tie_word_embeddings:
+        raise LoadError(
+            "the language model lacks lm_head.weight, and its config ties no embeddings"
+        )
+    head = head or {"weight": language["embed_tokens.weight"]}
     rows = model.config.text_config.vocab_size
     language["embed_tokens.weight"] = _grow(language["embed_tokens.weight"], rows)
     head["weight"] = _grow(head["weight"], rows)
@@ -322,6 +325,25 @@ def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionMode
         model.lm_head.load_state_dict(head)
     except RuntimeError as error:
         raise LoadError(f"the weights do not fit the model of config.json: {error}") from error
+
+
+def _sort_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+    """Return the weights of projector, language model, tower and head, by their names in each."""
+    projector, language, tower, head = {}, {}, {}, {}
+    for name, value in weights.items():
+        short = name.removeprefix("model.")
+        if short.startswith("mm_projector."):
+            index, _, kind = short.removeprefix("mm_projector.").partition(".")
+            projector[f"{_PROJECTOR.get(index, index)}.{kind}"] = value
+        elif short.startswith("vision_tower."):
+            tower[name.rpartition("vision_model.")[2]] = value
+        elif name == "lm_head.weight":
+            head["weight"] = value
+        elif not name.startswith("model."):
+            raise LoadError(f"the checkpoint holds {name}, for which LLaVA has no place")
+        elif not name.endswith("rotary_emb.inv_freq"):  # computed from config.json
+            language[short] = value
+    return projector, language, tower, head
 
 
 def _grow(table: Tensor, rows: int) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_tokenizers import build_llama_like
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -225,7 +226,6 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
         ("base_model.model.lm_head.modules_to_save.weight", {}, "modules_to_save"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", {}, "lora_embedding_A"),
         (None, {"use_dora": True}, "use_dora"),
-        (None, {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         (None, {"init_lora_weights": "pissa_niter_4"}, "pissa"),
     ],
 )
@@ -241,3 +241,41 @@ def test_what_the_sum_does_not_express_is_refused_by_name(extra, settings, words
         weights = {key: torch.zeros(4, 4) for key in weights}
         _merge_lora_(weights, lora, {"r": 8, "lora_alpha": 4, "rank_pattern": {"q_proj": 2}})
         assert torch.equal(*weights.values(), torch.full((4, 4), 4.0))  # (4 / 2) * 2
+
+
+def test_patterns_of_rank_and_alpha_merge_as_in_peft() -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    patterns = {
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 5, "down_proj": 7},
+    }
+    lora = LoraConfig(
+        r=2, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"],
+        **patterns,
+    )  # fmt: skip
+    peft_model = get_peft_model(model, lora)
+    stored = get_peft_model_state_dict(peft_model)
+    _merge_lora_(weights, stored, {"r": 2, "lora_alpha": 4, **patterns})
+    for name, value in peft_model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(weights[name], value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.bias", "model.norm.bias", "model.vision_tower.vision_tower.vision_model.extra"],
+)
+def test_a_tensor_without_a_place_is_named_and_not_dropped(name: str, tmp_path: Path) -> None:
+    source, _ = Original(tmp_path).write("whole")
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True)
+    torch.save({**weights, name: torch.ones(D)}, source / "pytorch_model.bin")
+    with pytest.raises(LoadError, match=name.rpartition("vision_model.")[2].removeprefix("model.")):
+        convert_llava(source, tmp_path / "out")
+    del weights["lm_head.weight"]
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(LoadError, match=r"lacks lm_head\.weight"):
+        convert_llava(source, tmp_path / "out")
