@@ -162,12 +162,14 @@ class MiloraConfig(Section):
     @classmethod
     def _can_match(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
-            raise ValueError("no layer is named; use all-linear, or names such as [q_proj, v_proj]")
+            raise ValueError("no layer is named; use all-linear, attention or mlp")
         if isinstance(value, str):  # a list holds names, not expressions
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"{value!r} is no regular expression: {error}") from error
+                raise ValueError(
+                    f"{value!r} is no regular expression: {error}; use all-linear, attention or mlp"
+                ) from error
         return value
 
     @model_validator(mode="after")

@@ -1,14 +1,13 @@
 """Which layers get an adapter: the language model's attention and MLP projections, by full name.
 
-Which linear layers of a language model are attention and MLP projections, told by their names.
-
-Names are what the authors of a model call its parts, so only known ones are taken. A gate, an index
-of sparse attention or a router is left out and told; a layer that holds several projections or
-experts at once, and a model without known attention or MLP projections, is refused.
+A preset such as "all-linear" tells projections by the names that model authors give them, and
+takes known names only. Routers, gates and the index of sparse attention are skipped and reported.
+A layer that fuses several projections or experts, and a model without known projections, is
+refused. Patterns and lists of names are matched as in PEFT, inside the language model only.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,8 +109,9 @@ def find_targets(
         allow_outside: Accept linear layers of the vision tower and the output head as well.
 
     Raises:
-        ValueError: If nothing matches, or a pattern reaches the vision tower, the projector, the
-            output head or a layer that cannot be decomposed. The message says how to narrow it.
+        ValueError: If a pattern is no regular expression, matches nothing, or reaches the vision
+            tower, the projector, the output head or a layer that cannot be decomposed. The message
+            ends with a choice that this model accepts.
     """
     family = find_family(model)
     language_model, projector = family.language_model, family.projector
@@ -123,8 +123,7 @@ def find_targets(
     if not modules:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer of the language model "
-            f"({language_model or 'the whole model'}); use 'all-linear' or names such as "
-            "['q_proj', 'v_proj']"
+            f"({language_model or 'the whole model'}); {_tip(model, language_model, ())}"
         )
     return Targets(tuple(modules), skipped, projector)
 
@@ -276,7 +275,7 @@ def _alternative(language_model: str, modules: Sequence[str]) -> str:
         return "list the layers to adapt in target_modules"
     return (
         "list the layers to adapt in target_modules, for example those that can be adapted as "
-        f"they are: target_modules={_narrowed(language_model, names)!r} (naming a fused layer "
+        f"they are: target_modules={_ending_in(language_model, names)!r} (naming a fused layer "
         "there decomposes it as one matrix)"
     )
 
@@ -289,6 +288,14 @@ def _matching(
 ) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside = {name for name, _ in _inside(model, language_model)}
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is no regular expression ({error}); "
+                f"{_tip(model, language_model, ())}"
+            ) from error
     modules, outside = [], []
     for name, module in model.named_modules():
         if not name or not _matches(name, target_modules):
@@ -296,19 +303,25 @@ def _matching(
         if name not in inside or module is head:
             outside.append(name)
             if allow_outside and (reason := outside_refusal(model, name, module)):
-                raise ValueError(f"target_modules matches {name}: {reason}; exclude it")
+                raise ValueError(
+                    f"target_modules matches {name}: {reason}; exclude it, or "
+                    f"{_tip(model, language_model, target_modules)}"
+                )
             if allow_outside:
                 modules.append(name)
         elif reason := refusal(name, module):
-            raise ValueError(f"target_modules matches {name}: {reason}; exclude it")
+            raise ValueError(
+                f"target_modules matches {name}: {reason}; exclude it, or "
+                f"{_tip(model, language_model, target_modules)}"
+            )
         else:
             modules.append(name)
     if outside and not allow_outside:
         raise ValueError(
             f"target_modules={target_modules!r} also matches {len(outside)} modules outside the "
             f"language model, the first is {outside[0]}; only {language_model or 'decoder'} layers "
-            "are adapted unless allow_outside_language_model=true. Narrow it, e.g. "
-            f"target_modules={_narrowed(language_model, target_modules)!r}"
+            "are adapted unless allow_outside_language_model=true; "
+            f"{_tip(model, language_model, target_modules)}"
         )
     return modules
 
@@ -319,11 +332,29 @@ def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
-def _narrowed(language_model: str, target_modules: str | Sequence[str]) -> str:
+def _tip(model: nn.Module, language_model: str, target_modules: str | Sequence[str]) -> str:
+    """Return advice that names a choice which ``find_targets`` accepts for this model.
+
+    The choice covers those of the refused layers that may be adapted, else all attention layers.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    allowed = {
+        name
+        for name, module in _inside(model, language_model)
+        if refusal(name, module) is None and module is not head
+    }
+    meant = [name for name in allowed if _matches(name, target_modules)]
+    for names in (meant, [name for name in allowed if kind_of(name) == "attention"], allowed):
+        choice = _ending_in(language_model, {name.rpartition(".")[2] for name in names})
+        found = {name for name, _ in model.named_modules() if _matches(name, choice)}
+        if found and found <= allowed:  # a layer of the same name may be of another kind
+            return f"use, for example, target_modules={choice!r}"
+    return "list full names of linear layers of the language model"
+
+
+def _ending_in(language_model: str, names: Iterable[str]) -> str:
     prefix = rf"{re.escape(language_model)}\." if language_model else ""
-    if isinstance(target_modules, str):
-        return rf"{prefix}.*(q_proj|v_proj)"
-    return rf"{prefix}.*\.({'|'.join(re.escape(t) for t in target_modules)})"
+    return rf"{prefix}.*\.({'|'.join(re.escape(name) for name in sorted(names))})"
 
 
 def _inside(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:

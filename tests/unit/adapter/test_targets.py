@@ -1,5 +1,7 @@
 """Laws of matching layers: full names inside the language model, everything else refused."""
 
+import ast
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,27 @@ def test_suffix_that_hits_the_clip_tower_is_refused_with_a_pattern_that_works(ti
     modules = find_targets(tiny_vlm, pattern).modules
     assert len(modules) == 4
     assert all(name.startswith("model.language_model.") for name in modules)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "[", "q_proj,v_proj", ["query"], ["lm_head"], ["linear_1"], ["embed_tokens"], r".*proj",
+        r".*layers\.\d+", r"model\.vision_tower\..*fc1",
+        ["model.vision_tower.encoder.layers.0.self_attn.q_proj"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("allow_outside", [False, True])
+def test_every_refusal_ends_with_a_choice_that_is_accepted(tiny_vlm, wrong, allow_outside):
+    try:
+        find_targets(tiny_vlm, wrong, allow_outside=allow_outside)
+    except ValueError as error:
+        choice = ast.literal_eval(str(error).rpartition("target_modules=")[2])
+        modules = find_targets(tiny_vlm, choice).modules
+        assert all(name.startswith("model.language_model.") for name in modules)
+        assert modules
+    else:
+        assert allow_outside
 
 
 def test_suffix_that_hits_only_the_language_model_is_accepted(make_tiny_vlm):
