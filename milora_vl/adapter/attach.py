@@ -1,4 +1,18 @@
-"""Attach a MiLoRA adapter to a model: choose layers, decompose, write the factors, certify."""
+"""Attach a MiLoRA adapter to a model: choose layers, decompose, write the factors, certify.
+
+Every adapted layer carries two LoRA adapters of rank r, and computes::
+
+            +--> W            frozen -----------------------------+
+            |                                                     |
+      x ----+--> A  --> B     trains   ("milora")   --- * s ----- + --> W x + s B A x - s B0 A0 x
+            |                                                     |
+            +--> A0 --> -B0   frozen   ("anchor")   --- * s ------+
+
+A and B start as copies of A0 and B0, whose product s B0 A0 is the minor slice of W, so the layer
+starts as W x. With residual "anchor" it runs as drawn. With "subtract" the first and last branch
+are one weight, W_p = W - s B0 A0, and the anchor waits on the CPU. In both cases a saved folder
+holds one plain LoRA of rank 2r for the original W: lora_A = [A; A0], lora_B = [B, -B0].
+"""
 
 import logging
 import time

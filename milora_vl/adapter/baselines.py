@@ -1,14 +1,12 @@
 """First values of the methods that take no slice of the spectrum, PEFT's own wherever it has them.
 
-PEFT's OLoRA writes into the base weights. Here PEFT initialises a copy of one layer at a time and
-only the factors are taken from it, so that the base stays as it is and the anchor or W_p does the
-rest, as for MiLoRA.
+PEFT's OLoRA writes into the base weights. Here PEFT initializes a copy of one layer at a time, and
+only its factors are used: the base keeps its weights, and the anchor or W_p does the rest, as for
+MiLoRA.
 
-Factors from the directions in which a calibration batch's inputs have the least energy.
-
-The idea of LoRA-Null (arXiv:2503.02659): what the adapter takes out of a weight and changes is the
-part of it that the inputs hardly reach, so that early training steps disturb little of what the
-model computes on such inputs.
+"null_space" follows LoRA-Null (arXiv:2503.02659): the factors span the directions in which the
+inputs of calibration batches have the least energy. Early training steps then change little of
+what the model computes on such inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from tqdm.auto import tqdm
 from milora_vl.adapter.certificate import LayerCertificate, certify_layer
 from milora_vl.adapter.decompose import naming
 from milora_vl.adapter.fingerprint import weight_digests
-from milora_vl.adapter.minor_svd import check_weight
+from milora_vl.adapter.minor_svd import check_weight, row_signs
 from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantized, stored_values
 from milora_vl.adapter.state import (
     ANCHOR,
@@ -62,8 +60,7 @@ def null_space_triplets(
     quiet = vectors[:, :r].to(weight)  # [d_in, r]
     U, S, right = torch.linalg.svd(weight @ quiet, full_matrices=False)  # [d_out, r], [r], [r, r]
     Vh = right @ quiet.T
-    largest = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    signs = torch.where(largest < 0, -1.0, 1.0)  # equal inputs give equal factors
+    signs = row_signs(Vh)  # equal inputs give equal factors
     total = float(values.sum())
     energy = float(values[:r].clamp(min=0).sum()) / total if total > 0 else 0.0
     return (U * signs, S, Vh * signs[:, None]), energy
@@ -183,7 +180,7 @@ def init_baseline(
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Give every layer its first factors; base weights stay as they are.
 
-    LoRA, rsLoRA and DoRA were initialised by PEFT when it made the adapter; of them only the
+    LoRA, rsLoRA and DoRA were initialized by PEFT when it made the adapter; of them only the
     certificate is written here.
 
     Args:
@@ -198,7 +195,7 @@ def init_baseline(
         resident memory seen, in bytes.
 
     Raises:
-        ValueError: If a layer cannot be initialised, or calibration batches are missing.
+        ValueError: If a layer cannot be initialized, or calibration batches are missing.
     """
     layers, digests, peak_bytes = [], {}, 0
     process = psutil.Process()
@@ -225,7 +222,7 @@ def init_baseline(
 
 
 def peft_factors(weight: Tensor, state: MiloraState) -> tuple[Tensor, Tensor]:
-    """Let PEFT initialise a layer that holds a copy of ``weight``, and return its factors.
+    """Let PEFT initialize a layer that holds a copy of ``weight``, and return its factors.
 
     Args:
         weight: [d_out, d_in], float32; not modified.

@@ -1,4 +1,4 @@
-"""What the initialisation did to the model, per layer and as a whole, in numbers."""
+"""What the initialization did to the model, per layer and as a whole, in numbers."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -178,7 +178,7 @@ def certify_layer(
     stored_dtype: torch.dtype | None,
     subtracted: bool,
 ) -> LayerCertificate:
-    """Measure what initialising one layer does.
+    """Measure what initializing one layer does.
 
     Args:
         name: Full module name.

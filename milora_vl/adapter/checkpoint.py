@@ -1,14 +1,12 @@
 """Save and load adapters: every folder is a plain PEFT LoRA of rank 2r for the original base.
 
 With ``lora_A = [A; A0]``, ``lora_B = [B, -B0]`` and both r and lora_alpha doubled, the stock LoRA
-layer computes ``W x + s B A x - s B0 A0 x``, which is what training produced.
+layer computes ``W x + s B A x - s B0 A0 x``, which is what training produced (drawn in attach.py).
 
-Check a saved adapter against the base model it is to go on, before anything is changed.
-
-Several adapters on one base at the same time: add, switch, remove.
-
-All of them leave the base weights alone (residual "anchor"), so that none changes what another
-computes, and the base is bit for bit the same when they are gone.
+Loading checks files, base and shapes first, so a refused adapter leaves the model unchanged.
+One base can hold several adapters at a time: add, switch, remove. They all leave its weights alone
+(residual "anchor"), so none changes what another computes, and the base is bit for bit the same
+when they are gone.
 """
 
 import logging
@@ -58,6 +56,7 @@ from milora_vl.adapter.state import (
     lora_layer,
     recall,
     remember,
+    restore_anchor_,
     subtract_anchor_,
     trains,
     unload_,
@@ -276,6 +275,7 @@ def _delete(
     peft_model: PeftModel, adapter_name: str, following: str, *, trainable: bool = False
 ) -> None:
     """Delete an adapter and its anchor, and make another one active."""
+    restore_anchor_(peft_model, anchor_of(adapter_name))
     peft_model.set_adapter(following, inference_mode=True)  # PEFT deletes beside a single one only
     for name in (anchor_of(adapter_name), adapter_name):
         if name in peft_model.peft_config:

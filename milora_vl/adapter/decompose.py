@@ -1,6 +1,8 @@
 """Decompose the layers of a model: in parallel, shared between processes, with a cache on disk.
 
-One layer: its weight read and recognised, decomposed into start factors, and certified.
+Each layer takes two steps. ``prepare_layer`` reads the weight, digests it and looks it up in the
+cache; ``decompose_layer`` computes what the cache lacks, and certifies the result. Large layers go
+one at a time, and the next weight is read meanwhile; small ones run on one thread each.
 """
 
 import json
@@ -198,7 +200,11 @@ def decompose_layers(
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     own_rank = dist.get_rank() if ranks > 1 else 0
-    shares = share_out({name: _cost(layer) for name, layer in layers.items()}, ranks)
+    costs = {
+        name: layer.in_features * layer.out_features * min(layer.in_features, layer.out_features)
+        for name, layer in layers.items()
+    }
+    shares = share_out(costs, ranks)
     names = shares[own_rank]
 
     def prepare(name: str) -> Prepared:
@@ -226,10 +232,6 @@ def decompose_layers(
         except Exception as error:  # the others must hear of it, or they would wait for ever
             failure = str(error) or type(error).__name__
     yield from _exchange(layers, recipe.r, shares, own, failure)
-
-
-def _cost(layer: nn.Module) -> int:
-    return layer.in_features * layer.out_features * min(layer.in_features, layer.out_features)
 
 
 def share_out(costs: Mapping[str, int], n_shares: int) -> list[list[str]]:
@@ -270,14 +272,9 @@ def _run(
             give_back_memory()
         return
     with threads_of_one_core(workers) as pool:
-        for future in as_completed([pool.submit(_both, prepare, decompose, n) for n in names]):
-            yield future.result()
-
-
-def _both(
-    prepare: Callable[[str], Prepared], decompose: Callable[[Prepared], Decomposition], name: str
-) -> Decomposition:
-    return decompose(prepare(name))
+        jobs = [pool.submit(lambda name: decompose(prepare(name)), name) for name in names]
+        for job in as_completed(jobs):
+            yield job.result()
 
 
 def _exchange(
@@ -288,15 +285,16 @@ def _exchange(
     failure: str,
 ) -> Iterator[Decomposition]:
     """Yield all layers in every process, each sent by the process that decomposed it."""
-    device = next(iter(layers.values())).weight.device
+    # NCCL sends tensors of a GPU only, also where a layer is held on the CPU
+    nccl = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     for rank in range(len(shares)):
         if problem := _broadcast_text(failure, rank, device):
             raise ValueError(problem)
     owner = {name: rank for rank, share in enumerate(shares) for name in share}
     for name, layer in layers.items():
         mine = own.get(name)
-        weight = layer.weight
-        empty = partial(torch.empty, dtype=torch.float32, device=weight.device)
+        empty = partial(torch.empty, dtype=torch.float32, device=device)
         lora_A, lora_B = empty(r, layer.in_features), empty(layer.out_features, r)
         text = ""
         if mine is not None:
@@ -307,7 +305,8 @@ def _exchange(
         dist.broadcast(lora_B, owner[name])
         digests, numbers = json.loads(_broadcast_text(text, owner[name], device))
         certificate = LayerCertificate.from_dict(numbers)
-        yield Decomposition(name, (lora_A, lora_B), digests, certificate)
+        both = lora_A.to(layer.weight.device), lora_B.to(layer.weight.device)
+        yield Decomposition(name, both, digests, certificate)
 
 
 def _broadcast_text(text: str, source: int, device: torch.device) -> str:

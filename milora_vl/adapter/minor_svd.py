@@ -1,14 +1,16 @@
 """A slice of the singular value decomposition of one weight: pure tensor maths, no model.
 
-The Gram matrix of a weight and its shifted inverse, in blocks that suit fast products.
+The smallest triplets of a large matrix T are found without its full decomposition:
 
-The smallest singular triplets of a matrix without its full decomposition.
+1. The Gram matrix G = T^T T of the short side is factorized as ``G - shift I = L L^T``.
+2. A block Krylov space of the inverse holds the wanted directions after a few solves: the smallest
+   eigenvalues of G are the largest of its inverse, which such a space finds first.
+3. The triplets are computed from T on the best directions of that space, not from G, whose small
+   eigenvalues drown in rounding (their squares are smaller than its last bit).
+4. Where rounding could have turned the directions too, residuals of T correct them.
 
-The Gram matrix G of the short side is factorised as ``G - shift I = L L^T``; a block Krylov space
-of its inverse holds the wanted directions after a few solves. The triplets are then taken from the
-original matrix restricted to the best directions of that space, not from G, whose small eigenvalues
-drown in rounding; and where that rounding could have turned the directions themselves, residuals
-of the original matrix correct them.
+Products run in blocks that suit the fastest kernels. Other slices, and matrices on which this does
+not converge, are decomposed exactly.
 """
 
 import logging
@@ -130,7 +132,7 @@ class ShiftedGram:
         return solution
 
 
-def factorise(gram: Tensor, shift: float) -> ShiftedGram | None:
+def factorize(gram: Tensor, shift: float) -> ShiftedGram | None:
     """Return the Cholesky factor of G - shift I, or None if that is not positive definite."""
     size = gram.shape[0]
     lower = torch.empty_like(gram)  # its blocks on and above the diagonal are never read
@@ -230,7 +232,7 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         U [d_out, r], S [r] descending, Vh [r, d_in].
 
     Raises:
-        NotConvergedError: If the space would not be small, the matrix cannot be factorised in
+        NotConvergedError: If the space would not be small, the matrix cannot be factorized in
             float32, or the result misses the tolerance for residuals or orthogonality.
 
     Cost: half a Gram product (it is symmetric), one or two Cholesky factors of the short side N,
@@ -276,37 +278,37 @@ def _locate(
     weight: Tensor, gram: Tensor, r: int, width: int, largest: float, noise: float
 ) -> tuple[ShiftedGram, Space]:
     """Find the space of the r smallest eigenvalues, and the factor of G that suits it best."""
-    inverse = factorise_lifted(gram, largest)
+    inverse = factorize_lifted(gram, largest)
     start = torch.linalg.qr(_random_block(gram, width)).Q
     space = expand(inverse, start, r, noise, least=FIRST_BLOCKS, shiftable=True)
     if float(space.values[r - 1]) < DROWNED_RATIO * EPSILON * largest:
         # they drown in the rounding of G: a factor of G that never squares T
         del inverse
-        inverse = factorise_finely(weight)
+        inverse = factorize_finely(weight)
         space = expand(inverse, start, r, noise, least=FIRST_BLOCKS)
     elif space.sine2 > SINE2_TOLERANCE and is_clustered(space.values, r):
         del inverse  # as large as G
-        inverse = shift_towards(gram, space, r, largest) or factorise_lifted(gram, largest)
+        inverse = shift_towards(gram, space, r, largest) or factorize_lifted(gram, largest)
         space = expand(inverse, space.vectors, r, noise, least=SHIFTED_BLOCKS)
     return inverse, space
 
 
-def factorise_lifted(gram: Tensor, largest: float) -> ShiftedGram:
-    """Factorise G, lifted by as little as its rounding needs.
+def factorize_lifted(gram: Tensor, largest: float) -> ShiftedGram:
+    """Factorize G, lifted by as little as its rounding needs.
 
     Raises:
         NotConvergedError: If no small lift makes it positive definite.
     """
     lift = EPSILON * largest
     for _ in range(MAX_LIFTS):
-        if (inverse := factorise(gram, -lift)) is not None:
+        if (inverse := factorize(gram, -lift)) is not None:
             return inverse
         lift *= 4
     raise NotConvergedError("the Gram matrix is not positive definite in float32")
 
 
-def factorise_finely(tall: Tensor) -> ShiftedGram:
-    """Factorise G = T^T T as R^T R from a QR decomposition of T.
+def factorize_finely(tall: Tensor) -> ShiftedGram:
+    """Factorize G = T^T T as R^T R from a QR decomposition of T.
 
     Raises:
         NotConvergedError: If T is singular in float32.
@@ -326,13 +328,16 @@ def is_clustered(values: Tensor, r: int) -> bool:
 
 
 def shift_towards(gram: Tensor, space: Space, r: int, largest: float) -> ShiftedGram | None:
-    """Factorise G with the shift just under its smallest eigenvalue, where that pays."""
+    """Factorize G with the shift just under its smallest eigenvalue, where that pays."""
     smallest, edge = float(space.values[0]), float(space.values[r - 1])
+    # The nearer the shift, the faster the convergence. It stays below the smallest eigenvalue by
+    # the error of its estimate, a part of the slice's width and the rounding of G, because the
+    # Cholesky factor exists only below; where it still fails, the gap doubles.
     gap = max(smallest - space.bound, 0.05 * (edge - smallest), 16 * EPSILON * largest)
     for _ in range(MAX_SHIFTS):
         if smallest - gap <= 0:
             return None
-        if (inverse := factorise(gram, smallest - gap)) is not None:
+        if (inverse := factorize(gram, smallest - gap)) is not None:
             return inverse
         gap *= 2
     return None
@@ -369,17 +374,20 @@ def expand(
     while True:
         d = basis.shape[1]
         following = inverse.solve(block)
-        for _ in range(2):
+        for _ in range(2):  # once leaves float32 roundings of the old directions behind
             part = basis.T @ following  # [d, p]
             following -= basis @ part
+            # what is removed is basis^T inverse block: the new columns of the projection
             projected[:d, d - width : d] += part
         projected[d - width : d, :d] = projected[:d, d - width : d].T
         block, corner = torch.linalg.qr(following)
         if d >= least * width:
+            # Rayleigh-Ritz: theta approximates 1 / (eigenvalue of G - shift), largest first
             theta, Y = torch.linalg.eigh(projected[:d, :d])
             theta, Y = theta.flip(0), Y.flip(1)[:, :width]
             outside = corner @ Y[-width:]  # what the inverse of basis Y has along ``block``
             residuals = outside.norm(dim=0)
+            # Davis-Kahan: residual over the gap to the first unwanted value bounds the sine
             sine2 = float((residuals[:r] / (theta[:r] - theta[width])).square().mean())
             values = inverse.shift + 1 / theta[:width]
             corrected = float(values[r - 1]) < noise
@@ -422,6 +430,7 @@ def triplets_in(
     image = tall.times(basis)
     for done in range(MAX_CORRECTIONS + 1):
         Q, R = torch.linalg.qr(image)  # by columns, so that small ones keep their accuracy
+        # R is small, so float64 costs nothing; float32 would lose values far below the largest
         left, S, right = torch.linalg.svd(to_float64(R))
         U, S, right = Q @ left[:, -r:].to(Q), S[-r:].to(Q), right[-kept:].T.to(Q)
         basis, image = basis @ right, image @ right
@@ -430,14 +439,14 @@ def triplets_in(
         last = done >= corrections
         if inverse.shift <= 0 or not last:
             correction = inverse.solve(residual)
-        if inverse.shift <= 0:
+        if inverse.shift <= 0:  # gives U = S T^-T V, which damps what T V / S enlarges
             U = _orthonormal(U - tall.times(correction))
             residual = tall.transposed_times(U) - V * S if last else residual
         if last:
             if float(residual.norm()) <= max(RESIDUAL_TOLERANCE * float(S.norm()), floor):
                 return U, S, V
             correction = inverse.solve(residual)
-        for _ in range(2):
+        for _ in range(2):  # as in ``expand``
             correction = torch.linalg.qr(correction - basis @ (basis.T @ correction)).Q
         basis = torch.cat([correction, basis], dim=1)
         image = torch.cat([tall.times(correction), image], dim=1)
@@ -497,7 +506,7 @@ def minor_svd(
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(SVD_METHODS)}")
     with full_precision():
         U, S, Vh = _decompose(weight.detach().to(torch.float32), r, method, slice)
-    signs = _row_signs(Vh)
+    signs = row_signs(Vh)
     return (U * signs).contiguous(), S.contiguous(), (Vh * signs[:, None]).contiguous()
 
 
@@ -567,7 +576,7 @@ def _exact(
     return U[:, index], S[index], Vh[index]
 
 
-def _row_signs(Vh: Tensor) -> Tensor:
+def row_signs(Vh: Tensor) -> Tensor:
     """Return [r] of +1 or -1 that make the largest entry of each row of Vh positive."""
     largest = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     return torch.where(largest < 0, -1.0, 1.0)

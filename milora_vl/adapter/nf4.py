@@ -1,4 +1,4 @@
-"""The frozen residual in 4 bits: NF4(W_p), what quantizing loses, and what is done about it.
+"""The frozen residual in 4 bits: NF4(W_p), what quantizing loses, and how that is corrected.
 
 With correction "low_rank" a third, frozen adapter C of rank r makes up for part of the loss: the
 layer computes ``NF4(W_p - C) x + C x + s B A x``. C starts as the largest singular directions of
@@ -113,7 +113,7 @@ def correct_(layer: nn.Module, residual: Tensor, C_A: Tensor, C_B: Tensor) -> fl
 def largest_directions(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return factors [r, d_in] and [d_out, r] of the r largest singular directions, nearly.
 
-    The randomised method starts from the same directions in every process.
+    The randomized method starts from the same directions in every process.
     """
     width = min(r + OVERSAMPLING, *matrix.shape)
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):

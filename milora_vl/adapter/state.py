@@ -1,10 +1,8 @@
-"""A model with a MiLoRA adapter: its two PEFT adapters, what it has to remember, what is active.
+"""A model with a MiLoRA adapter: its two PEFT adapters, what they remember, which are active.
 
-Float32 master weights under a low-precision module that trains in full.
-
-A bfloat16 weight keeps 8 bits: an optimiser step of a thousandth of its size is rounded away. The
-module computes with its weights rounded to its own dtype, as before, while the optimiser moves the
-float32 values behind them.
+A projector that trains in full beside the adapter gets float32 master weights. A bfloat16 weight
+keeps 8 bits, so an optimizer step of a thousandth of its size would be rounded away. The optimizer
+moves the float32 values; the module computes with the same values rounded to its own dtype.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +23,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Rounded(nn.Module):
-    """Parametrisation of a float32 master weight that is used in a lower precision."""
+    """Parametrization of a float32 master weight that is used in a lower precision."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         """Use the weight in ``dtype``."""
@@ -74,7 +72,7 @@ def load_trained_state_(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """Return the name a parameter has without its parametrisation."""
+    """Return the name a parameter has without its parametrization."""
     return name.replace("parametrizations.", "").removesuffix(".original")
 
 
@@ -192,7 +190,7 @@ def add_adapters(
 ) -> PeftModel:
     """Wrap a model with the adapters of ``state``.
 
-    The factors are arbitrary, except for LoRA, rsLoRA and DoRA, which PEFT initialises here.
+    The factors are arbitrary, except for LoRA, rsLoRA and DoRA, which PEFT initializes here.
     """
     config = trainable_config(state)
     # float32 factors also on bfloat16 bases: PEFT then adds both products in float32 and rounds
@@ -289,8 +287,43 @@ def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
 
 def factors(peft_model: PeftModel, name: str, adapter: str) -> tuple[Tensor, Tensor]:
     """Return lora_A [r, d_in] and lora_B [d_out, r] of one adapter on one layer (not copies)."""
-    layer = lora_layer(peft_model, name)
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if adapter in _parked(peft_model):
+        lora_A, lora_B = _parked(peft_model)[adapter][name]
+    else:
+        layer = lora_layer(peft_model, name)
+        lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
+    return lora_A.weight, lora_B.weight
+
+
+def _parked(peft_model: nn.Module) -> dict[str, dict[str, tuple[nn.Module, nn.Module]]]:
+    """Return anchor name -> layer name -> lora_A and lora_B, for anchors held outside the model."""
+    return getattr(peft_model, "milora_parked_anchors", {})
+
+
+def park_anchor_(peft_model: PeftModel, anchor: str, modules: Sequence[str]) -> None:
+    """Take an inactive anchor out of the model's layers and hold it on the CPU.
+
+    With residual "subtract" the anchor is needed for saving only. A plain dict holds it: a module
+    would follow the model to its device (1.2 GiB at 7B), and DistributedDataParallel would refuse
+    a module on two kinds of devices. ``factors`` finds it there; ``restore_anchor_`` undoes this.
+    """
+    if anchor in _parked(peft_model):
+        return
+    held = {}
+    for name in modules:
+        layer = lora_layer(peft_model, name)
+        held[name] = (layer.lora_A.pop(anchor).to("cpu"), layer.lora_B.pop(anchor).to("cpu"))
+    peft_model.milora_parked_anchors = {**_parked(peft_model), anchor: held}
+
+
+def restore_anchor_(peft_model: PeftModel, anchor: str) -> None:
+    """Put a parked anchor back into the layers, each on the device of its layer."""
+    parked = dict(_parked(peft_model))
+    for name, (lora_A, lora_B) in parked.pop(anchor, {}).items():
+        layer = lora_layer(peft_model, name)
+        device = layer.get_base_layer().weight.device
+        layer.lora_A[anchor], layer.lora_B[anchor] = lora_A.to(device), lora_B.to(device)
+    peft_model.milora_parked_anchors = parked
 
 
 def activate(
@@ -298,18 +331,22 @@ def activate(
 ) -> None:
     """Make the adapters take part as ``residual`` needs, and freeze what must not train.
 
-    The anchor never trains. PEFT sets it trainable again whenever it activates adapters, for
-    example on leaving ``peft_model.disable_adapter()``; call this afterwards.
+    With residual "subtract" the anchor leaves the layers for the CPU. The anchor never trains. PEFT
+    sets it trainable again whenever it activates adapters, for example on leaving
+    ``peft_model.disable_adapter()``; call this afterwards.
     """
     anchor, active = anchor_of(adapter_name), [adapter_name]
     always = corrections(peft_model)
     has_anchor = anchor in peft_model.peft_config
     if residual == "anchor" and has_anchor:
+        restore_anchor_(peft_model, anchor)
         active.append(anchor)
     peft_model.base_model.set_adapter([*active, *always], inference_mode=not trainable)
     for frozen in [*([anchor] if has_anchor else []), *always]:
         peft_model.set_requires_grad(frozen, requires_grad=False)
     state = adapter_states(peft_model).get(adapter_name)
+    if state and residual == "subtract" and has_anchor:
+        park_anchor_(peft_model, anchor, state.modules)
     if state and state.init == "mica":  # MiCA trains A alone
         for name in state.modules:
             factors(peft_model, name, adapter_name)[1].requires_grad_(False)
@@ -332,7 +369,7 @@ def move_inactive_anchors_(model: nn.Module, device: torch.device | str) -> None
 
 
 def trains(peft_model: PeftModel, adapter_name: str) -> bool:
-    """Tell whether an adapter is one that an optimiser would move."""
+    """Tell whether an adapter is one that an optimizer would move."""
     state = recall(peft_model, adapter_name)
     return factors(peft_model, state.modules[0], adapter_name)[0].requires_grad
 
@@ -375,6 +412,7 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
                 layer.lora_A[anchor].to(device)
                 layer.lora_B[anchor].to(device)
             # the anchor holds (A0, -B0); with its scale negated the layer is W_p + s B0 A0 = W
+            restore_anchor_(peft_model, anchor)
             active = [anchor, *corrections(peft_model)]
             peft_model.base_model.set_adapter(active, inference_mode=True)
             for layer in layers:

@@ -1,9 +1,8 @@
 """Exports of a saved adapter: plain LoRA, smaller LoRA, merged model, each checked at once.
 
-Everything is written beside the target first, loaded again the stock way and compared with the
-live model; only what passes is moved into place.
-
-The model card of an exported folder: what it is, where it came from and how to load it.
+An export is written beside its target, loaded again the stock way and compared with the live
+model. Only what passes is moved into place, with a model card that says what it is, where it came
+from and how to load it.
 """
 
 import json
@@ -38,7 +37,7 @@ from milora_vl.export.merge import (
     dequantized_model,
     merge_adapter,
     recompress_tensors,
-    summarise,
+    summarize,
     truncation_report,
 )
 from milora_vl.export.source import (
@@ -140,7 +139,7 @@ def model_card(  # noqa: PLR0913  values by keyword
     if certificate:
         parts += ["## Start of training", f"```text\n{certificate}\n```"]
     parts += [
-        "## Licence",
+        "## License",
         "Not set: choose one, and add `license:` to the head of this file. The terms of the base "
         "model and of the training data hold beside it.",
     ]
@@ -229,7 +228,9 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     if merge_onto == "dequantised":  # the older spelling
         merge_onto = "dequantized"
     out, source = Path(out), read_source(path, base, device, dtype)
-    _check_out(out)
+    is_earlier_merge = (out / "config.json").exists() and (out / "README.md").exists()
+    if not is_earlier_merge:
+        check_writable(out)
     _check_arguments(source.metadata, form, r, merge_onto)
     vlm = source.load(quantized=True)
     warn_of_another_processor(source.metadata, vlm.processor)
@@ -263,12 +264,6 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     return Exported(out, exported.checks, exported.notes)
 
 
-def _check_out(out: Path) -> None:
-    is_model = (out / "config.json").exists() and (out / "README.md").exists()
-    if not is_model:
-        check_writable(out)
-
-
 def _check_arguments(
     metadata: MiloraFile, form: Form, r: int | None, merge_onto: MergeOnto | None
 ) -> None:
@@ -299,7 +294,7 @@ def _write_lora(
         before = state.widening * state.r
         tensors, state, losses = recompress_tensors(tensors, state, r or state.r)
         report = truncation_report(losses, state.r, before)
-        notes.append(summarise(report))
+        notes.append(summarize(report))
         kept = {key: value for key, value in vars(state).items() if key != "modules"}
         metadata = metadata.model_copy(update={**kept, "extra": {"recompressed_from": before}})
     write_adapter(draft, tensors, metadata, class_names=class_names)
@@ -342,17 +337,12 @@ def _merge(
     processor.save_pretrained(draft)
     dtype, kind = model.dtype, type(model)
     del live, model
-    found = logits_of(_load_plain(kind, draft, dtype, source.device), batches)
+    plain = kind.from_pretrained(draft, dtype=dtype).to(source.device).eval()
+    found = logits_of(plain, batches)
     if reference is not wanted:
         lines = compare_logits(wanted, found, None)
         notes += [f"against the 4-bit model that was trained, {line}" for line in lines]
     return Exported(draft, tuple(compare_logits(reference, found, tolerance)), tuple(notes))
-
-
-def _load_plain(
-    kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, device: str
-) -> PreTrainedModel:
-    return kind.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
 def _tolerance(model: PreTrainedModel) -> float:

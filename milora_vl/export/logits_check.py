@@ -88,7 +88,7 @@ def check_batches(
 
 
 def drawn_picture() -> Image.Image:
-    """Return a picture with edges, colours and a gradient, the same everywhere."""
+    """Return a picture with edges, colors and a gradient, the same everywhere."""
     picture = Image.linear_gradient("L").resize((224, 160)).convert("RGB")
     draw = ImageDraw.Draw(picture)
     draw.ellipse((20, 30, 90, 100), fill=(200, 40, 30))

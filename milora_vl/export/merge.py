@@ -1,6 +1,7 @@
-"""Turn a model with a MiLoRA adapter into a plain one.
+"""Turn a model with a MiLoRA adapter into a plain one, or its LoRA into one of smaller rank.
 
-A plain LoRA of a smaller rank that is as near as possible to a saved one.
+A merge adds the adapter to the weights in float32 and rounds once. The smaller LoRA is the nearest
+of its rank (Eckart-Young), and comes with what each layer loses.
 """
 
 from collections.abc import Iterable, Sequence
@@ -127,7 +128,7 @@ def truncation_report(losses: Sequence[Truncation], r: int, r_before: int) -> di
     }
 
 
-def summarise(report: dict[str, Any]) -> str:
+def summarize(report: dict[str, Any]) -> str:
     """Return the report in two lines: the whole adapter, and the layer that loses most."""
     worst = max(report["layers"], key=lambda layer: layer["error_ratio"])
     return (

@@ -1,4 +1,4 @@
-"""Architecture -> tower, projector, language model, linears, and how pictures enter the prompt."""
+"""Architecture -> tower, projector, language model, and how pictures enter the prompt."""
 
 import logging
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from milora_vl.errors import MiloraError
 
 logger = logging.getLogger(__name__)
 
-LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROJECTOR_NAMES: tuple[str, ...] = (
     "multi_modal_projector",
     "connector",
@@ -53,7 +52,6 @@ class Family:
         tower: Full name of the vision tower.
         projector: Full name of the vision-language projector; None if no single module is one.
         language_model: Full name of the language model below the output head.
-        linears: Last names of its attention and MLP projections.
         image_wrap: Special tokens that the prompt holds around one picture, beside those that the
             processor puts in itself.
         token_types: What the model wants to know of each token: "mm_token_type_ids" and
@@ -72,7 +70,6 @@ class Family:
     tower: str | None = "model.vision_tower"
     projector: str | None = "model.multi_modal_projector"
     language_model: str = "model.language_model"
-    linears: tuple[str, ...] = LLAMA_LINEARS
     image_wrap: tuple[str, str] = ("", "")
     token_types: TokenTypes = "none"
     cross_attention: bool = False
@@ -211,7 +208,6 @@ def find_family(model: PreTrainedModel) -> Family:
         tower=tower,
         projector=projector,
         language_model=language_model,
-        linears=(),
         token_types=_inspect_token_types(model),
     )
 

@@ -209,6 +209,19 @@ def test_activate_freezes_the_anchor_that_peft_woke(tiny_vlm):
     assert [f.requires_grad for f in factors(peft_model, name, MILORA)] == [True, True]
 
 
+def test_an_inactive_anchor_does_not_follow_the_model_to_its_device(tiny_vlm):
+    peft_model, certificate = attach(tiny_vlm, residual="subtract")
+    name = certificate.layers[0].name
+    start = [factor.clone() for factor in factors(peft_model, name, MILORA)]
+    with pretrained_function(peft_model):  # needs the anchor, and puts it away again
+        assert ANCHOR in lora_layer(peft_model, name).lora_A
+    peft_model.to("meta")  # any second device
+    assert all(parameter.is_meta for parameter in peft_model.parameters())
+    A0, minus_B0 = factors(peft_model, name, ANCHOR)
+    assert torch.equal(A0, start[0])
+    assert torch.equal(-minus_B0, start[1])
+
+
 def test_bad_weight_is_named_and_leaves_the_base_whole(tiny_vlm):
     weight = tiny_vlm.model.language_model.layers[1].mlp.up_proj.weight
     weight.data[3, 4] = float("nan")

@@ -12,7 +12,7 @@ from milora_vl.adapter.minor_svd import (
     NotConvergedError,
     ShiftedGram,
     Tall,
-    factorise,
+    factorize,
     krylov_minor_svd,
     minor_svd,
 )
@@ -139,6 +139,6 @@ def test_blocked_factor_inverts_the_shifted_matrix(size):
     block = torch.randn(size, 80, generator=generator)
     smallest = float(torch.linalg.eigvalsh(gram)[0])
     for shift in (-0.1, smallest - 0.01):
-        solution = factorise(gram, shift).solve(block)
+        solution = factorize(gram, shift).solve(block)
         assert_close(gram @ solution - shift * solution, block, atol=1e-3, rtol=0)
-    assert factorise(gram, smallest + 0.01) is None
+    assert factorize(gram, smallest + 0.01) is None

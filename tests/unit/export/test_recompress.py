@@ -10,7 +10,7 @@ from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.portable import portable_tensors
 from milora_vl.adapter.state import recall
 from milora_vl.config import MiloraConfig
-from milora_vl.export.merge import recompress, recompress_tensors, summarise, truncation_report
+from milora_vl.export.merge import recompress, recompress_tensors, summarize, truncation_report
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(24, 16), (16, 24), (6, 40), (40, 6), (3, 3)])
@@ -45,7 +45,7 @@ def test_full_rank_loses_nothing_and_less_loses_what_it_says(make_tiny_vlm, batc
         assert report["error"] ** 2 == pytest.approx(sum(x.error**2 for x in losses))
         norms.append(report["error_ratio"])
         worst = max(losses, key=lambda loss: loss.error_ratio)
-        assert worst.name in summarise(report)
+        assert worst.name in summarize(report)
         for loss in losses:
             A, B = (tensors[f"base_model.model.{loss.name}.lora_{f}.weight"] for f in "AB")
             C, D = (small[f"base_model.model.{loss.name}.lora_{f}.weight"] for f in "AB")
