@@ -352,22 +352,6 @@ def activate(
             factors(peft_model, name, adapter_name)[1].requires_grad_(False)
 
 
-def move_inactive_anchors_(model: nn.Module, device: torch.device | str) -> None:
-    """Move the anchors that take no part (residual "subtract") to a device, "cpu" to rest there.
-
-    Only saving and ``pretrained_function`` need them. At 7B and r = 128 they hold 1.19 GiB in
-    float32, which the model's own device can use better. ``model.to(device)`` brings them back.
-    """
-    for adapter_name, state in adapter_states(model).items():
-        if state.residual != "subtract" or not state.has_anchor:
-            continue
-        anchor = anchor_of(adapter_name)
-        for name in state.modules:
-            layer = lora_layer(model, name)
-            layer.lora_A[anchor].to(device)
-            layer.lora_B[anchor].to(device)
-
-
 def trains(peft_model: PeftModel, adapter_name: str) -> bool:
     """Tell whether an adapter is one that an optimizer would move."""
     state = recall(peft_model, adapter_name)
@@ -404,13 +388,8 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
     anchor = anchor_of(adapter_name)
     flags = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
     layers = [lora_layer(peft_model, name) for name in state.modules]
-    rest = factors(peft_model, state.modules[0], anchor)[0].device if state.has_anchor else None
     try:
         if state.residual == "subtract":
-            for layer in layers:  # each beside its weight, which may lie on a device of its own
-                device = layer.get_base_layer().weight.device
-                layer.lora_A[anchor].to(device)
-                layer.lora_B[anchor].to(device)
             # the anchor holds (A0, -B0); with its scale negated the layer is W_p + s B0 A0 = W
             restore_anchor_(peft_model, anchor)
             active = [anchor, *corrections(peft_model)]
@@ -425,8 +404,6 @@ def pretrained_function(peft_model: PeftModel) -> Iterator[PeftModel]:
         if state.residual == "subtract":
             for layer in layers:
                 layer.set_scale(anchor, 1.0)
-                layer.lora_A[anchor].to(rest)
-                layer.lora_B[anchor].to(rest)
         activate(peft_model, state.residual, trainable=True, adapter_name=adapter_name)
         for name, parameter in peft_model.named_parameters():
             parameter.requires_grad_(flags[name])

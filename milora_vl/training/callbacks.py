@@ -13,7 +13,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_vl.adapter.portable import check_whole
-from milora_vl.adapter.state import move_inactive_anchors_
 from milora_vl.files import write_text_atomic
 from milora_vl.runtime import peak_memory_gib
 from milora_vl.training.resume import checkpoint_folders
@@ -184,14 +183,6 @@ class WholeParameters(TrainerCallback):
     def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
         """Check the model as it is distributed now."""
         check_whole(model)
-
-
-class RestingAnchors(TrainerCallback):
-    """Keep the anchors that take no part out of the memory of the device that trains."""
-
-    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Move them now: the trainer has put the model on its device, processes have met."""
-        move_inactive_anchors_(model, "cpu")
 
 
 class SkippedSteps(TrainerCallback):

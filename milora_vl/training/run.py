@@ -34,7 +34,6 @@ from milora_vl.training.callbacks import (
     CheckpointKeeper,
     MetricsWriter,
     NothingLeftToTrain,
-    RestingAnchors,
     SkippedSteps,
     WholeParameters,
 )
@@ -145,7 +144,6 @@ def _train_to_the_end(trainer: VlmTrainer, checkpoint: Path | None) -> None:
     stop = StopOnSigterm()
     trainer.add_callback(stop)
     trainer.add_callback(WholeParameters())
-    trainer.add_callback(RestingAnchors())
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

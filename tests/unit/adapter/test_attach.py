@@ -17,7 +17,6 @@ from milora_vl.adapter.state import (
     activate,
     factors,
     lora_layer,
-    move_inactive_anchors_,
     pretrained_function,
 )
 from milora_vl.config import MiloraConfig
@@ -186,17 +185,6 @@ def test_pretrained_function_is_available_and_leaves_no_trace(tiny_vlm, batch, r
     assert torch.equal(compute_logits(peft_model, batch), trained)
     assert [p.requires_grad for p in peft_model.parameters()] == flags
     assert (trained - before).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("residual", RESIDUALS)
-def test_only_an_anchor_that_takes_no_part_leaves_the_device(tiny_vlm, batch, residual):
-    peft_model, certificate = attach(tiny_vlm, residual=residual)
-    before = compute_logits(peft_model, batch)
-    move_inactive_anchors_(peft_model, "meta")  # stands for a device that products cannot reach
-    name = certificate.layers[0].name
-    moved = [factor.is_meta for factor in factors(peft_model, name, ANCHOR)]
-    assert moved == [residual == "subtract"] * 2
-    assert torch.equal(compute_logits(peft_model, batch), before)
 
 
 def test_activate_freezes_the_anchor_that_peft_woke(tiny_vlm):

@@ -17,7 +17,6 @@ from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, load_vlm
-from milora_vl.training import callbacks
 from milora_vl.training.arguments import build_arguments
 from milora_vl.training.callbacks import MetricsWriter
 from milora_vl.training.resume import checkpoint_folders, is_finished
@@ -161,11 +160,9 @@ def test_only_adapter_and_projector_change(
         assert torch.equal(before[name], value) != is_trained, name
 
 
-def test_the_projector_has_its_own_rate_and_the_anchor_rests_on_the_cpu(
-    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path, monkeypatch
+def test_the_projector_has_its_own_rate(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
 ) -> None:
-    moves: list[str] = []
-    monkeypatch.setattr(callbacks, "move_inactive_anchors_", lambda _, where: moves.append(where))
     fast = run(load_vlm(tiny_checkpoint), dataset, tmp_path / "a", 1, optim="sgd")
     start, _ = attach_milora(load_vlm(tiny_checkpoint).model, MiloraConfig(r=4), progress=False)
     save_adapter(start, tmp_path / "start", base="base")
@@ -173,7 +170,6 @@ def test_the_projector_has_its_own_rate_and_the_anchor_rests_on_the_cpu(
     moved = {name: (fast[name] - zero[name]).abs().max() for name in fast}
     assert max(v for k, v in moved.items() if "projector" in k) > 0
     assert max(v for k, v in moved.items() if "lora_A" in k) > 0
-    assert moves == ["cpu"]
 
 
 def test_mid_run_checkpoints_are_whole_adapters(
