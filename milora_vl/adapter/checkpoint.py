@@ -13,7 +13,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint
+from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint, is_older
 from milora_vl.adapter.nf4 import quantize_residual_
 from milora_vl.adapter.portable import (
     FORMAT_VERSION,
@@ -142,15 +143,19 @@ def _check_base(
     weights: ShardedWeights | None,
 ) -> ShardedWeights | None:
     """Compare fingerprints; return the float weights, unless those in memory are the right ones."""
-    forms = fingerprint(model, metadata.modules, weights)
-    found = forms["exact"]
+    older = is_older(metadata.fingerprint)
+    read = partial(fingerprint, model, metadata.modules, older=older)
+    found = read(weights, only_exact=True)["exact"]
     match = [precision for precision in PRECISIONS if metadata.fingerprint[precision] == found]
     if match and match[0] != "exact":
         logger.info("%s: same base, its weights rounded to %s", folder, match[0])
     if match:
         return weights
     # trained in lower or another precision than this: the same rounding gives the same values
+    forms = read(weights)
     cast = [key for key in PRECISIONS if forms[key] == metadata.fingerprint["exact"]]
+    if not cast and weights is None:
+        cast = _cast_of_checkpoint(model, metadata, found, read)
     if cast:
         logger.warning(
             "%s: same base, which was rounded to %s in training and is not here; what the adapter "
@@ -160,7 +165,7 @@ def _check_base(
         )
         return weights
     quantized = any(is_quantized(model.get_submodule(name).weight) for name in metadata.modules)
-    if weights is not None and metadata.fingerprint == fingerprint(model, metadata.modules):
+    if weights is not None and metadata.fingerprint == read():
         return None  # made on the 4-bit weights as they are
     message = (
         f"{folder} was made on other weights: base {metadata.base['name_or_path']} (revision "
@@ -168,6 +173,7 @@ def _check_base(
         f"model ({getattr(model, 'name_or_path', '') or type(model).__name__}"
         f"{', quantized' if quantized else ''}) has {found[:16]}. Load the original base"
         f"{', or pass weights=vlm.float_weights of load_vlm' if quantized and not weights else ''}"
+        f"{_reason_of_dtype(model, metadata)}"
     )
     if strict_base:
         raise ValueError(
@@ -176,6 +182,33 @@ def _check_base(
         )
     logger.warning(message)
     return weights
+
+
+def _cast_of_checkpoint(
+    model: nn.Module,
+    metadata: MiloraFile,
+    found: str,
+    read: Callable[[ShardedWeights], dict[str, str]],
+) -> list[str]:
+    """Return the dtypes of training, if the checkpoint on disk rounds to it and to this model."""
+    folder = Path(getattr(model, "name_or_path", "") or "-")
+    try:
+        forms = read(ShardedWeights(folder, model))
+    except (OSError, ValueError, KeyError, AttributeError):  # none there that can be read
+        return []
+    recorded = metadata.fingerprint["exact"]
+    return [key for key in PRECISIONS if found in forms.values() and forms[key] == recorded]
+
+
+def _reason_of_dtype(model: nn.Module, metadata: MiloraFile) -> str:
+    held = str(model.get_submodule(metadata.modules[0]).weight.dtype).removeprefix("torch.")
+    if metadata.dtype in (None, held):
+        return ""
+    return (
+        f". It was trained in {metadata.dtype} and this model is in {held}: if it is the same "
+        f"checkpoint, load it with dtype {metadata.dtype}, or from a local folder, whose float "
+        "weights can be compared"
+    )
 
 
 def add_adapter_from(

@@ -29,7 +29,7 @@ class FactorKey:
     """What an entry is found by.
 
     Attributes:
-        weight: SHA-256 of the float32 values of the weight.
+        weight: Digest of the values, see ``fingerprint.digest_of``.
         shape: (d_out, d_in).
         slice: Part of the spectrum.
         svd: Method asked for; different methods round differently.

@@ -34,7 +34,7 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 MILORA_FILE = "milora.json"
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 4: fingerprints of the bytes as stored, see ``fingerprint.py``
 CONFIG_KEYS = (
     "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out",

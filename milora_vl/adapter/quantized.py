@@ -36,13 +36,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def stored_values(layer: nn.Module) -> Tensor:
-    """Return what identifies the weight of a layer: its float values, or its quantized codes.
+    """Return what identifies the weight of a layer: its values as held, or its codes.
 
     The codes do not change when bitsandbytes re-packs a layer on the CPU; its scales, and with
     them the dequantized values, are rounded then.
     """
     if not is_quantized(layer.weight):
-        return layer.weight.detach().to(torch.float32)
+        return layer.weight.detach()
     unpack_(layer)
     return layer.weight.data.view(torch.uint8)
 

@@ -4,8 +4,9 @@
     python scripts/bench/init_model.py --workers 1     layers one after another, all threads on each
     python scripts/bench/init_model.py --processes 2   one process with one thread, then two that
                                                        share the layers (gloo), one thread each
+    python scripts/bench/init_model.py --digests       GiB/s of hashing a weight of 11008 x 4096
 
-One JSON line a start.
+One JSON line a start, or a dtype.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import socket
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from milora_vl.adapter import attach, decompose
+from milora_vl.adapter.fingerprint import digest_of, weight_digests
 from milora_vl.config import MiloraConfig
 from milora_vl.model.embedded import cached_demo_base
 
@@ -55,6 +58,25 @@ def work(rank: int, count: int, port: int, r: int) -> None:
     dist.destroy_process_group()
 
 
+def time_digests() -> None:
+    """Print how fast a weight of a 7B is hashed, in each dtype; the best of three."""
+    weight = torch.randn(11008, 4096)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        values = weight.to(dtype)
+        for form, work in (
+            ("as stored", partial(digest_of, values)),
+            ("all forms", partial(weight_digests, values)),
+        ):
+            seconds = []
+            for _ in range(3):
+                begun = time.perf_counter()
+                work()
+                seconds.append(time.perf_counter() - begun)
+            rate = values.numel() * values.element_size() / 2**30 / min(seconds)
+            line = {"dtype": str(dtype).removeprefix("torch."), "form": form}
+            print(json.dumps({**line, "seconds": round(min(seconds), 3), "GiB_s": round(rate, 2)}))
+
+
 def main() -> None:
     """Parse the arguments and print one line per start."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -63,7 +85,11 @@ def main() -> None:
         "--workers", type=int, help="layers at once; default: as attach_milora does"
     )
     parser.add_argument("--processes", type=int, help="compare one process with that many")
+    parser.add_argument("--digests", action="store_true", help="time the hashing of weights only")
     arguments = parser.parse_args()
+    if arguments.digests:
+        time_digests()
+        return
     if arguments.processes:
         for count in (1, arguments.processes, 1, arguments.processes):
             with socket.create_server(("127.0.0.1", 0)) as server:
