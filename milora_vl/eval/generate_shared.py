@@ -34,8 +34,7 @@ MAX_NODES = 512
 """Most nodes of a prefix tree beyond its first row; attention over a tree costs their square."""
 
 _FEATURE_CACHE_BYTES = 1 << 30
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the span of the logits
-_PROBE_TOLERANCE_LOW = 3e-2
+_PROBE_TOLERANCE, _PROBE_TOLERANCE_LOW = 1e-3, 3e-2  # of the span of the logits; low: 16 bits
 
 
 def build_answerer(vlm: Any, *, batch_size: int = 16) -> "SharedAnswerer | PlainAnswerer":
@@ -201,8 +200,8 @@ class SharedAnswerer:
         if not torch.isfinite(alone).all():
             return None  # the first question will tell
         is_autocast = torch.is_autocast_enabled(device.type)
-        tolerance = _PROBE_TOLERANCE.get(self.model.dtype, _PROBE_TOLERANCE_LOW)
-        tolerance = _PROBE_TOLERANCE_LOW if is_autocast else tolerance
+        is_low = is_autocast or self.model.dtype.itemsize < 4
+        tolerance = _PROBE_TOLERANCE_LOW if is_low else _PROBE_TOLERANCE
         span = float(alone.max() - alone.min())
         if float((shared - alone).abs().max()) <= tolerance * span:
             return None

@@ -143,7 +143,7 @@ def _categories(comparison: Mapping[str, Any]) -> list[str]:
     before, after = comparison["before"], comparison["after"]
     parts = []
     for name, new in after["benches"].items():
-        if name in before["benches"] and len(new["by_category"]) > 1:
+        if name in before["benches"]:
             title = bench_title(name, after)
             parts += parts_or_reason(
                 f"{title} by category",
@@ -155,6 +155,8 @@ def _categories(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def _category_figure(title: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    if len(new["by_category"]) < 2:
+        return []
     encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
     parts = [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
     n_hidden = len(new["by_category"]) - plots.MOST_BARS
