@@ -22,7 +22,8 @@ _LONGEST_NAME_CHARS = 48
 
 def label_of(name: str) -> str:
     """Return a name for a figure: on one line, not longer than the figure, never hidden."""
-    text = shorten(" ".join(name.split()), _LONGEST_NAME_CHARS)
+    whole = name.encode("utf-8", "replace").decode()  # half a character cannot be drawn
+    text = shorten(" ".join(whole.split()), _LONGEST_NAME_CHARS)
     return f" {text}" if text.startswith("_") else text  # matplotlib drops "_" from legends
 
 
