@@ -1,6 +1,6 @@
-"""Answer normalisation, parsing and scoring: pure functions on text, one place for all benches.
+"""Answer normalization, parsing and scoring: pure functions on text, one place for all benches.
 
-The two normalisers follow published definitions to the letter, quirks included, because a
+The two normalizers follow published definitions to the letter, quirks included, because a
 friendlier rule would give numbers that cannot be compared:
 
 * ``vqa_official``: the VQA challenge (github.com/GT-Vision-Lab/VQA, ``vqaEval.py``);
@@ -75,7 +75,7 @@ def _strip_punctuation(text: str) -> str:
     return _PERIOD.sub("", result, count=_PERIODS_REMOVED)
 
 
-def _normalise_words(text: str) -> str:
+def _normalize_words(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -85,17 +85,17 @@ def _one_line(text: str) -> str:
 
 
 def vqa_official(text: str) -> str:
-    """Normalise an answer as the VQA challenge does.
+    """Normalize an answer as the VQA challenge does.
 
     Punctuation becomes a space, or nothing where it touches a space or where a digit-comma-digit
     occurs anywhere in the text; then lower case, number words to digits, no articles,
     contractions with their apostrophe.
     """
-    return _normalise_words(_strip_punctuation(_one_line(text)))
+    return _normalize_words(_strip_punctuation(_one_line(text)))
 
 
 def m4c(text: str) -> str:
-    """Normalise an answer as LLaVA and TextVQA do before they upload or score it.
+    """Normalize an answer as LLaVA and TextVQA do before they upload or score it.
 
     Commas and question marks go first and "'s" is split off, then the steps of
     ``vqa_official``. So "red,blue" becomes "redblue" here and "red blue" there.
@@ -116,7 +116,7 @@ def vqa_accuracy(
     Args:
         prediction: Raw model output.
         answers: The answers of all annotators, ten in the official files.
-        identical_as_is: Follow the 2021 revision of the official code, which normalises nothing
+        identical_as_is: Follow the 2021 revision of the official code, which normalizes nothing
             when all answers are the same string: "a dog" then never matches ten times "a dog",
             since the uploaded prediction has lost its article.
 
@@ -287,8 +287,8 @@ def is_open_answer_right(text: str, answers: Sequence[str]) -> bool:
     sentence has a cue, the whole answer. A word must occur in it, a number must be equal when
     both are rounded to two decimals.
     """
-    right = [value for answer in answers for value in _normalise(answer)]
-    said = [value for part in _candidates(text) for value in _normalise(part)]
+    right = [value for answer in answers for value in _normalize(answer)]
+    said = [value for part in _candidates(text) for value in _normalize(part)]
     for value in said:
         if isinstance(value, str):
             if any(isinstance(one, str) and one in value for one in right):
@@ -316,7 +316,7 @@ def _candidates(text: str) -> list[str]:
     return keys + numbers
 
 
-def _normalise(text: str) -> list[str | float]:
+def _normalize(text: str) -> list[str | float]:
     """Return a number rounded to two decimals, or lower case; one letter must stand alone."""
     text = text.strip()
     try:

@@ -37,6 +37,11 @@ def shorten(text: str, longest: int = _LONGEST_VALUE_CHARS) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def printable(text: str) -> str:
+    """Return a text that any UTF-8 stream takes: half a character becomes a question mark."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _kind(value: Any) -> str:
     names = {str: "a text", list: "a list", dict: "an object", bool: "true or false"}
     return names.get(type(value), "nothing" if is_missing(value) else "a number")

@@ -1,8 +1,8 @@
-"""What changed between two evaluations of the same questions, paired question by question.
+"""What changed between evaluations of the same questions, paired question by question.
 
-Runs to compare: what a run or evaluation folder holds, and paired tests between two.
-
-Several runs side by side: a terminal table and one HTML page.
+``compare_folders`` compares two evaluations, and refuses those that cannot be compared.
+``compare_runs`` sets several runs beside the first: it prints a table and writes an HTML page, and
+where two cannot be compared the page says why.
 """
 
 import dataclasses
@@ -16,25 +16,27 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.eval import plots, statistics
-from milora_vl.eval.bench_files import read_json_lines, read_json_object
+from milora_vl.eval.bench_files import printable, read_json_lines, read_json_object
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
 from milora_vl.eval.items import Row
 from milora_vl.eval.pages import (
     bench_title,
+    card,
+    cell_text,
     figure,
+    html_table,
+    is_right,
     metric_text,
     page,
     parts_or_reason,
     read_items,
     scale_of,
-    thumbnail,
     with_interval,
 )
 from milora_vl.files import write_text_atomic
@@ -100,20 +102,35 @@ def judge_of(entry: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _paired_change(name: str, before: list[Row], after: list[Row]) -> dict[str, Any]:
-    bench = BENCHES[name]
     before, after = (sorted(rows, key=lambda row: row.id) for rows in (before, after))
     if [row.id for row in before] != [row.id for row in after]:
         raise ValueError(f"{name}: the two evaluations asked different questions")
-    sums = bench.headline_sums(before), bench.headline_sums(after)
-    scores = [float(bench.headline(one.sum(axis=0, keepdims=True))[0]) for one in sums]
+    result, _ = _paired_test(name, (before, after))
     pairs = list(zip(before, after, strict=True))
     return {
-        "difference": scores[1] - scores[0],
-        "interval_95": list(statistics.difference_interval(*sums, bench.headline)),
+        "difference": result["difference"],
+        "interval_95": result["interval_95"],
         "n_better": sum(new.score > old.score for old, new in pairs),
         "n_worse": sum(new.score < old.score for old, new in pairs),
         "n_rows": len(pairs),
     }
+
+
+def _paired_test(
+    name: str, pair: Sequence[Sequence[Row]]
+) -> tuple[dict[str, Any], list[statistics.Array]]:
+    """Return the difference of two scores, second minus first, and the sums behind them.
+
+    Args:
+        name: Of the bench.
+        pair: The rows of both, in the same order.
+    """
+    bench = BENCHES[name]
+    sums = [bench.headline_sums(rows) for rows in pair]
+    low, high, p_value = statistics.paired_bootstrap(*sums, bench.headline)
+    first, second = (statistics.total(one, bench.headline) for one in sums)
+    result = {"difference": second - first, "interval_95": [low, high], "p_bootstrap": p_value}
+    return result, sums
 
 
 def read_comparison(run_folder: Path | str) -> dict[str, Any] | None:
@@ -125,6 +142,8 @@ def read_comparison(run_folder: Path | str) -> dict[str, Any] | None:
     return {"before": before, "after": after, "changes": compare_folders(*folders)}
 
 
+_PICTURES_A_BENCH = 8
+_FACTS = "Throughput, memory and size of the update"
 _SPEED = ("train_samples_per_second", "train_tokens_per_second", "train_runtime")
 _MEMORY = ("peak_memory_gib", "peak_cuda_memory_gib")
 
@@ -304,15 +323,7 @@ def compare_pair(first: Run, second: Run, bench: str) -> dict[str, Any]:
     pair = [sorted(run.rows.get(bench, []), key=lambda row: row.id) for run in (first, second)]
     if not pair[0] or [row.id for row in pair[0]] != [row.id for row in pair[1]]:
         return {"why_not": "different questions, or no answers kept"}
-    module = BENCHES[bench]
-    sums = [module.headline_sums(rows) for rows in pair]
-    scores = [float(module.headline(one.sum(axis=0, keepdims=True))[0]) for one in sums]
-    low, high, p_value = statistics.paired_bootstrap(*sums, module.headline)
-    result = {
-        "difference": scores[1] - scores[0],
-        "interval_95": [low, high],
-        "p_bootstrap": p_value,
-    }
+    result, sums = _paired_test(bench, pair)
     return result | _count_changes(bench, entries[0], sums, pair)
 
 
@@ -353,7 +364,7 @@ def disagreements(runs: Sequence[Run], bench: str, n: int) -> list[str]:
         bench: Name of the bench.
         n: Most ids returned.
     """
-    tables = [{row.id: row.score >= 0.5 for row in run.rows.get(bench, [])} for run in runs]
+    tables = [{row.id: is_right(row.score) for row in run.rows.get(bench, [])} for run in runs]
     tables = [table for table in tables if table]
     if len(tables) < 2:
         return []
@@ -364,9 +375,6 @@ def disagreements(runs: Sequence[Run], bench: str, n: int) -> list[str]:
     ]
     step = max(1, len(differing) // n)
     return differing[::step][:n]
-
-
-_PICTURES_A_BENCH = 8
 
 
 def compare_runs(
@@ -393,14 +401,15 @@ def compare_runs(
         bench: {run.name: compare_pair(runs[0], run, bench) for run in runs[1:]}
         for bench in bench_order(runs)
     }
+    write_text_atomic(out, render_comparison(runs, changes))
     console = console or Console()
     console.print(runs_table(runs, changes))
-    for sentence in verdicts(runs, changes):
-        console.print(sentence, markup=False)
+    lines = verdicts(runs, changes)
     for run in runs:
         if found := forgetting_text(run.forgetting()):
-            console.print(f"{run.name}: {', '.join(map(' '.join, found.items()))}", markup=False)
-    write_text_atomic(out, render_comparison(runs, changes))
+            lines.append(f"{run.name}: {', '.join(map(' '.join, found.items()))}")
+    for line in lines:
+        console.print(printable(line), markup=False)
     return changes
 
 
@@ -418,11 +427,11 @@ def runs_table(
             entry = run.results["benches"].get(bench)
             if entry is None:
                 continue
-            title = escape(_title(bench, run, entry))
+            title = cell_text(_title(bench, run, entry))
             change, p_value = _change_cells(of_runs.get(run.name), scale_of(entry))
             score = with_interval(entry["score"], entry["interval_95"], scale_of(entry))
             shown = title if place == 0 else ""
-            table.add_row(shown, escape(run.name), score, change, p_value, str(entry["n"]))
+            table.add_row(shown, cell_text(run.name), score, change, p_value, str(entry["n"]))
         table.add_section()
     return table
 
@@ -458,34 +467,50 @@ def render_comparison(
         " does not. No p-value is corrected for the number of comparisons.</p>"
     )
     parts += [f"<p><b>{html.escape(text)}</b></p>" for text in verdicts(runs, changes)]
-    parts.append(_scores(runs, changes))
-    entries = {bench: [run.results["benches"].get(bench) for run in runs] for bench in changes}
-    scored = {
-        bench: results
-        for bench, results in entries.items()
-        if any(entry and entry["score"] is not None for entry in results)
-    }
-    if scored:
-        parts += parts_or_reason(
-            "The figure of scores",
-            lambda: [figure(plots.plot_run_scores(names, scored), "scores with intervals")],
-        )
-    curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
-    if curves:
-        parts += ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")]
-    parts += _facts(
-        "Throughput, memory and size of the update", {run.name: run.facts() for run in runs}
+    parts += parts_or_reason("Scores", lambda: [_scores(runs, changes)])
+    parts += parts_or_reason("The figure of scores", lambda: _score_figure(runs, list(changes)))
+    parts += parts_or_reason("Training", lambda: _training(runs))
+    parts += parts_or_reason(
+        _FACTS, lambda: _facts(_FACTS, {run.name: run.facts() for run in runs})
     )
-    parts += _facts("Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs})
+    parts += parts_or_reason(
+        "Forgetting",
+        lambda: _facts("Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs}),
+    )
     for run in runs:
         if run.certificate is not None:
-            summary = html.escape(run.certificate.summary())
-            parts.append(f"<h2>Init certificate: {html.escape(run.name)}</h2><pre>{summary}</pre>")
+            title = f"Init certificate: {run.name}"
+            parts += parts_or_reason(
+                title,
+                lambda run=run, title=title: [
+                    f"<h2>{html.escape(title)}</h2>",
+                    f"<pre>{html.escape(run.certificate.summary())}</pre>",
+                ],
+            )
     for bench in changes:
         parts += parts_or_reason(
             f"Disagreements on {bench}", lambda bench=bench: _gallery(runs, bench)
         )
     return page(f"{len(runs)} runs", parts)
+
+
+def _score_figure(runs: Sequence[Run], benches: Sequence[str]) -> list[str]:
+    entries = {bench: [run.results["benches"].get(bench) for run in runs] for bench in benches}
+    scored = {
+        bench: results
+        for bench, results in entries.items()
+        if any(entry and entry["score"] is not None for entry in results)
+    }
+    if not scored:
+        return []
+    return [
+        figure(plots.plot_run_scores([run.name for run in runs], scored), "scores with intervals")
+    ]
+
+
+def _training(runs: Sequence[Run]) -> list[str]:
+    curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
+    return ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")] if curves else []
 
 
 def _scores(runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -496,7 +521,7 @@ def _scores(runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str,
             if entry is None:
                 continue
             change, p_value = _change_cells(of_runs.get(run.name), scale_of(entry))
-            cells = [
+            cells = (
                 html.escape(_title(bench, run, entry)),
                 html.escape(run.name),
                 f"<b>{with_interval(entry['score'], entry['interval_95'], scale_of(entry))}</b>",
@@ -504,11 +529,9 @@ def _scores(runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str,
                 html.escape(p_value),
                 str(entry["n"]),
                 f"{entry['seconds_per_item']:.3f}",
-            ]
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("", "run", "score", "against the first", "p", "n", "s/item")
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+            )
+            rows.append(cells)
+    return html_table(("", "run", "score", "against the first", "p", "n", "s/item"), rows)
 
 
 def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -516,13 +539,11 @@ def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for values in facts.values() for name in values))
     if not names:
         return []
-    rows = []
-    for name in names:
-        values = [_number(values.get(name)) for values in facts.values()]
-        cells = "".join(f"<td>{value}</td>" for value in (html.escape(name), *values))
-        rows.append(f"<tr>{cells}</tr>")
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in ("", *facts))
-    return [f"<h2>{title}</h2><table><tr>{head}</tr>{''.join(rows)}</table>"]
+    rows = [
+        [html.escape(name), *(_number(values.get(name)) for values in facts.values())]
+        for name in names
+    ]
+    return [f"<h2>{title}</h2>", html_table(("", *facts), rows)]
 
 
 def _number(value: Any) -> str:
@@ -536,32 +557,19 @@ def _gallery(runs: Sequence[Run], bench: str) -> list[str]:
     chosen = disagreements(runs, bench, _PICTURES_A_BENCH)
     if not chosen:
         return []
-    lines = {run.name: _lines(run, bench) for run in runs}
+    lines = {
+        run.name: {
+            row["id"]: row
+            for row in read_json_lines(run.eval_folder / "predictions.jsonl")
+            if row["bench"] == bench
+        }
+        for run in runs
+    }
     data = next((run.results.get("data") for run in runs if run.rows.get(bench)), None)
     items = read_items(bench, Path(data)) if data else {}
     cards = []
     for key in chosen:
-        known = [(name, one[key]) for name, one in lines.items() if key in one]
-        first = known[0][1]
-        options = "".join(
-            f"\n{letter}. {text}"
-            for letter, text in zip("ABCDEFGHIJ", first["options"], strict=False)
-        )
-        said = "".join(
-            f'<p class="{"right" if line["score"] >= 0.5 else "wrong"}">'
-            f"{html.escape(name)}: {html.escape(line['text'] or repr(line['text']))}</p>"
-            for name, line in known
-        )
-        picture = thumbnail(items[key]) if key in items else ""
-        right = html.escape(first["answers"][0]) if first["answers"] else "–"
-        cards.append(
-            f'<div class="card">{picture}<p>{html.escape(first["question"] + options)}</p>'
-            f"<p><b>right: {right}</b></p>{said}</div>"
-        )
+        said = [(name, one[key]) for name, one in lines.items() if key in one]
+        cards.append(card(said[0][1], said, items.get(key)))
     title = html.escape(bench_title(bench, runs[0].results))
     return [f'<h2>Where the runs disagree: {title}</h2><div class="cards">{"".join(cards)}</div>']
-
-
-def _lines(run: Run, bench: str) -> dict[str, dict[str, Any]]:
-    rows = read_json_lines(run.eval_folder / "predictions.jsonl")
-    return {row["id"]: row for row in rows if row["bench"] == bench}

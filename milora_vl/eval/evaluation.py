@@ -88,7 +88,7 @@ def run_bench(
     if labeled:
         # a question without a label is neither right nor wrong
         scored = [row for row in rows if row.answers]
-        result = {**bench.summarise(scored), **result, "majority": bench.majority(labeled)}
+        result = {**bench.summarize(scored), **result, "majority": bench.majority(labeled)}
     else:
         result |= {"metric": bench.METRIC, "score": None, "interval_95": None, "by_category": {}}
         result["n"] = len(items)
@@ -103,7 +103,7 @@ def run_bench(
         result["submission"] = [str(path) for path in paths]
         if conditions.judge is not None and is_judged:
             rows = _grade(name, items, rows, conditions.judge, conditions)
-            result |= bench.summarise(rows)
+            result |= bench.summarize(rows)
             result |= {"judge": conditions.judge.model, "judge_prompt": bench.JUDGE_PROMPT}
     if not is_judged:
         result["n_unlabeled"] = len(items) - len(labeled)
@@ -175,15 +175,15 @@ def _grade(
 
 def _against_blind(bench: Bench, rows: Sequence[Row], blind_rows: Sequence[Row]) -> dict[str, Any]:
     """Return the blind score, and what the picture adds with its paired interval."""
-    summary = bench.summarise(blind_rows)
+    summary = bench.summarize(blind_rows)
     before, after = bench.headline_sums(blind_rows), bench.headline_sums(rows)
-    totals = [bench.headline(sums.sum(axis=0, keepdims=True))[0] for sums in (before, after)]
     interval = statistics.difference_interval(before, after, bench.headline)
     return {
         "blind": summary["score"],
         "blind_interval_95": summary["interval_95"],
         "blind_by_category": summary["by_category"],
-        "gain_over_blind": float(totals[1] - totals[0]),
+        "gain_over_blind": statistics.total(after, bench.headline)
+        - statistics.total(before, bench.headline),
         "gain_over_blind_interval_95": list(interval),
     }
 

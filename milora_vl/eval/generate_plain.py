@@ -27,7 +27,7 @@ def build_prompt(
         vlm: From ``load_vlm``.
         question: Plain text; the pictures come before it.
         pictures: RGB pictures.
-        pad_to_square: Whether pictures of LLaVA-1.5 are padded with the mean colour; None: as the
+        pad_to_square: Whether pictures of LLaVA-1.5 are padded with the mean color; None: as the
             model or its adapter says.
 
     Returns:

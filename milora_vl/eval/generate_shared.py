@@ -24,7 +24,6 @@ from milora_vl.data.records import Turn
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
 from milora_vl.eval.generate_plain import PlainAnswerer
 from milora_vl.eval.items import Answer, EvaluationError, ImageSource, Request
-from milora_vl.eval.packed_linear import packed_linears
 from milora_vl.eval.prefix_tree import build_tree, generate_over_trees, plan_trees, tree_logits
 from milora_vl.model.load import count_image_tokens
 
@@ -96,8 +95,7 @@ class SharedAnswerer:
 
     def answer(self, requests: Sequence[Request], **options: Any) -> dict[str, Answer]:
         """Answer all requests; options and errors are those of ``ask_all``."""
-        with packed_linears(self.model):
-            return ask_all(self, requests, **options)
+        return ask_all(self, requests, **options)
 
     def answer_one_by_one(
         self, requests: Sequence[Request], *, max_new_tokens: int

@@ -1,4 +1,8 @@
-"""Parts of reports: scores as text and terminal tables, and HTML that loads nothing else."""
+"""Parts that reports are made of: numbers as text, terminal tables, and HTML that loads nothing.
+
+All foreign text is escaped. A part that cannot be made is replaced by the reason, because a run of
+hours must not end with its report.
+"""
 
 import base64
 import html
@@ -13,9 +17,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from milora_vl.data.images import load_image
-from milora_vl.eval.bench_files import shorten
+from milora_vl.eval.bench_files import printable, shorten
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.items import Item
+from milora_vl.eval.scoring import lettered
+
+logger = logging.getLogger(__name__)
+
+_PICTURE_PX = 180
+_RIGHT_FROM = 0.5
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:right}
+th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}
+tr.sub td{color:#666;font-size:.9rem;padding-top:0;padding-bottom:0}td small{color:#666}
+img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
+.card{border:1px solid #ddd;border-radius:.4rem;padding:.7rem;font-size:.85rem}
+.card p{margin:.3rem 0;white-space:pre-line}.right::before{content:"✓ "}.wrong::before{content:"✗ "}
+.right{color:#005a8c}.wrong{color:#a03c00}
+"""
 
 
 def scale_of(bench: Mapping[str, Any]) -> float:
@@ -49,16 +71,24 @@ def metric_text(bench: Mapping[str, Any]) -> str:
     return bench["metric"].replace("_", " ") + judged
 
 
+def cell_text(text: str) -> str:
+    """Return foreign text for a cell of a terminal table, where brackets would be markup."""
+    return escape(printable(text))
+
+
 def results_table(results: Mapping[str, Any]) -> Table:
     """Build the table of one evaluation, scores in per cent."""
-    table = Table(box=box.SIMPLE_HEAD, title=escape(_title(results)), title_justify="left")
+    added = f" + {results['adapter']}" if results.get("adapter") else ""
+    table = Table(
+        box=box.SIMPLE_HEAD, title=cell_text(f"{results['model']}{added}"), title_justify="left"
+    )
     table.add_column("bench")
     for heading in ("score (95 %)", "no picture", "majority", "n", "s/item"):
         table.add_column(heading, justify="right")
     for name, bench in results["benches"].items():
         scale = scale_of(bench)
         table.add_row(
-            f"{escape(bench_title(name, results))}\n{escape(metric_text(bench))}",
+            f"{cell_text(bench_title(name, results))}\n{cell_text(metric_text(bench))}",
             with_interval(bench["score"], bench["interval_95"], scale),
             with_interval(bench["blind"], bench["blind_interval_95"], scale),
             as_percent(bench["majority"], scale),
@@ -66,7 +96,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
             f"{bench['seconds_per_item']:.2f}",
         )
         for category, score in bench["by_category"].items():
-            table.add_row(f"  {escape(category)}", as_percent(score, scale), style="dim")
+            table.add_row(f"  {cell_text(category)}", as_percent(score, scale), style="dim")
         table.add_section()
     return table
 
@@ -78,7 +108,7 @@ def results_notes(results: Mapping[str, Any]) -> list[str]:
         if published := bench.get("published"):
             lines.append(f"{name}: published for LLaVA-1.5-7B: {published_text(published)}")
         lines += [f"{name}: {note}" for note in bench["note"].split("; ") if note]
-    return lines
+    return [printable(line) for line in lines]
 
 
 def published_text(published: Mapping[str, Any]) -> str:
@@ -86,11 +116,6 @@ def published_text(published: Mapping[str, Any]) -> str:
     names = ("full", "lora", "milora")
     scores = ", ".join(f"{name} {published[name]}" for name in names if name in published)
     return f"{scores} ({published['split']})"
-
-
-def _title(results: Mapping[str, Any]) -> str:
-    adapter = results.get("adapter")
-    return f"{results['model']}{f' + {adapter}' if adapter else ''}"
 
 
 def comparison_table(
@@ -116,7 +141,7 @@ def comparison_table(
         scale = scale_of(new)
         change = change_text(old["score"], new["score"], (changes or {}).get(name), scale)
         table.add_row(
-            f"{escape(bench_title(name, after))}\n{escape(metric_text(new))}",
+            f"{cell_text(bench_title(name, after))}\n{cell_text(metric_text(new))}",
             with_interval(old["score"], old["interval_95"], scale),
             with_interval(new["score"], new["interval_95"], scale),
             change,
@@ -128,7 +153,7 @@ def comparison_table(
             first = old["by_category"].get(category)
             shown = change_text(first, score, None, scale)
             values = (as_percent(first, scale), as_percent(score, scale), shown)
-            table.add_row(f"  {escape(category)}", *values, style="dim")
+            table.add_row(f"  {cell_text(category)}", *values, style="dim")
         table.add_section()
     return table
 
@@ -149,23 +174,6 @@ def change_text(
     return text
 
 
-logger = logging.getLogger(__name__)
-
-_PICTURE_PX = 180
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:right}
-th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}
-tr.sub td{color:#666;font-size:.9rem;padding-top:0;padding-bottom:0}td small{color:#666}
-img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
-.card{border:1px solid #ddd;border-radius:.4rem;padding:.7rem;font-size:.85rem}
-.card p{margin:.3rem 0;white-space:pre-line}.right::before{content:"✓ "}.wrong::before{content:"✗ "}
-.right{color:#005a8c}.wrong{color:#a03c00}
-"""
-
-
 def parts_or_reason(title: str, build: Callable[[], list[str]]) -> list[str]:
     """Return HTML parts, or the reason why they could not be made, in their place.
 
@@ -175,7 +183,7 @@ def parts_or_reason(title: str, build: Callable[[], list[str]]) -> list[str]:
     """
     try:
         return build()
-    except Exception as error:  # a run of hours must not end with its report
+    except Exception as error:  # whatever it is, see above
         logger.warning("the report lacks %s: %s: %s", title, type(error).__name__, error)
         reason = html.escape(shorten(f"{type(error).__name__}: {error}", 500))
         return [f"<p><b>{html.escape(title)} cannot be shown:</b> {reason}</p>"]
@@ -189,8 +197,50 @@ def page(title: str, parts: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
-    # half of a character, as a cut text may hold, cannot be written as UTF-8
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    return printable(text)
+
+
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[str] | str]) -> str:
+    """Return an HTML table.
+
+    Args:
+        heads: Text above each column.
+        rows: The cells of a row, which are HTML, or the HTML of a whole row.
+    """
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    lines = [
+        row if isinstance(row, str) else f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
+        for row in rows
+    ]
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def card(
+    asked: Mapping[str, Any], said: Sequence[tuple[str, Mapping[str, Any]]], item: Item | None
+) -> str:
+    """Return a question with the answers to it, as HTML.
+
+    Args:
+        asked: A line of ``predictions.jsonl``: question, options and right answers.
+        said: Who answered, and the line with that answer.
+        item: Has the picture; None: none is shown.
+    """
+    question = "\n".join([asked["question"], *lettered(asked["options"])])
+    right = asked["answers"][0] if asked["answers"] else "–"
+    answers = "".join(
+        f'<p class="{"right" if is_right(line["score"]) else "wrong"}">'
+        f"{html.escape(name)}: {html.escape(line['text'] or repr(line['text']))}</p>"
+        for name, line in said
+    )
+    return (
+        f'<div class="card">{"" if item is None else thumbnail(item)}<p>{html.escape(question)}</p>'
+        f"<p><b>right: {html.escape(right)}</b></p>{answers}</div>"
+    )
+
+
+def is_right(score: float) -> bool:
+    """Tell whether a score counts as right in a gallery; a free answer may get part of a credit."""
+    return score >= _RIGHT_FROM
 
 
 def figure(encoded: str, text: str) -> str:

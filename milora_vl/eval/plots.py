@@ -1,19 +1,23 @@
-"""Figures of one run and of several side by side, drawn without a display, as base64 PNG text."""
+"""Figures of one run and of several side by side, drawn without a display, as base64 PNG text.
+
+Names come from files: each is cut to one line, and none is read as a formula.
+"""
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from milora_vl.eval.bench_files import shorten
+from milora_vl.eval.bench_files import printable, shorten
 
-# Okabe and Ito's palette, told apart by people with any colour vision.
+# Okabe and Ito's palette, told apart by people with any color vision.
 BEFORE, AFTER, BLIND, MAJORITY = "#999999", "#0072B2", "#D55E00", "#333333"
-CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 DPI = 110
 MOST_BARS = 60
 """Most categories drawn; more cannot be read, and a figure has a largest size."""
@@ -22,8 +26,7 @@ _LONGEST_NAME_CHARS = 48
 
 def label_of(name: str) -> str:
     """Return a name for a figure: on one line, not longer than the figure, never hidden."""
-    whole = name.encode("utf-8", "replace").decode()  # half a character cannot be drawn
-    text = shorten(" ".join(whole.split()), _LONGEST_NAME_CHARS)
+    text = shorten(" ".join(printable(name).split()), _LONGEST_NAME_CHARS)
     return f" {text}" if text.startswith("_") else text  # matplotlib drops "_" from legends
 
 
@@ -36,6 +39,18 @@ def finish_figure(figure: Figure) -> str:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_score(axes: Axes, bench: Mapping[str, Any] | None, height: float, **style: Any) -> None:
+    """Draw a score with its interval in per cent; points, such as MME's, of their maximum."""
+    if bench is None or bench["score"] is None:
+        return
+    scale = 100 / bench.get("maximum", 1.0)
+    score = scale * bench["score"]
+    low, high = (scale * end for end in bench["interval_95"] or [bench["score"]] * 2)
+    # a percentile interval need not hold the score itself
+    reach = [[max(0.0, score - low)], [max(0.0, high - score)]]
+    axes.errorbar(score, height, xerr=reach, fmt="o", **style)
 
 
 def plot_scores(
@@ -52,26 +67,19 @@ def plot_scores(
     figure = Figure(figsize=(7.5, 0.9 + 0.85 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for place, (_, before, after) in enumerate(rows):
-        for bench, colour, shift, label in (
+        for bench, color, shift, label in (
             (before, BEFORE, -0.16, "before"),
             (after, AFTER, 0.16, "after"),
         ):
-            if bench is None or bench["score"] is None:
-                continue
-            share = bench.get("maximum", 1.0)  # points are drawn as a share of their maximum
-            score = bench["score"] / share
-            low, high = (end / share for end in bench["interval_95"] or [bench["score"]] * 2)
-            axes.errorbar(
-                100 * score,
+            _draw_score(
+                axes,
+                bench,
                 place + shift,
-                # a percentile interval need not hold the score itself
-                xerr=[[100 * max(0.0, score - low)], [100 * max(0.0, high - score)]],
-                fmt="o",
-                color=colour,
                 capsize=4,
+                color=color,
                 label=label if place == len(rows) - 1 else None,
             )
-        for name, marker, colour in (("blind", "x", BLIND), ("majority", "|", MAJORITY)):
+        for name, marker, color in (("blind", "x", BLIND), ("majority", "|", MAJORITY)):
             if after.get(name) is not None:
                 label = "no picture" if name == "blind" else "majority"
                 axes.scatter(
@@ -79,7 +87,7 @@ def plot_scores(
                     place + (0.16 if name == "blind" else 0),
                     marker=marker,
                     s=80,
-                    color=colour,
+                    color=color,
                     label=label if place == len(rows) - 1 else None,
                     zorder=3,
                 )
@@ -149,12 +157,10 @@ def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
     for axes, (stage, series) in zip(
         figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True
     ):
-        for colour, (name, points) in zip(
-            CURVE_COLOURS * len(series), series.items(), strict=False
-        ):
+        for color, (name, points) in zip(CURVE_COLORS * len(series), series.items(), strict=False):
             steps, values = zip(*points, strict=True)
             style = "o-" if len(points) <= 12 else "-"
-            axes.plot(steps, values, style, color=colour, label=label_of(name.replace("_", " ")))
+            axes.plot(steps, values, style, color=color, label=label_of(name.replace("_", " ")))
         axes.set_title(label_of(stage))
         axes.set_xlabel("optimizer step")
         axes.legend(frameon=False, fontsize="small")
@@ -162,7 +168,7 @@ def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def plot_run_scores(names: Sequence[str], entries: Mapping[str, Sequence[Any]]) -> str:
-    """Draw every bench's scores with their 95 % intervals, one colour a run.
+    """Draw every bench's scores with their 95 % intervals, one color a run.
 
     Args:
         names: Of the runs.
@@ -177,24 +183,11 @@ def plot_run_scores(names: Sequence[str], entries: Mapping[str, Sequence[Any]]) 
     axes = figure.subplots()
     step = 0.7 / max(1, len(names))
     for run, name in enumerate(names):
-        colour = CURVE_COLOURS[run % len(CURVE_COLOURS)]
-        axes.plot([], [], "o", color=colour, label=label_of(name))
+        color = CURVE_COLORS[run % len(CURVE_COLORS)]
+        axes.plot([], [], "o", color=color, label=label_of(name))
         for place, results in enumerate(entries.values()):
-            entry = results[run]
-            if entry is None or entry["score"] is None:
-                continue
-            scale = 100 / entry.get("maximum", 1.0)
-            score = scale * entry["score"]
-            low, high = (scale * end for end in entry["interval_95"] or [entry["score"]] * 2)
-            axes.errorbar(
-                score,
-                place + (run - (len(names) - 1) / 2) * step,
-                xerr=[[max(0.0, score - low)], [max(0.0, high - score)]],
-                fmt="o",
-                markersize=4,
-                capsize=3,
-                color=colour,
-            )
+            height = place + (run - (len(names) - 1) / 2) * step
+            _draw_score(axes, results[run], height, capsize=3, color=color, markersize=4)
     axes.set_yticks(range(len(entries)), [label_of(name) for name in entries])
     axes.invert_yaxis()
     axes.set_xlabel("score in per cent (MME: of its maximum), with its 95 % interval")
@@ -216,7 +209,7 @@ def plot_run_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | No
     axes = figure.subplots()
     n_drawn = 0
     for place, (name, entries) in enumerate(logs.items()):
-        colour = CURVE_COLOURS[place % len(CURVE_COLOURS)]
+        color = CURVE_COLORS[place % len(CURVE_COLORS)]
         stage = entries[-1].get("stage") if entries else None
         for key, style in (("loss_nats_per_token", "-"), ("validation_loss_nats_per_token", "o")):
             points = [
@@ -226,7 +219,7 @@ def plot_run_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | No
             ]
             if points:
                 label = None if style == "o" else label_of(f"{name}: {stage}")
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+                axes.plot(*zip(*points, strict=True), style, color=color, label=label)
                 n_drawn += 1
     if not n_drawn:
         return None

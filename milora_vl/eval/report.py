@@ -17,13 +17,15 @@ from milora_vl.eval import plots
 from milora_vl.eval.bench_files import read_json_lines, read_json_object, shorten
 from milora_vl.eval.comparison import compare_folders, read_comparison
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
-from milora_vl.eval.items import Item
 from milora_vl.eval.pages import (
     as_percent,
     bench_title,
+    card,
     change_text,
     comparison_table,
     figure,
+    html_table,
+    is_right,
     metric_text,
     page,
     parts_or_reason,
@@ -31,10 +33,17 @@ from milora_vl.eval.pages import (
     results_notes,
     results_table,
     scale_of,
-    thumbnail,
     with_interval,
 )
 from milora_vl.files import write_text_atomic
+
+__all__ = [
+    "compare_folders",
+    "print_comparison",
+    "print_results",
+    "read_comparison",
+    "write_report",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +53,6 @@ _OUTCOMES = (  # title, was right, is right, how many to show
     ("still wrong", False, False, 2),
     ("right both times", True, True, 1),
 )
-_RIGHT_FROM = 0.5  # credit of a free answer that counts as right in the gallery
 
 
 def render_report(
@@ -99,13 +107,13 @@ def _certificate(run_folder: Path) -> list[str]:
 def _scores(comparison: Mapping[str, Any]) -> list[str]:
     before, after = comparison["before"], comparison["after"]
     names = [name for name in after["benches"] if name in before["benches"]]
-    body = []
+    body: list[Sequence[str] | str] = []
     for name in names:
         old, new = before["benches"][name], after["benches"][name]
         scale = scale_of(new)
         change = change_text(old["score"], new["score"], comparison["changes"].get(name), scale)
         title = html.escape(bench_title(name, after))
-        cells = [
+        cells = (
             f"{title}<br><small>{html.escape(metric_text(new))}</small>",
             with_interval(old["score"], old["interval_95"], scale),
             f"<b>{with_interval(new['score'], new['interval_95'], scale)}</b>",
@@ -113,12 +121,11 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
             with_interval(new["blind"], new["blind_interval_95"], scale),
             as_percent(new["majority"], scale),
             str(new["n"]),
-        ]
-        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        )
+        body.append(cells)
         if new.get("note"):
             body.append(f'<tr class="sub"><td colspan="7">{html.escape(new["note"])}</td></tr>')
     heads = ("", "before", "after", "change", "no picture", "majority", "n")
-    head = "".join(f"<th>{text}</th>" for text in heads)
     scored = [name for name in names if after["benches"][name]["score"] is not None]
     rows = [
         (bench_title(name, after), before["benches"][name], after["benches"][name])
@@ -129,7 +136,7 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
         "<p>Per cent, with 95 % intervals (bootstrap over questions or pictures; the change is"
         " paired). “No picture” is the trained model asked without the picture, “majority” the best"
         " constant guess.</p>",
-        f"<table><tr>{head}</tr>{''.join(body)}</table>",
+        html_table(heads, body),
     ]
     if rows:
         parts += parts_or_reason(
@@ -195,40 +202,26 @@ def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | N
             continue
         items = read_items(name, folder)
         counts, cards = [], []
-        for title, was_right, is_right, n_shown in _OUTCOMES:
+        for title, was_right, stays_right, n_shown in _OUTCOMES:
             chosen = [
                 key
                 for key in keys
-                if (old[key]["score"] >= _RIGHT_FROM) == was_right
-                and (new[key]["score"] >= _RIGHT_FROM) == is_right
+                if [is_right(lines[key]["score"]) for lines in (old, new)]
+                == [was_right, stays_right]
             ]
             counts.append(f"{len(chosen)} {title}")
             # spread over the file, so that not all are of one category
             shown = chosen[:: max(1, len(chosen) // n_shown)][:n_shown]
-            cards += [_card(old[key], new[key], items.get(key[1])) for key in shown]
+            cards += [
+                card(new[key], [("before", old[key]), ("after", new[key])], items.get(key[1]))
+                for key in shown
+            ]
         parts += [
             f"<h3>{html.escape(bench_title(name, comparison['after']))}</h3>",
             f"<p>Chosen by outcome, not in proportion; of {len(keys)}: {', '.join(counts)}.</p>",
             f'<div class="cards">{"".join(cards)}</div>',
         ]
     return parts
-
-
-def _card(before: Mapping[str, Any], after: Mapping[str, Any], item: Item | None) -> str:
-    picture = "" if item is None else thumbnail(item)
-    options = "".join(
-        f"\n{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", after["options"], strict=False)
-    )
-    right = after["answers"][0]
-    answers = "".join(
-        f'<p class="{"right" if line["score"] >= _RIGHT_FROM else "wrong"}">'
-        f"{when}: {html.escape(repr(line['text']) if not line['text'] else line['text'])}</p>"
-        for when, line in (("before", before), ("after", after))
-    )
-    return (
-        f'<div class="card">{picture}<p>{html.escape(after["question"] + options)}</p>'
-        f"<p><b>right: {html.escape(right)}</b></p>{answers}</div>"
-    )
 
 
 def _files(run_folder: Path) -> list[str]:
@@ -247,15 +240,6 @@ def _files(run_folder: Path) -> list[str]:
         text = html.escape(json.dumps(content, indent=2, ensure_ascii=False))
         parts.append(f"<h2>Environment</h2><pre>{text}</pre>")
     return parts
-
-
-__all__ = [
-    "compare_folders",
-    "print_comparison",
-    "print_results",
-    "read_comparison",
-    "write_report",
-]
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:

@@ -72,6 +72,12 @@ def parse_free(item: Item, text: str) -> str | None:
     return text.strip() or None
 
 
+def judge_free(item: Item, text: str | None, details: Mapping[str, Any] | None = None) -> Row:
+    """Return the row of a free answer; a judge model's reply replaces its score of 0."""
+    said = None if text is None else parse_free(item, text)
+    return judged(item, text, said, 0.0, bool(said), details)
+
+
 def no_majority(items: Sequence[Item]) -> None:
     """Return None: there is no constant answer to compare free text with."""
     del items
@@ -97,7 +103,7 @@ def break_down(rows: Sequence[Row], label: Callable[[Row], str]) -> dict[str, fl
     return {name: float(np.mean([row.score for row in part])) for name, part in parts.items()}
 
 
-def summarise_mean(
+def summarize_mean(
     rows: Sequence[Row], metric: str, **breakdowns: Callable[[Row], str]
 ) -> dict[str, Any]:
     """Return mean score, interval, the breakdown by category, and further ones by name."""
@@ -109,6 +115,14 @@ def summarise_mean(
         "by_category": {name: part["score"] for name, part in by_category.items()},
         "by_category_details": by_category,
         **{name: break_down(rows, label) for name, label in breakdowns.items()},
+    }
+
+
+def letter_rates(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the accuracy of the lenient reading, and how often no letter was read at all."""
+    return {
+        "lenient_accuracy": sum(row.details["lenient"] in row.answers for row in rows) / len(rows),
+        "unparsed_rate": sum(row.parsed is None for row in rows) / len(rows),
     }
 
 
@@ -144,3 +158,31 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[Path
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text_atomic(path, text)
     return [path]
+
+
+def answered(items: Sequence[Item], texts: Mapping[str, str | None]) -> list[tuple[Item, str]]:
+    """Return the items that were answered, each with its text; a failed sample has None."""
+    return [(item, text) for item in items if (text := texts[item.id]) is not None]
+
+
+def submission(
+    name: str, entry: Callable[[Item, str], Mapping[str, Any]]
+) -> Callable[..., list[Path]]:
+    """Return a bench's ``write_submission`` that writes one entry for each answered question.
+
+    Args:
+        name: File name; ``.jsonl`` gets a line an entry, any other one JSON list.
+        entry: Item and answer -> entry.
+    """
+
+    def write_submission(
+        items: Sequence[Item],
+        texts: Mapping[str, str | None],
+        out_dir: Path,
+        data_dir: Path | None = None,
+    ) -> list[Path]:
+        del data_dir
+        write = write_json_lines if name.endswith(".jsonl") else write_json
+        return write(out_dir / name, [entry(*pair) for pair in answered(items, texts)])
+
+    return write_submission

@@ -38,6 +38,11 @@ def ratio(sums: Array) -> Array:
     return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
 
 
+def total(sums: Array, statistic: Callable[[Array], Array] = ratio) -> float:
+    """Return a statistic of the column sums over all groups, [G, k] -> a number."""
+    return float(statistic(sums.sum(axis=0, keepdims=True))[0])
+
+
 def bootstrap_interval(
     sums: Array,
     statistic: Callable[[Array], Array] = ratio,

@@ -3,7 +3,7 @@
 A bench is a module with ``VERSION``, ``METRIC``, ``MAX_NEW_TOKENS`` and the functions ``load``
 (official files, or the hub mirror -> items), ``parse`` and ``judge`` (one answer),
 ``headline_sums`` and ``headline`` (the score as a function of sums over groups, which is what the
-bootstrap needs), ``summarise`` (all rows -> numbers), ``majority`` and ``write_submission``. One
+bootstrap needs), ``summarize`` (all rows -> numbers), ``majority`` and ``write_submission``. One
 that a judge model scores also has ``JUDGE_PROMPT`` (name and version of the wording),
 ``judge_prompt``, ``is_usable`` and ``with_reply``. A second
 bench from the same files is the module with some parts exchanged.
@@ -45,14 +45,14 @@ BENCHES: dict[str, Bench] = {
     "vizwiz": vizwiz,
     "sqa": sqa,
     "sqa-full": variant(
-        sqa, load=sqa.load_full, summarise=sqa.summarise_full, METRIC=sqa.METRIC_FULL
+        sqa, load=sqa.load_full, summarize=sqa.summarize_full, METRIC=sqa.METRIC_FULL
     ),
     "textvqa": textvqa,
     "textvqa-ocr": variant(textvqa, load=textvqa.load_with_ocr),
     "mme": mme,
     "seed": seed,
     "seed-image": variant(
-        seed, load=seed.load_images, summarise=seed.summarise_images, METRIC=seed.METRIC_IMAGE
+        seed, load=seed.load_images, summarize=seed.summarize_images, METRIC=seed.METRIC_IMAGE
     ),
     "mmmu": mmmu,
     "mmvet": mmvet,

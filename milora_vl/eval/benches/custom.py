@@ -2,13 +2,13 @@
 
 A line with ``choices`` (a list, or an object of letters and texts) is lettered and has ``answer``,
 a letter or the text of a choice. Any other line is free: it has ``answers``, a list, or one
-``answer``, and is right if the model says one of them once both are normalised. With neither
+``answer``, and is right if the model says one of them once both are normalized. With neither
 there is no score. ``image`` is a file name, a data URI or base64 text. Optional: ``id``,
 ``category``, ``prompt`` (the whole prompt, used as it is).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,9 @@ def _answers(row: Record, choices: tuple[str, ...]) -> tuple[str, ...]:
     key = "answer" if row.has("answer") else "answers"
     is_list = isinstance(row.values.get(key), (list, tuple))
     answers = row.texts(key) if is_list else (row.text(key),) if row.has(key) else ()
-    if "" in map(_normalise, answers):
+    if "" in map(_normalize, answers):
         # what is left of an empty answer is what is left of "the"
-        raise row.error(f"{key}: nothing is left of one of them once it is normalised")
+        raise row.error(f"{key}: nothing is left of one of them once it is normalized")
     return answers
 
 
@@ -128,13 +128,13 @@ def _letter(row: Record, choices: tuple[str, ...]) -> str:
     return letter
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     return vqa_official(m4c(text))
 
 
 def parse(item: Item, text: str) -> str | None:
     """Return the letter, or the answer as it is compared."""
-    return parse_option(text, item.options) if item.options else _normalise(text)
+    return parse_option(text, item.options) if item.options else _normalize(text)
 
 
 def judge(item: Item, text: str | None) -> Row:
@@ -143,13 +143,13 @@ def judge(item: Item, text: str | None) -> Row:
     if item.options:
         is_formed = scoring.is_bare_letter(text, len(item.options))
         return scoring.judged(item, text, said, float(said in item.answers), is_formed)
-    right = {_normalise(answer) for answer in item.answers}
+    right = {_normalize(answer) for answer in item.answers}
     return scoring.judged(item, text, said, float(said in right), bool(said))
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return accuracy, interval and breakdown by ``category``."""
-    return scoring.summarise_mean(rows, METRIC)
+    return scoring.summarize_mean(rows, METRIC)
 
 
 def majority(items: Sequence[Item]) -> float:
@@ -157,17 +157,7 @@ def majority(items: Sequence[Item]) -> float:
     return scoring.best_constant(items, judge)
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the answers as JSON lines: id, text and what was read out of it."""
-    del data_dir
-    rows = [
-        {"id": item.id, "text": answer, "parsed": parse(item, answer)}
-        for item in items
-        if (answer := texts[item.id]) is not None
-    ]
-    return scoring.write_json_lines(out_dir / "custom_answers.jsonl", rows)
+write_submission = scoring.submission(
+    "custom_answers.jsonl",
+    lambda item, text: {"id": item.id, "text": text, "parsed": parse(item, text)},
+)

@@ -5,7 +5,7 @@ pictures are ``{imageId}.jpg``.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,10 @@ def judge(item: Item, text: str | None) -> Row:
     return scoring.judged(item, text, said, float(said in item.answers), bool(said))
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and the official breakdowns; ``distribution`` is better when low."""
     return {
-        **scoring.summarise_mean(
+        **scoring.summarize_mean(
             rows,
             METRIC,
             by_structural=lambda row: row.details["structural"],
@@ -170,17 +170,8 @@ def majority(items: Sequence[Item]) -> float:
     return scoring.best_constant(items, judge, lambda item: item.details["structural"])
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the prediction file of GQA's own scorer."""
-    del data_dir
-    rows = [
-        {"questionId": item.id, "prediction": parse(item, answer)}
-        for item in items
-        if (answer := texts[item.id]) is not None
-    ]
-    return scoring.write_json(out_dir / "gqa_submission.json", rows)
+# what GQA's own scorer reads
+write_submission = scoring.submission(
+    "gqa_submission.json",
+    lambda item, text: {"questionId": item.id, "prediction": parse(item, text)},
+)

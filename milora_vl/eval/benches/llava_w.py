@@ -106,8 +106,7 @@ def _item(
 
 def judge(item: Item, text: str | None) -> Row:
     """Return the row of an answer, without a score until a judge's reply is there."""
-    said = None if text is None else parse(item, text)
-    return scoring.judged(item, text, said, 0.0, bool(said), {"reference_score": 1.0})
+    return scoring.judge_free(item, text, {"reference_score": 1.0})
 
 
 def judge_prompt(item: Item, text: str) -> str:
@@ -116,6 +115,16 @@ def judge_prompt(item: Item, text: str) -> str:
         f"{_INSTRUCTION}\n[Picture]\n{item.details['context']}\n\n[Question]\n{item.question}\n\n"
         f"[Answer 1]\n{item.details['reference']}\n\n[Answer 2]\n{text}\n"
     )
+
+
+_write_answers = scoring.submission(
+    "llava_w_answers.jsonl",
+    lambda item, text: {"question_id": item.id, "prompt": item.question, "text": text},
+)
+_write_judge_prompts = scoring.submission(
+    "llava_w_judge_prompts.jsonl",
+    lambda item, text: {"id": item.id, "prompt": judge_prompt(item, text)},
+)
 
 
 def _read_grades(reply: str) -> list[float]:
@@ -145,17 +154,16 @@ def headline_sums(rows: Sequence[Row]) -> statistics.Array:
 headline = statistics.ratio
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the mean grade over the reference's, interval, and the same by category."""
     sums = headline_sums(rows)
     parts = split_rows(rows, [row.category for row in rows])
     by_category = {
-        name: float(headline(headline_sums(part).sum(axis=0, keepdims=True))[0])
-        for name, part in parts.items()
+        name: statistics.total(headline_sums(part), headline) for name, part in parts.items()
     }
     return {
         "metric": METRIC,
-        "score": float(headline(sums.sum(axis=0, keepdims=True))[0]),
+        "score": statistics.total(sums, headline),
         "interval_95": list(statistics.bootstrap_interval(sums, headline)),
         "n": len(rows),
         "by_category": by_category,
@@ -171,17 +179,7 @@ def write_submission(
     data_dir: Path | None = None,
 ) -> list[Path]:
     """Write the official answers file and the judge's prompts."""
-    del data_dir
-    said = {item.id: answer for item in items if (answer := texts[item.id]) is not None}
-    answers = [
-        {"question_id": item.id, "prompt": item.question, "text": said[item.id]}
-        for item in items
-        if item.id in said
+    return [
+        *_write_answers(items, texts, out_dir, data_dir),
+        *_write_judge_prompts(items, texts, out_dir, data_dir),
     ]
-    paths = scoring.write_json_lines(out_dir / "llava_w_answers.jsonl", answers)
-    prompts = (
-        {"id": item.id, "prompt": judge_prompt(item, said[item.id])}
-        for item in items
-        if item.id in said
-    )
-    return paths + scoring.write_json_lines(out_dir / "llava_w_judge_prompts.jsonl", prompts)

@@ -310,7 +310,7 @@ def _circular(rows: Sequence[Row]) -> dict[str, Any]:
     return {"score": float(sums[:, 0].mean()), "interval_95": list(interval), "n": len(sums)}
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown of all rows of the bench."""
     parts = split_rows(rows, [row.category for row in rows])
     by_category = {name: _circular(part) for name, part in parts.items()}

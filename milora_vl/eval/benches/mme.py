@@ -181,12 +181,12 @@ def _points(rows: Sequence[Row], categories: Sequence[str]) -> dict[str, Any]:
     sums = _sums(rows, categories)
     if not len(sums):
         return {"score": None, "interval_95": None}
-    score = float(headline(sums.sum(axis=0, keepdims=True))[0])
+    score = statistics.total(sums, headline)
     interval = statistics.bootstrap_interval(sums, headline)
     return {"score": score, "interval_95": list(interval)}
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return perception points, interval, points a category, and the cognition points."""
     parts = split_rows(rows, [row.category for row in rows])
     present = [name for name in (*PERCEPTION, *COGNITION) if name in parts]
@@ -210,7 +210,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 def majority(items: Sequence[Item]) -> float:
     """Return the points of the better constant answer; one of each pair is right, never both."""
     said = ([judge(item, text) for item in items] for text in ("yes", "no"))
-    return max(summarise(rows)["score"] or 0.0 for rows in said)
+    return max(summarize(rows)["score"] or 0.0 for rows in said)
 
 
 def write_submission(

@@ -157,11 +157,11 @@ def judge(item: Item, text: str | None) -> Row:
     return scoring.judged(item, text, said, float(is_right), is_formed)
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return accuracy over questions, interval, breakdown by subject and by question type."""
     unparsed = sum(row.parsed is None for row in rows)
     return {
-        **scoring.summarise_mean(
+        **scoring.summarize_mean(
             rows, METRIC, by_question_type=lambda row: row.details["question_type"]
         ),
         "unparsed_rate": unparsed / len(rows),
@@ -181,9 +181,5 @@ def write_submission(
 ) -> list[Path]:
     """Write the JSON object that the evaluation server takes: id -> letter or text."""
     del data_dir
-    said = {
-        item.id: parse(item, answer) or ""
-        for item in items
-        if (answer := texts[item.id]) is not None
-    }
+    said = {item.id: parse(item, text) or "" for item, text in scoring.answered(items, texts)}
     return scoring.write_json(out_dir / "mmmu_submission.json", said)

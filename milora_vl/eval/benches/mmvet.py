@@ -43,6 +43,7 @@ Reply with the grade alone.
 """
 
 parse = scoring.parse_free
+judge = scoring.judge_free
 majority = scoring.no_majority
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
@@ -81,18 +82,18 @@ def _item(key: str, row: Record, image: ImageSource) -> Item:
     )
 
 
-def judge(item: Item, text: str | None) -> Row:
-    """Return the row of an answer, without a score until a judge's reply is there."""
-    said = None if text is None else parse(item, text)
-    return scoring.judged(item, text, said, 0.0, bool(said))
-
-
 def judge_prompt(item: Item, text: str) -> str:
     """Return what the judge is asked about an answer."""
     return (
         f"{_INSTRUCTION}\nQuestion: {item.question}\nReference: {item.details['reference']}\n"
         f"Answer: {text}\nGrade:"
     )
+
+
+_write_judge_prompts = scoring.submission(
+    "mmvet_judge_prompts.jsonl",
+    lambda item, text: {"id": item.id, "prompt": judge_prompt(item, text)},
+)
 
 
 def is_usable(reply: str) -> bool:
@@ -106,14 +107,14 @@ def with_reply(row: Row, reply: str) -> Row:
     return replace(row, score=float(grade), details={**row.details, "judge_reply": reply})
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the mean grade, interval, and the mean over the questions that need each skill."""
     skills = sorted({skill for row in rows for skill in row.details["skills"]})
     by_skill = {
         skill: float(np.mean([row.score for row in rows if skill in row.details["skills"]]))
         for skill in skills
     }
-    return {**scoring.summarise_mean(rows, METRIC), "by_skill": by_skill}
+    return {**scoring.summarize_mean(rows, METRIC), "by_skill": by_skill}
 
 
 def write_submission(
@@ -124,11 +125,8 @@ def write_submission(
 ) -> list[Path]:
     """Write the official prediction file (id -> text) and the judge's prompts."""
     del data_dir
-    said = {item.id: answer for item in items if (answer := texts[item.id]) is not None}
-    paths = scoring.write_json(out_dir / "mmvet_predictions.json", said)
-    prompts = (
-        {"id": item.id, "prompt": judge_prompt(item, said[item.id])}
-        for item in items
-        if item.id in said
-    )
-    return paths + scoring.write_json_lines(out_dir / "mmvet_judge_prompts.jsonl", prompts)
+    said = {item.id: text for item, text in scoring.answered(items, texts)}
+    return [
+        *scoring.write_json(out_dir / "mmvet_predictions.json", said),
+        *_write_judge_prompts(items, texts, out_dir),
+    ]

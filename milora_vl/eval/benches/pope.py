@@ -205,7 +205,7 @@ def _category(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown of all rows of the bench."""
     parts = split_rows(rows, [row.category for row in rows])
     details = {name: _category(parts[name]) for name in CATEGORIES if name in parts}
@@ -213,7 +213,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     said = [row.parsed for row in rows]
     return {
         "metric": METRIC,
-        "score": float(headline(sums.sum(axis=0, keepdims=True))[0]),
+        "score": statistics.total(sums, headline),
         "interval_95": list(statistics.bootstrap_interval(sums, headline)),
         "n": len(rows),
         "by_category": {name: part["f1"] for name, part in details.items()},
@@ -228,7 +228,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 def majority(items: Sequence[Item]) -> float:
     """Return the mean F1 of the better constant answer, which is always "yes"."""
-    return float(summarise([judge(item, "yes") for item in items])["score"])
+    return float(summarize([judge(item, "yes") for item in items])["score"])
 
 
 def write_submission(
@@ -247,8 +247,8 @@ def write_submission(
                 "question": item.question,
                 "answer": answer,
             }
-            for item in items
-            if item.category == category and (answer := texts[item.id]) is not None
+            for item, answer in scoring.answered(items, texts)
+            if item.category == category
         ]
         if rows:
             path = out_dir / f"pope_{category}_answers.jsonl"

@@ -121,27 +121,22 @@ def judge(item: Item, text: str | None) -> Row:
     )
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return accuracy over all, and over pictures and videos beside it."""
     parts = {
         name: scoring.mean_score([row for row in rows if row.details["data_type"] == name])
         for name in ("image", "video")
     }
-    return {**_summarise(rows, METRIC), **parts}
+    return {**_summarize(rows, METRIC), **parts}
 
 
-def summarise_images(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_images(rows: Sequence[Row]) -> dict[str, Any]:
     """Return accuracy over picture questions."""
-    return _summarise(rows, METRIC_IMAGE)
+    return _summarize(rows, METRIC_IMAGE)
 
 
-def _summarise(rows: Sequence[Row], metric: str) -> dict[str, Any]:
-    lenient = sum(row.details["lenient"] in row.answers for row in rows) / len(rows)
-    return {
-        **scoring.summarise_mean(rows, metric),
-        "lenient_accuracy": lenient,
-        "unparsed_rate": sum(row.parsed is None for row in rows) / len(rows),
-    }
+def _summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    return {**scoring.summarize_mean(rows, metric), **scoring.letter_rates(rows)}
 
 
 def majority(items: Sequence[Item]) -> float:
@@ -149,17 +144,7 @@ def majority(items: Sequence[Item]) -> float:
     return scoring.best_constant(items, judge)
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the JSON lines of SEED-Bench's leaderboard: question_id and prediction."""
-    del data_dir
-    rows = [
-        {"question_id": item.id, "prediction": answer}
-        for item in items
-        if (answer := texts[item.id]) is not None
-    ]
-    return scoring.write_json_lines(out_dir / "seed_submission.jsonl", rows)
+# what SEED-Bench's leaderboard takes
+write_submission = scoring.submission(
+    "seed_submission.jsonl", lambda item, text: {"question_id": item.id, "prediction": text}
+)

@@ -153,28 +153,26 @@ def judge(item: Item, text: str | None) -> Row:
     )
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return IMG accuracy, interval and breakdown (subject, context, grades)."""
-    return _summarise([row for row in rows if row.details["has_image"]], METRIC)
+    return _summarize([row for row in rows if row.details["has_image"]], METRIC)
 
 
-def summarise_full(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_full(rows: Sequence[Row]) -> dict[str, Any]:
     """Return accuracy over all questions, and ``img_accuracy`` beside it."""
     images = scoring.mean_score([row for row in rows if row.details["has_image"]])
-    return {**_summarise(rows, METRIC_FULL), "img_accuracy": images}
+    return {**_summarize(rows, METRIC_FULL), "img_accuracy": images}
 
 
-def _summarise(rows: Sequence[Row], metric: Literal["img_accuracy", "accuracy"]) -> dict[str, Any]:
-    lenient = sum(row.details["lenient"] in row.answers for row in rows) / len(rows)
+def _summarize(rows: Sequence[Row], metric: Literal["img_accuracy", "accuracy"]) -> dict[str, Any]:
     return {
-        **scoring.summarise_mean(
+        **scoring.summarize_mean(
             rows,
             metric,
             by_context=lambda row: row.details["context"],
             by_grades=lambda row: row.details["grades"],
         ),
-        "lenient_accuracy": lenient,
-        "unparsed_rate": sum(row.parsed is None for row in rows) / len(rows),
+        **scoring.letter_rates(rows),
     }
 
 

@@ -4,7 +4,7 @@ Official file: ``TextVQA_0.5.1_val.json``; pictures are ``train_images/{image_id
 58.2 is *with* OCR words in the prompt (``textvqa-ocr``), later models' numbers are without.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,10 @@ def _item(row: Record, image: ImageSource, words: str | None) -> Item:
     )
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score and interval; ``with_ocr`` says what the prompts held."""
     return {
-        **scoring.summarise_mean(rows, METRIC),
+        **scoring.summarize_mean(rows, METRIC),
         "with_ocr": any(row.details["ocr_words"] is not None for row in rows),
         "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
     }
@@ -136,17 +136,8 @@ def majority(items: Sequence[Item]) -> float:
     return scoring.best_constant(items, judge)
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the JSON list that the evaluation server takes: question_id and processed answer."""
-    del data_dir
-    rows = [
-        {"question_id": item.details["question_id"], "answer": m4c(answer)}
-        for item in items
-        if (answer := texts[item.id]) is not None
-    ]
-    return scoring.write_json(out_dir / "textvqa_submission.json", rows)
+# what the evaluation server takes
+write_submission = scoring.submission(
+    "textvqa_submission.json",
+    lambda item, text: {"question_id": item.details["question_id"], "answer": m4c(text)},
+)

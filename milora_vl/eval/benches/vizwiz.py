@@ -4,7 +4,7 @@ Official files: ``val.json`` or ``test.json``, a list of ``image, question, answ
 answers, for the evaluation server); pictures in ``val/`` or ``test/``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,11 @@ def _item(
     )
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown by answer type."""
     said = [row.parsed for row in rows]
     return {
-        **scoring.summarise_mean(rows, METRIC),
+        **scoring.summarize_mean(rows, METRIC),
         "unanswerable_rate": said.count("unanswerable") / len(rows),
         "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
     }
@@ -102,17 +102,7 @@ def majority(items: Sequence[Item]) -> float:
     return scoring.best_constant(items, judge, lambda item: "all")
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the JSON list that the evaluation server takes: image and processed answer."""
-    del data_dir
-    rows = [
-        {"image": item.id, "answer": m4c(answer)}
-        for item in items
-        if (answer := texts[item.id]) is not None
-    ]
-    return scoring.write_json(out_dir / "vizwiz_submission.json", rows)
+# what the evaluation server takes
+write_submission = scoring.submission(
+    "vizwiz_submission.json", lambda item, text: {"image": item.id, "answer": m4c(text)}
+)

@@ -150,10 +150,10 @@ def judge(item: Item, text: str | None) -> Row:
     return scoring.judged(item, text, said, score, bool(text and text.strip()))
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return score, interval and breakdown (answer type, question type) of all rows."""
     return {
-        **scoring.summarise_mean(
+        **scoring.summarize_mean(
             rows, METRIC, by_question_type=lambda row: row.details["question_type"]
         ),
         "empty_rate": 1 - sum(row.well_formed for row in rows) / len(rows),
@@ -192,8 +192,7 @@ def write_submission(
     """
     rows = [
         {"question_id": item.details["question_id"], "answer": m4c(answer)}
-        for item in items
-        if (answer := texts[item.id]) is not None
+        for item, answer in scoring.answered(items, texts)
     ]
     asked = {item.details["question_id"] for item in items}
     root = data_dir.parent if data_dir is not None and data_dir.is_file() else data_dir

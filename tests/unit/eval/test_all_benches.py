@@ -45,12 +45,12 @@ def test_right_answers_get_everything_and_failed_samples_nothing(name, data):
     items = bench.load(data)
     texts = [item.answers[0] if len(item.answers) < 10 else item.answers[-1] for item in items]
     rows = judged(bench, items, texts)
-    result = bench.summarise(rows)
+    result = bench.summarize(rows)
     top = result.get("maximum", 1.0)
     assert result["score"] == pytest.approx(top)
     assert result["interval_95"] == pytest.approx([top, top])
     assert 0 <= bench.majority(items) <= top
-    failed = bench.summarise(judged(bench, items, [None] * len(items)))
+    failed = bench.summarize(judged(bench, items, [None] * len(items)))
     assert failed["score"] == 0
     sums = bench.headline_sums(rows).sum(axis=0, keepdims=True)
     assert bench.headline(sums)[0] == pytest.approx(result["score"])

@@ -42,7 +42,7 @@ words = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(sor
         ("blue /green", "blue green", "blue green"),
     ],
 )
-def test_normalisers_on_published_examples(text, official, processed):
+def test_normalizers_on_published_examples(text, official, processed):
     assert vqa_official(text) == official
     assert m4c(text) == processed
 

@@ -100,7 +100,7 @@ def check(bench, folder, file):
     assert all(isinstance(item.prompt, str) for item in items)
     if any(item.answers for item in items):
         scored = [row for row in rows if row.answers]
-        assert 0 <= BENCHES[bench].summarise(scored)["score"] <= 1
+        assert 0 <= BENCHES[bench].summarize(scored)["score"] <= 1
 
 
 @pytest.mark.parametrize("bench", JSON_FILES)
@@ -319,7 +319,7 @@ def test_unrelated_ids_a_million_apart_are_two_questions(tmp_path, caplog):
     assert [item.group for item in items] == ["345678", "345678", "12345678"]
     assert [item.details["rotation"] for item in items] == [0, 1, 0]
     assert "first is index 12345678" in caplog.text
-    result = mmbench.summarise(judged(mmbench, items, ["A", "B", "B"]))
+    result = mmbench.summarize(judged(mmbench, items, ["A", "B", "B"]))
     assert (result["score"], result["n"]) == (0.5, 2)
 
 

@@ -110,11 +110,11 @@ def test_mmbench_missing_hint_as_the_word_nan_is_no_hint(tmp_path):
 
 def test_mmbench_is_right_only_in_all_rotations(two_questions):
     texts = sure(mmbench, two_questions)
-    assert mmbench.summarise(judged(mmbench, two_questions, texts))["score"] == 1
+    assert mmbench.summarize(judged(mmbench, two_questions, texts))["score"] == 1
     for place in range(len(texts)):
         one_wrong = list(texts)
         one_wrong[place] = "B" if texts[place] == "A" else "A"
-        result = mmbench.summarise(judged(mmbench, two_questions, one_wrong))
+        result = mmbench.summarize(judged(mmbench, two_questions, one_wrong))
         assert result["score"] == 0.5
         assert result["vanilla_all"]["score"] == pytest.approx(5 / 6)
 
@@ -129,13 +129,13 @@ def test_mmbench_golden_circular_vectors(tmp_path):
         (["cat"] * 4, 1),
         (["A", "D", "C", ""], 0),
     ):
-        assert mmbench.summarise(judged(mmbench, items, texts))["score"] == score
+        assert mmbench.summarize(judged(mmbench, items, texts))["score"] == score
 
 
 def test_mmbench_always_a_scores_in_one_pass_and_not_circularly(tmp_path):
     rows = [row for base in range(8) for row in rotations(base, ["x", "y", "z"], "x")]
     items = mmbench.load(write_tsv(tmp_path / "mmbench.tsv", rows))
-    result = mmbench.summarise(judged(mmbench, items, ["A"] * len(items)))
+    result = mmbench.summarize(judged(mmbench, items, ["A"] * len(items)))
     assert result["vanilla_circ0"]["score"] == 1
     assert result["score"] == 0
     assert result["letter_share"] == {"A": 1}
@@ -144,7 +144,7 @@ def test_mmbench_always_a_scores_in_one_pass_and_not_circularly(tmp_path):
 def test_mmbench_breakdown_counts_questions_not_rows(two_questions):
     texts = sure(mmbench, two_questions)
     texts[0] = "nothing of this"
-    result = mmbench.summarise(judged(mmbench, two_questions, texts))
+    result = mmbench.summarize(judged(mmbench, two_questions, texts))
     assert result["n"] == 2
     assert result["n_rows"] == 6
     assert result["by_category"] == {"colour": 1, "naming": 0}
@@ -173,7 +173,7 @@ def test_mmbench_limit_keeps_whole_questions(tmp_path):
 def test_mmbench_file_without_rotations_does_not_claim_circular(tmp_path, caplog):
     rows = rotations(1, ["a", "b"], "a")[:1]
     items = mmbench.load(write_tsv(tmp_path / "mmbench.tsv", rows))
-    assert mmbench.summarise(judged(mmbench, items, ["A"]))["metric"] == "accuracy"
+    assert mmbench.summarize(judged(mmbench, items, ["A"]))["metric"] == "accuracy"
     assert "lack a rotated row" in caplog.text
 
 

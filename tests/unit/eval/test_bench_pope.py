@@ -49,7 +49,7 @@ def test_pope_headline_is_the_mean_of_the_categories_f1(tmp_path):
     )
     items = pope.load(tmp_path)
     texts = ["Yes", "Yes", "No", "Yes", "Yes", "Yes", "No", "No"]
-    result = pope.summarise(judged(pope, items, texts))
+    result = pope.summarize(judged(pope, items, texts))
     assert result["by_category"]["random"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert result["by_category"]["popular"] == pytest.approx(2 / 3)
     assert result["score"] == pytest.approx((4 / 6 + 2 / 3) / 2)
@@ -62,7 +62,7 @@ def test_pope_headline_is_the_mean_of_the_categories_f1(tmp_path):
 def test_pope_yes_ratio_counts_predictions_not_labels(tmp_path):
     write_pope(tmp_path, random=[pope_row(0, "yes"), pope_row(1, "no")])
     items = pope.load(tmp_path)
-    result = pope.summarise(judged(pope, items, ["No", "No"]))
+    result = pope.summarize(judged(pope, items, ["No", "No"]))
     details = result["by_category_details"]["random"]
     assert details["yes_ratio"] == 0
     assert details["label_yes_ratio"] == 0.5
@@ -72,7 +72,7 @@ def test_pope_yes_ratio_counts_predictions_not_labels(tmp_path):
 def test_pope_official_parse_takes_chatter_for_yes_and_strict_does_not(tmp_path):
     write_pope(tmp_path, random=[pope_row(0, "yes"), pope_row(1, "no")])
     items = pope.load(tmp_path)
-    result = pope.summarise(judged(pope, items, ["There is a dog.", "Nope"]))
+    result = pope.summarize(judged(pope, items, ["There is a dog.", "Nope"]))
     details = result["by_category_details"]["random"]
     assert details["yes_ratio"] == 1
     assert details["accuracy"] == 0.5
@@ -83,8 +83,8 @@ def test_pope_official_parse_takes_chatter_for_yes_and_strict_does_not(tmp_path)
 def test_pope_failed_sample_is_wrong_and_not_a_yes(tmp_path):
     write_pope(tmp_path, random=[pope_row(0, "yes"), pope_row(1, "no")])
     items = pope.load(tmp_path)
-    empty = pope.summarise(judged(pope, items, ["", ""]))
-    failed = pope.summarise(judged(pope, items, [None, None]))
+    empty = pope.summarize(judged(pope, items, ["", ""]))
+    failed = pope.summarize(judged(pope, items, [None, None]))
     assert (empty["accuracy"], empty["yes_ratio"]) == (0.5, 1)
     assert (failed["accuracy"], failed["yes_ratio"]) == (0, 0)
 

@@ -22,7 +22,7 @@ def test_gqa_asks_balanced_questions_and_splits_them_by_structure(tmp_path):
     items = gqa.load(tmp_path)
     assert [item.id for item in items] == ["07", "08", "09"]
     assert [item.category for item in items] == ["open", "open", "binary"]
-    result = gqa.summarise(judged(gqa, items, ["red", "red", "no"]))
+    result = gqa.summarize(judged(gqa, items, ["red", "red", "no"]))
     assert result["by_category"] == {"binary": 0, "open": 0.5}
     # of the group "color": red 1 -> 2, blue 1 -> 0: (1 + 1) * 2 questions / 2, over 100
     assert result["distribution"] == pytest.approx(0.02)
@@ -43,7 +43,7 @@ def test_vizwiz_prepends_its_own_line_and_test_goes_to_the_server(tmp_path):
     layouts.vizwiz(tmp_path)
     rows = judged(vizwiz, vizwiz.load(tmp_path), ["Unanswerable", "unanswerable."])
     assert [row.score for row in rows] == [0, 1]
-    assert vizwiz.summarise(rows)["unanswerable_rate"] == 1
+    assert vizwiz.summarize(rows)["unanswerable_rate"] == 1
     test = [{"image": "VizWiz_test_0.jpg", "question": "It's?"}]
     layouts.put(tmp_path / "vizwiz/test.json", test)
     items = vizwiz.load(tmp_path / "vizwiz/test.json")
@@ -58,7 +58,7 @@ def test_a_val_json_of_another_data_set_is_not_taken_for_vizwiz(tmp_path):
         vizwiz.load(tmp_path)
 
 
-def test_textvqa_normalises_both_sides_with_m4c(tmp_path):
+def test_textvqa_normalizes_both_sides_with_m4c(tmp_path):
     assert m4c_accuracy("red,blue", ["red,blue"] * 10) == 1  # VQAv2's rule gives 0 here
     layouts.textvqa(tmp_path)
     rows = judged(textvqa, textvqa.load(tmp_path), ["red", "The 1998."])
@@ -113,13 +113,13 @@ def test_sqa_parses_as_llava_does(tmp_path, text, letter):
 def test_sqa_img_and_full_are_two_numbers(tmp_path):
     layouts.sqa(tmp_path)
     items = sqa.load_full(tmp_path)
-    result = sqa.summarise_full(judged(sqa, items, ["B", "C"]))
+    result = sqa.summarize_full(judged(sqa, items, ["B", "C"]))
     assert (result["metric"], result["score"]) == ("accuracy", 0.5)
     assert result["img_accuracy"]["score"] == 1
     assert result["by_context"] == {"image": 1, "none": 0}
     image_only = sqa.load(tmp_path)
     assert [item.id for item in image_only] == ["4"]
-    assert sqa.summarise(judged(sqa, image_only, ["B"]))["metric"] == "img_accuracy"
+    assert sqa.summarize(judged(sqa, image_only, ["B"]))["metric"] == "img_accuracy"
     (path,) = sqa.write_submission(items, {"4": "B", "5": "what"}, tmp_path)
     assert json.loads(path.read_text())["results"] == {"4": 1, "5": -1}
 
@@ -131,7 +131,7 @@ def test_mme_points_of_the_golden_pair_set(tmp_path):
         sub = "questions_answers_YN" if path.suffix == ".txt" else "images"
         path.rename(root / sub / path.name)
     items = mme.load(tmp_path)
-    result = mme.summarise(judged(mme, items, ["Yes", "No", "Yes", "Yes"]))
+    result = mme.summarize(judged(mme, items, ["Yes", "No", "Yes", "Yes"]))
     assert result["score"] == pytest.approx(75 + 50)
     assert result["maximum"] == 200
     assert mme.majority(items) == 50  # always yes: half the questions, never a pair
@@ -141,7 +141,7 @@ def test_mme_half_of_every_pair_gives_500_and_200_points(tmp_path):
     names = (*mme.PERCEPTION, *mme.COGNITION)
     layouts.mme(tmp_path, [(name, "a") for name in names])
     items = mme.load(tmp_path)
-    result = mme.summarise(judged(mme, items, ["yes"] * len(items)))
+    result = mme.summarize(judged(mme, items, ["yes"] * len(items)))
     assert (result["score"], result["cognition"]["score"]) == (500, 200)
     assert result["maximum"] == 2000
 
@@ -150,7 +150,7 @@ def test_mme_sums_perception_and_reports_cognition_beside_it(tmp_path):
     layouts.mme(tmp_path)
     items = mme.load(tmp_path)
     assert items[2].prompt == items[0].prompt  # two spaces before the request make no difference
-    result = mme.summarise(judged(mme, items, ["yes", "no", "yes", "no", "yes", "yes"]))
+    result = mme.summarize(judged(mme, items, ["yes", "no", "yes", "no", "yes", "yes"]))
     assert result["score"] == 400
     assert result["cognition"]["score"] == 50
     assert result["by_category"] == {"existence": 200, "OCR": 200, "code_reasoning": 50}
@@ -175,12 +175,12 @@ def test_mme_pictures_with_one_question_are_an_error(tmp_path):
 def test_seed_scores_letters_strictly_and_shows_what_leniency_would_give(tmp_path):
     layouts.seed(tmp_path)
     items = seed.load(tmp_path)
-    result = seed.summarise(judged(seed, items, ["B", "B. dog"]))
+    result = seed.summarize(judged(seed, items, ["B", "B. dog"]))
     assert (result["score"], result["lenient_accuracy"]) == (0.5, 1)
     assert (result["image"]["score"], result["video"]["score"]) == (1, 0)
     images = seed.load_images(tmp_path)
     assert [item.id for item in images] == ["1"]
-    metrics = [result["metric"], seed.summarise_images(judged(seed, images, ["B"]))["metric"]]
+    metrics = [result["metric"], seed.summarize_images(judged(seed, images, ["B"]))["metric"]]
     assert metrics == ["accuracy", "image_accuracy"]
     assert result["by_category"] == {"Action Recognition": 0, "Scene Understanding": 1}
 
@@ -216,7 +216,7 @@ def test_mmmu_reads_lists_as_data_and_gives_no_luck_of_the_draw(tmp_path):
     assert [item.category for item in items] == ["Art_Theory", "Math"]
     rows = judged(mmmu, items, ["no idea", "three"])
     assert [row.score for row in rows] == [0, 1]
-    assert mmmu.summarise(rows)["unparsed_rate"] == 0.5
+    assert mmmu.summarize(rows)["unparsed_rate"] == 0.5
     (path,) = mmmu.write_submission(items, {one.id: "B" for one in items}, tmp_path)
     assert json.loads(path.read_text()) == {
         "validation_Art_Theory_1": "B",

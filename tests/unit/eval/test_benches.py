@@ -56,7 +56,7 @@ def test_vqa_joins_annotations_by_id_and_reports_answer_types(tmp_path):
     items = vqav2.load(tmp_path)
     rows = judged(vqav2, items, ["Red.", "blue", "Yes"])
     assert [row.score for row in rows] == pytest.approx([1, 0.6, 1])
-    result = vqav2.summarise(rows)
+    result = vqav2.summarize(rows)
     assert result["score"] == pytest.approx(2.6 / 3)
     assert result["by_category"] == pytest.approx({"other": 0.8, "yes/no": 1})
     assert result["n"] == 3
@@ -114,7 +114,7 @@ def test_every_bench_has_the_same_parts(name):
     assert isinstance(bench.VERSION, int)
     assert bench.MAX_NEW_TOKENS >= 8
     for part in (
-        *("load", "parse", "judge", "headline_sums", "headline", "summarise"),
+        *("load", "parse", "judge", "headline_sums", "headline", "summarize"),
         *("majority", "write_submission"),
     ):
         assert callable(getattr(bench, part))

@@ -61,7 +61,7 @@ def test_predictions_hold_every_question_and_give_the_score_again(done, data):
         bench = BENCHES[name]
         items = bench.load(data)
         assert [row.id for row in rows[name]] == [item.id for item in items]
-        assert bench.summarise(rows[name])["score"] == results["benches"][name]["score"]
+        assert bench.summarize(rows[name])["score"] == results["benches"][name]["score"]
         again = [bench.judge(item, row.text) for item, row in zip(items, rows[name], strict=True)]
         assert again == rows[name]
     line = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])

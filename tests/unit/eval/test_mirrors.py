@@ -186,7 +186,7 @@ def test_mmbench_mirror_rows_have_absent_options_as_words_and_numbers_as_index(
     assert [item.options for item in items] == [("yes", "no"), ("no", "yes")]
     assert {item.group for item in items} == {"7"}
     assert items[0].prompt.startswith("Look.\nRound?\nA. yes\nB. no\n")
-    assert mmbench.summarise(judged(mmbench, items, ["A", "B"]))["by_l2"] == {"CP": 1}
+    assert mmbench.summarize(judged(mmbench, items, ["A", "B"]))["by_l2"] == {"CP": 1}
 
 
 def test_mme_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_mme_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatc
         (one.group.removesuffix(".png"), one.prompt, one.answers, one.category) for one in mirrored
     }
     assert found == plain
-    result = mme.summarise(judged(mme, mirrored, [one.answers[0] for one in mirrored]))
+    result = mme.summarize(judged(mme, mirrored, [one.answers[0] for one in mirrored]))
     assert result["score"] == 400
     assert result["cognition"]["score"] == 200
 

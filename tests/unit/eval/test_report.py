@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 
@@ -11,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from milora_vl.eval import evaluate, plots
+from milora_vl.eval.comparison import compare_runs
 from milora_vl.eval.pages import as_percent, change_text, with_interval
 from milora_vl.eval.report import print_comparison, print_results, read_comparison, write_report
 
@@ -162,6 +164,29 @@ def test_no_name_of_a_category_fails_a_report(tmp_path, run_folder):
     assert "pope format) by category" in text
     assert "cannot be shown" in text  # mmbench's part, and no other is lost with it
     assert "vqav2 format)</h3>" in text
+
+
+@pytest.mark.parametrize("name", ["a $ b $", "_<i>[red]", os.fsdecode(b"half \xff"), "x" * 200])
+def test_no_name_of_a_run_fails_a_comparison(tmp_path, run_folder, name):
+    for place in (name, "other"):
+        shutil.copytree(run_folder / "eval_after", tmp_path / place / "eval_after")
+        shutil.copy(run_folder / "metrics.jsonl", tmp_path / place)
+    # of an adapter that is cut short
+    (tmp_path / name / "adapter").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name / "adapter" / file).write_text("{}")
+    file = tmp_path / "other/eval_after/results.json"
+    results = json.loads(file.read_text())
+    results["data_set"] = "[/red] $ \ud800"
+    file.write_text(json.dumps(results))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as strict as a terminal
+    out = tmp_path / "comparison.html"
+    changes = compare_runs([tmp_path / "other", tmp_path / name], out, Console(file=stream))
+    assert changes["pope"][name]["p_bootstrap"] == 1
+    text = out.read_text(encoding="utf-8")
+    assert "<i>" not in text
+    assert "Throughput, memory and size of the update cannot be shown" in text
+    assert text.count("image/png") == 2  # scores and curves
 
 
 def test_a_figure_without_a_score_is_skipped(tmp_path, run_folder):

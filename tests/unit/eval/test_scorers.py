@@ -1,4 +1,4 @@
-"""Our normalisers, parsers and scores against independent scorers, as installed from their wheels.
+"""Our normalizers, parsers and scores against independent scorers, as installed from their wheels.
 
 lmms-eval 0.7.3 and salesforce-lavis 1.0.2 are fetched once (pinned), never installed and never part
 of the package; where they cannot be had the tests are skipped and say so.
@@ -144,7 +144,7 @@ def repeats_commas(text):
     return ",," in text
 
 
-def test_official_normaliser_on_any_string(lavis, lmms):
+def test_official_normalizer_on_any_string(lavis, lmms):
     processor = lmms("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     for text in strings(N_STRINGS):
         line = one_line(text)
@@ -155,13 +155,13 @@ def test_official_normaliser_on_any_string(lavis, lmms):
             assert ours == theirs, repr(text)
 
 
-def test_m4c_normaliser_on_any_string(lmms):
+def test_m4c_normalizer_on_any_string(lmms):
     processor = lmms("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     for text in strings(N_STRINGS, 1):
         assert m4c(text) == processor(text), repr(text)
 
 
-def test_the_one_known_difference_of_the_normalisers(lmms):
+def test_the_one_known_difference_of_the_normalizers(lmms):
     processor = lmms("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     assert vqa_official("1,,2") == "1 2"  # as the official code and LAVIS
     assert processor.process_digit_article(processor.process_punctuation("1,,2")) == "12"
@@ -294,4 +294,4 @@ def test_mmbench_circular_agrees(lmms):
     evaluator = module.MMBench_Evaluator()
     theirs = evaluator.eval_result(pandas.DataFrame(rows).to_dict("records"), "static")
     overall = theirs[0] if isinstance(theirs, tuple) else theirs
-    assert mmbench.summarise(ours)["score"] == pytest.approx(overall)
+    assert mmbench.summarize(ours)["score"] == pytest.approx(overall)
