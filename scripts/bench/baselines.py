@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel
@@ -21,13 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora_vl import MiloraConfig, attach_milora, save_adapter
 from milora_vl.adapter.attach import compute_logits
+from milora_vl.config import Init
 from milora_vl.export.forms import export_adapter
 from milora_vl.model.embedded import load_smollm2
 
-INITS = (
-    "milora", "lora", "pissa", "olora", "dora", "rslora", "mica", "slice:middle", "slice:random",
-    "null_space",
-)  # fmt: skip
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "To make tea, boil water, put the leaves into a pot and wait for four minutes.",
@@ -113,7 +110,7 @@ def check_init(base: Path, tokenizer: Any, init: str, r: int, folder: Path) -> d
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inits", nargs="+", choices=INITS, default=INITS)
+    parser.add_argument("--inits", nargs="+", choices=get_args(Init), default=get_args(Init))
     parser.add_argument("--r", type=int, default=16)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

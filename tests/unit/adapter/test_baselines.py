@@ -2,6 +2,8 @@
 
 # ruff: noqa: N806 - A, B as in the paper
 
+from typing import get_args
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,15 +12,19 @@ from torch.testing import assert_close
 from milora_vl.adapter.attach import attach_milora, compute_logits
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.state import MILORA, factors, magnitude, pretrained_function, recall
-from milora_vl.config import MiloraConfig
+from milora_vl.adapter.state import (
+    MILORA,
+    PLAIN_INITS,
+    factors,
+    magnitude,
+    pretrained_function,
+    recall,
+)
+from milora_vl.config import Init, MiloraConfig
 from milora_vl.export.merge import merge_adapter
 
-INITS = [
-    "milora", "pissa", "slice:middle", "slice:random", "olora", "null_space",
-    "lora", "rslora", "dora", "mica",
-]  # fmt: skip
-ANCHORED = INITS[:6]
+INITS = get_args(Init)
+ANCHORED = [init for init in INITS if init not in PLAIN_INITS]
 CLOSE = {"atol": 2e-4, "rtol": 0}
 
 
