@@ -248,7 +248,7 @@ def _scaled(name: str, module: nn.Linear, scale: Tensor | None) -> dict[str, Ten
     pair = _pair(name, module)
     if scale is None:
         return pair
-    return {key: (scale * value.T).T for key, value in pair.items()}
+    return {key: (scale * value.movedim(0, -1)).movedim(-1, 0) for key, value in pair.items()}
 
 
 def _split(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
