@@ -208,7 +208,7 @@ class ModelSection(Section):
             which the run began.
         trust_remote_code: Run code that comes with the checkpoint. Off unless you ask for it.
         allow_pickle: Also read weights that are not safetensors; pickles can run code.
-        image_size_px: "demo" only: side of the picture the tower sees, a multiple of 14.
+        image_size_px: "demo" only: side of the image the tower sees, a multiple of 14.
         vision_feature_layer: "demo" only: hidden state(s) of the tower that feed the projector.
     """
 
@@ -272,11 +272,11 @@ class AlignmentSection(Section):
     """Stage 1: the projector alone, before any adapter. Its result is cached as the base model.
 
     Attributes:
-        train: Files of records of this stage, one caption a picture; empty: those of ``data``.
+        train: Files of records of this stage, one caption an image; empty: those of ``data``.
         prompt_style: Style of this stage, for example "plain"; None: the model's.
         patch_steps: Steps of patch alignment, which comes first; needs "objects" in the records.
         patch_learning_rate: Its learning rate.
-        patch_pictures: How many pictures it looks at.
+        patch_pictures: How many images it looks at.
         training: Keys of ``transformers.TrainingArguments`` for the stage.
     """
 
@@ -301,7 +301,7 @@ class EvalSection(Section):
         benches: Names as in ``python -m milora_vl.eval --bench``; empty for none.
         data_dir: Folder that holds the benches' files.
         batch_size: Prompts in one forward pass.
-        blind: Also answer without the picture.
+        blind: Also answer without the image.
         limit: Only the first questions of each bench.
         every_steps: Also ask the benches during training, every so many steps; their scores stand
             in ``metrics.jsonl`` as ``eval_`` and the name, also for ``metric_for_best_model``.

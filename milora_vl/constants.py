@@ -6,7 +6,7 @@ IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
 """Marks, in record and prompt text, the place of one image."""
 IMAGE_TEXT = f"{IMAGE_TOKEN[0]}\ufdd0{IMAGE_TOKEN[1:]}"
-"""``IMAGE_TOKEN`` where a question means these characters and no picture.
+"""``IMAGE_TOKEN`` where a question means these characters and no image.
 
 U+FDD0 is set aside by Unicode for use inside a program, so no text of a record holds it.
 """

@@ -20,10 +20,10 @@ PRODUCT_STAGES = ("base", "before", "finetuning", "after")
 # Share of the probed rate that a stage reaches: the faster the products, the more of the time goes
 # to attention, norms and the optimizer. docs/decisions.md says where the numbers come from.
 EFFICIENCY = {"float32": 0.62, "bfloat16": 0.38}
-DATA_SECONDS = 120  # drawing the demo's pictures, on two cores
+DATA_SECONDS = 120  # drawing the demo's images, on two cores
 COMPOSE_SECONDS = 40  # reading the demo's two models and joining them
 LOADING_SECONDS = 8  # a stage's start: model, records, decompositions
-TOKENS_PER_QUESTION = 45  # the picture and a shared beginning are computed once
+TOKENS_PER_QUESTION = 45  # the image and a shared beginning are computed once
 QUESTIONS = 770  # of a bench whose files are not there yet, as in the demo
 TOKENS_SHARE = 0.6  # of the longest sequence, for samples that are not there yet
 
@@ -35,7 +35,7 @@ class Work:
     Attributes:
         training: Of the finetuning.
         alignment: Of stage 1; 0 if there is none.
-        evaluation: Of one evaluation, with and without pictures.
+        evaluation: Of one evaluation, with and without images.
     """
 
     training: float
@@ -53,7 +53,7 @@ class ModelWeights:
 
 
 def training_operations(
-    weights: ModelWeights, samples: float, tokens: float, pictures: float, patches: int
+    weights: ModelWeights, samples: float, tokens: float, images: float, patches: int
 ) -> float:
     """Return operations to train on samples: forward, and backward through frozen weights.
 
@@ -61,15 +61,15 @@ def training_operations(
         weights: Of the model.
         samples: How many are seen, repeated ones again.
         tokens: Of one sample, image tokens included.
-        pictures: Of one sample.
-        patches: Of one picture.
+        images: Of one sample.
+        patches: Of one image.
     """
     each = 4 * tokens * weights.language_model
-    return samples * (each + 2 * pictures * patches * weights.tower)
+    return samples * (each + 2 * images * patches * weights.tower)
 
 
 def evaluation_operations(weights: ModelWeights, questions: int, patches: int) -> float:
-    """Return operations to answer questions with their picture, forward only."""
+    """Return operations to answer questions with their image, forward only."""
     each = 2 * TOKENS_PER_QUESTION * weights.language_model + 2 * patches * weights.tower / 4
     return questions * each
 

@@ -1,4 +1,4 @@
-"""Ask a model a question about a picture."""
+"""Ask a model a question about an image."""
 
 from pathlib import Path
 from typing import Literal
@@ -49,7 +49,7 @@ def ask(
 
     Args:
         vlm: From ``load_for_inference`` or ``load_vlm``.
-        image: A picture or its file; None for a question without one.
+        image: An image or its file; None for a question without one.
         question: Plain text; the image comes first.
         max_new_tokens: Longest answer in tokens.
 
@@ -57,10 +57,10 @@ def ask(
         The answer without special tokens.
 
     Raises:
-        milora_vl.data.images.BadImageError: If the file is no readable picture.
+        milora_vl.data.images.BadImageError: If the file is no readable image.
     """
-    pictures = []
+    images = []
     if image is not None:
-        pictures = [to_rgb(image) if isinstance(image, Image.Image) else load_image(image)]
-    (tokens,) = generate(vlm, [build_prompt(vlm, question, pictures)], max_new_tokens)
+        images = [to_rgb(image) if isinstance(image, Image.Image) else load_image(image)]
+    (tokens,) = generate(vlm, [build_prompt(vlm, question, images)], max_new_tokens)
     return vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()

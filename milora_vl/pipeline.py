@@ -178,7 +178,7 @@ def record_data(image_folder: str, file: Path) -> None:
     for left_out in (manifest or {}).get("left_out", []):
         logger.warning("the data set lacks %s, which means %s", left_out["name"], left_out["means"])
     if (manifest or {}).get("drawn_in_code"):
-        logger.warning("the pictures are shapes drawn in code, for tests: the scores say little")
+        logger.warning("the images are shapes drawn in code, for tests: the scores say little")
     write_json_atomic(file, facts | {"data_manifest": manifest, "has_data": True})
 
 

@@ -170,8 +170,8 @@ class TrainingLoad:
     Attributes:
         samples: Samples in it.
         tokens: Tokens a sample, image tokens included.
-        images: Pictures a sample, 0 to 1 or more.
-        patches: Patches the tower computes for one picture.
+        images: Images a sample, 0 to 1 or more.
+        patches: Patches the tower computes for one image.
         longest: Tokens of the longest sample.
     """
 
@@ -242,8 +242,8 @@ def step_flops(size: ModelSize, load: TrainingLoad, *, checkpointing: bool = Fal
     if checkpointing:
         per_token += 2 * (size.language_model + size.frozen + size.adapter)
     per_token += 6 * load.tokens * size.hidden * size.layers
-    per_picture = 2 * size.tower * load.patches + 6 * size.projector * load.patches
-    return load.samples * (load.tokens * per_token + load.images * per_picture)
+    per_image = 2 * size.tower * load.patches + 6 * size.projector * load.patches
+    return load.samples * (load.tokens * per_token + load.images * per_image)
 
 
 def training_gib(
@@ -327,9 +327,9 @@ def guess_load(
         return load, None, notes
     texts = [text for file in files for text in _read_texts(file)[: data.limit]]
     characters = sum(len(text) for text, _, _ in texts)
-    turns, pictures = sum(n for _, n, _ in texts), sum(has for _, _, has in texts)
+    turns, with_image = sum(n for _, n, _ in texts), sum(has for _, _, has in texts)
     mean = (characters / CHARACTERS_PER_TOKEN + TOKENS_PER_TURN * turns) / max(len(texts), 1)
-    mean += image_tokens * pictures / max(len(texts), 1)
+    mean += image_tokens * with_image / max(len(texts), 1)
     tokens = min(mean, data.max_length)
     longest = max(
         (
@@ -342,14 +342,14 @@ def guess_load(
         f"{len(texts):,} samples of about {tokens:.0f} tokens ({CHARACTERS_PER_TOKEN} characters a "
         "token); seconds and memory are good to about a factor of two, for one process"
     ]
-    pictures_each = pictures / max(len(texts), 1)
+    images_each = with_image / max(len(texts), 1)
     longest = min(longest, data.max_length)
-    load = TrainingLoad(per_device, tokens, pictures_each, int(side**2), longest)
+    load = TrainingLoad(per_device, tokens, images_each, int(side**2), longest)
     return load, len(texts), notes
 
 
 def _read_texts(file: Path) -> list[tuple[str, int, bool]]:
-    """Return all text, the number of turns and whether there is a picture, for every record."""
+    """Return all text, the number of turns and whether there is an image, for every record."""
     content = file.read_text(encoding="utf-8")
     is_list = content.lstrip().startswith("[")
     lines = [] if is_list else content.splitlines()

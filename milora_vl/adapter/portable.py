@@ -227,13 +227,13 @@ def processor_reference(processor: Any | None) -> dict[str, str | None] | None:
     if processor is None:
         return None
     tokenizer = getattr(processor, "tokenizer", processor)
-    pictures = getattr(processor, "image_processor", None)
+    image_processor = getattr(processor, "image_processor", None)
     vocabulary = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     return {
         "name_or_path": tokenizer.name_or_path or None,
         "class": type(processor).__name__,
-        "image_processor": type(pictures).__name__ if pictures else None,
+        "image_processor": type(image_processor).__name__ if image_processor else None,
         "tokenizer": type(tokenizer).__name__,
         "tokenizer_sha256": _digest(vocabulary),
         "chat_template_sha256": _digest(template),

@@ -1,1 +1,1 @@
-"""Records, prompts, labels, pictures and batches."""
+"""Records, prompts, labels, images and batches."""

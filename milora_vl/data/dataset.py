@@ -27,9 +27,9 @@ from milora_vl.data.encode import Encoded, encode, encode_side_by_side
 from milora_vl.data.images import (
     BadImageError,
     ImagePathError,
+    ImageProcessorError,
+    ImageReader,
     ImageTransform,
-    PictureError,
-    ProcessorPictures,
     load_image,
     read_image_size,
     resolve_image,
@@ -104,7 +104,7 @@ class ConversationDataset(Dataset):
 
     An item is ``{"input_ids": list[int], "labels": list[int]}``, with images also
     ``"pixel_values"``: float32 [n_images, 3, H, W], side by side also ``"branches"``: list[int];
-    with ``pictures`` instead of pixels what ``pad_batch`` calls ``image_inputs`` and
+    with ``image_reader`` instead of pixels what ``pad_batch`` calls ``image_inputs`` and
     ``token_inputs``. An item that turns out unreadable has ``"left_out": True``, one padding token
     and no label; ``pad_batch`` leaves it out of its batch.
 
@@ -114,7 +114,7 @@ class ConversationDataset(Dataset):
         transform: RGB image -> float32 [3, H, W]; see ``build_image_transform``.
         style: Prompt style or its name.
         tokenizer: Holds the image token.
-        tokens_per_image: Image tokens each image takes in ``input_ids``; without ``pictures``.
+        tokens_per_image: Image tokens each image takes in ``input_ids``; without ``image_reader``.
         max_length: Longest sample in tokens, image tokens included; None for no limit.
         on_bad_image: Raise on an unreadable image; or leave its record out. What the headers tell
             (no image, too large, a shape that the processor refuses) is found at construction;
@@ -123,7 +123,7 @@ class ConversationDataset(Dataset):
             image or answer; or leave such records out at construction.
         side_by_side: Learn every exchange as if it were the only one of its conversation; see
             ``encode_side_by_side``.
-        pictures: Reads images in place of ``transform`` and ``tokens_per_image``.
+        image_reader: Reads images in place of ``transform`` and ``tokens_per_image``.
         special_tokens_in_answers: Whether a special token's name in an answer is characters or the
             token; one that stands for an image is characters always.
         skipped: How many records (of this process: samples) were left out, by reason.
@@ -139,7 +139,7 @@ class ConversationDataset(Dataset):
     on_bad_image: Literal["error", "skip"] = "error"
     on_bad_length: Literal["error", "skip"] = "error"
     side_by_side: bool = False
-    pictures: ProcessorPictures | None = None
+    image_reader: ImageReader | None = None
     special_tokens_in_answers: Literal["literal", "token"] = "literal"
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -190,9 +190,9 @@ class ConversationDataset(Dataset):
         sample: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         if encoded.branches is not None:
             sample["branches"] = encoded.branches
-        if self.pictures:
+        if self.image_reader:
             images = images or {}
-            tokens = self.pictures.token_inputs(encoded.input_ids, encoded.labels, images)
+            tokens = self.image_reader.token_inputs(encoded.input_ids, encoded.labels, images)
             return {**sample, "image_inputs": images, "token_inputs": tokens}
         return sample if images is None else {**sample, "pixel_values": images}
 
@@ -220,7 +220,7 @@ class ConversationDataset(Dataset):
         """Names of special tokens that stand for no image, the longest first."""
         tokens = self.tokenizer.added_tokens_decoder.values()
         names = {str(token) for token in tokens if token.special}
-        names -= {IMAGE_TOKEN} | (self.pictures.token_names() if self.pictures else set())
+        names -= {IMAGE_TOKEN} | (self.image_reader.token_names() if self.image_reader else set())
         return tuple(sorted(names, key=len, reverse=True))
 
     def _tell_special_tokens(self) -> None:
@@ -287,17 +287,17 @@ class ConversationDataset(Dataset):
     ) -> list[int | str]:
         """Return what ``encode`` needs for each image; headers are read if needed or asked for."""
         counts: list[int | str] = [self.tokens_per_image] * len(conversation.images)
-        if not conversation.images or not (self.pictures or with_headers):
+        if not conversation.images or not (self.image_reader or with_headers):
             return counts
         try:
             sizes = [read_image_size(path) for path in self._paths(conversation)]
-            if self.pictures:
-                return list(self.pictures.expand(sizes))
+            if self.image_reader:
+                return list(self.image_reader.expand(sizes))
             for size in sizes:
                 self.transform.check_size(*size)
         except BadImageError as error:
             raise _named(error, conversation) from error
-        except PictureError as error:
+        except ImageProcessorError as error:
             raise RecordError(_place(conversation), _UNFIT, str(error)) from error
         return counts
 
@@ -323,8 +323,8 @@ class ConversationDataset(Dataset):
         pad = tokenizer.pad_token_id  # Llama's tokenizers have none
         input_ids = [tokenizer.eos_token_id if pad is None else pad]
         sample: dict[str, Any] = {"input_ids": input_ids, "labels": [IGNORE_INDEX]}
-        if self.pictures:
-            tokens = self.pictures.token_inputs(input_ids, sample["labels"], {})
+        if self.image_reader:
+            tokens = self.image_reader.token_inputs(input_ids, sample["labels"], {})
             sample |= {"image_inputs": {}, "token_inputs": tokens}
         return {**sample, "left_out": True}
 
@@ -341,13 +341,13 @@ class ConversationDataset(Dataset):
         paths = self._paths(conversation)
         try:
             images = [load_image(path) for path in paths]
-            if self.pictures:
-                return self.pictures.read(images)
+            if self.image_reader:
+                return self.image_reader.read(images)
             # sizes are equal: the transform gives every image the shape that the tower takes
             return torch.stack([self.transform(one) for one in images])  # [n, 3, H, W]
         except BadImageError as error:
             raise _named(error, conversation) from error
-        except PictureError as error:
+        except ImageProcessorError as error:
             raise RecordError(_place(conversation), _UNFIT, str(error)) from error
 
 

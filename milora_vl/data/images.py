@@ -4,8 +4,8 @@ Every image becomes 8-bit RGB. Alpha is dropped, not blended; an animation gives
 The EXIF orientation is followed in every format that has one, as transformers and datasets do.
 Gray deeper than 8 bits keeps its levels, see ``load_image``. Nothing is fetched from the network.
 
-There are two ways on to pixel values: ``ImageTransform`` for models whose images all take the same
-number of tokens, and ``ProcessorPictures``, which asks a model's own processor, for all others.
+Two classes make pixel values: ``ImageTransform`` for models whose images all take the same number
+of tokens, and ``ImageReader``, which asks the model's own processor, for all others.
 """
 
 import os
@@ -41,7 +41,7 @@ _CUT_MARGIN_PX = 8  # more than any kernel of a resizing that enlarges looks at
 Size = tuple[int, int]
 
 
-class PictureError(MiloraError, ValueError):
+class ImageProcessorError(MiloraError, ValueError):
     """More images than a family takes, or a processor that does not say what it does."""
 
 
@@ -54,7 +54,7 @@ class BadImageError(MiloraError, ValueError):
 
 
 @dataclass(eq=False)
-class ProcessorPictures:
+class ImageReader:
     """Asks a processor; for families whose images take different numbers of tokens.
 
     Attributes:
@@ -79,7 +79,7 @@ class ProcessorPictures:
             sizes: (width, height) in px of each image.
 
         Raises:
-            PictureError: If there are more images than the family takes.
+            ImageProcessorError: If there are more images than the family takes.
             BadImageError: If the processor refuses an image of such a size.
         """
         key = tuple(sizes)
@@ -142,8 +142,8 @@ class ProcessorPictures:
 
     def _process(self, images: Sequence[Image.Image]) -> tuple[list[str], dict[str, Tensor]]:
         if self.max_images is not None and len(images) > self.max_images:
-            raise PictureError(
-                f"{len(images)} pictures in one sample, but "
+            raise ImageProcessorError(
+                f"{len(images)} images in one sample, but "
                 f"{type(self.processor).__name__} takes {self.max_images}"
             )
         token = self.processor.image_token
@@ -167,13 +167,13 @@ class ProcessorPictures:
         elif "text_replacement_offsets" in output:
             texts = [item["replacement"] for item in output["text_replacement_offsets"][0]]
         else:
-            raise PictureError(
+            raise ImageProcessorError(
                 f"{type(self.processor).__name__} does not say what its image token becomes"
             )
         tensors = {name: value for name, value in output.items() if name not in _TEXT_FIELDS}
         for name, value in tensors.items():
             if not isinstance(value, Tensor):
-                raise PictureError(
+                raise ImageProcessorError(
                     f"{type(self.processor).__name__} gives {name} as {type(value).__name__}, "
                     "which cannot be batched"
                 )

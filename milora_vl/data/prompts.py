@@ -186,7 +186,7 @@ def get_style(style: "PromptStyle | ChatTemplate | str") -> "PromptStyle | ChatT
 
 
 def prefix_style(tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
-    """Return PaliGemma's form: pictures, BOS, question, line break, answer, end token."""
+    """Return PaliGemma's form: images, BOS, question, line break, answer, end token."""
     return PromptStyle(
         name="prefix",
         user_suffix="\n",
@@ -330,7 +330,7 @@ class ChatTemplate:
     """A model's own chat template, used as a prompt style.
 
     The template itself writes every conversation: with a word in place of each text, which is then
-    cut out. So it may depend on anything but the texts: on the place of a turn, on pictures, on a
+    cut out. So it may depend on anything but the texts: on the place of a turn, on images, on a
     missing system turn. Outer spaces stay around the words, so that a template that trims is
     followed; so do think marks in answers, which Qwen3's template moves or removes. Renderings are
     kept by shape, so a data set costs few of them.

@@ -39,14 +39,14 @@ def build_prompt(
     if pictures and not vlm.has_vision:
         raise ValueError(f"{vlm.path} is a text model and takes no picture")
     counts: list[Any] = [vlm.tokens_per_image] * len(pictures)
-    if vlm.pictures:
-        counts = vlm.pictures.expand([picture.size for picture in pictures])
+    if vlm.image_reader:
+        counts = vlm.image_reader.expand([picture.size for picture in pictures])
     turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(pictures) + question)]
     style, tokenizer = vlm.prompt_style, vlm.tokenizer
     ids = encode(turns, style, tokenizer, counts, add_generation_prompt=True).input_ids
-    if vlm.pictures:
-        images = vlm.pictures.read(pictures) if pictures else {}
-        tokens = vlm.pictures.token_inputs(ids, None, images)
+    if vlm.image_reader:
+        images = vlm.image_reader.read(pictures) if pictures else {}
+        tokens = vlm.image_reader.token_inputs(ids, None, images)
         return {"input_ids": ids, "image_inputs": images, "token_inputs": tokens}
     sample: dict[str, Any] = {"input_ids": ids}
     if pictures:

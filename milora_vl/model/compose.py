@@ -60,11 +60,14 @@ def load_tower(vision: str, *, allow_pickle: bool = False) -> Tower:
         kind = config.model_type.removesuffix("_vision_model")
         model_class = halves.get(kind, AutoModel)
         model = model_class.from_pretrained(name, dtype=torch.float32, use_safetensors=safe)
-        pictures = AutoImageProcessor.from_pretrained(name)
+        image_processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise explain(name, error) from error
     side = getattr(model.config, "image_size", None)
-    mean, std = getattr(pictures, "image_mean", None), getattr(pictures, "image_std", None)
+    mean, std = (
+        getattr(image_processor, "image_mean", None),
+        getattr(image_processor, "image_std", None),
+    )
     if not isinstance(side, int) or not isinstance(getattr(model.config, "patch_size", None), int):
         raise TowerError(f"{name}: {config.model_type!r} is no ViT with one image and patch size")
     if not mean or not std:
@@ -78,7 +81,7 @@ def count_extra_tokens(tower: PreTrainedModel, image_size_px: int) -> int:
 
     Raises:
         TowerError: If there are more (register tokens), which LLaVA cannot drop, or the model does
-            not take one square picture.
+            not take one square image.
     """
     pixel_values = torch.zeros(1, 3, image_size_px, image_size_px, dtype=tower.dtype)
     try:
@@ -86,7 +89,7 @@ def count_extra_tokens(tower: PreTrainedModel, image_size_px: int) -> int:
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise TowerError(
-            f"{type(tower).__name__} does not turn one square picture into hidden states: {first}"
+            f"{type(tower).__name__} does not turn one square image into hidden states: {first}"
         ) from error
     n_extra = n_tokens - (image_size_px // tower.config.patch_size) ** 2
     if n_extra not in (0, 1):
@@ -98,7 +101,7 @@ def count_extra_tokens(tower: PreTrainedModel, image_size_px: int) -> int:
 
 @torch.no_grad()
 def resize_tower(tower: PreTrainedModel, image_size_px: int) -> PreTrainedModel:
-    """Return a tower for pictures of another size, its position embeddings interpolated.
+    """Return a tower for images of another size, its position embeddings interpolated.
 
     Bicubic, as transformers' ``interpolate_pos_encoding``. Towers that interpolate by themselves
     (DINOv2) come back as they are.
@@ -254,7 +257,7 @@ def compose_from_names(  # noqa: PLR0913  all but the two parts and the folder b
         language: Id or folder of a causal language model.
         out: Where the checkpoint goes; an empty folder or none.
         projector: "mlp2x_gelu", the one that transformers' LLaVA has.
-        image_size_px: Side of the pictures; position embeddings are interpolated to it. None: the
+        image_size_px: Side of the images; position embeddings are interpolated to it. None: the
             tower's own.
         vision_feature_layer: Index into the tower's hidden states.
         dtype: Dtype of all weights; "auto": that of the language model's checkpoint.

@@ -100,7 +100,7 @@ def convert_llava(
         raise LoadError(f"{source}: config.json names no mm_vision_tower; give one with --vision")
     try:
         tower = CLIPVisionModel.from_pretrained(tower_name, use_safetensors=None)
-        pictures = AutoImageProcessor.from_pretrained(tower_name)
+        image_processor = AutoImageProcessor.from_pretrained(tower_name)
         holder = source if (source / "tokenizer_config.json").exists() else language
         tokenizer = AutoTokenizer.from_pretrained(holder)
         text_config = _text_config(settings) if base is None else AutoConfig.from_pretrained(base)
@@ -130,8 +130,8 @@ def convert_llava(
             do_pad=settings.get("image_aspect_ratio", "pad") == "pad",
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
-            image_mean=pictures.image_mean,
-            image_std=pictures.image_std,
+            image_mean=image_processor.image_mean,
+            image_std=image_processor.image_std,
         ),
         tokenizer=tokenizer,
         patch_size=patch,
@@ -175,8 +175,8 @@ def _read_settings(source: Path) -> dict[str, Any]:
     problems = {
         f"its projector is {projector!r}, transformers' LLaVA has mlp2x_gelu only": projector
         != "mlp2x_gelu",
-        "pictures stand between <im_start> and <im_end>": settings.get("mm_use_im_start_end"),
-        "pictures are cut into tiles (LLaVA-1.6)": "anyres"
+        "images stand between <im_start> and <im_end>": settings.get("mm_use_im_start_end"),
+        "images are cut into tiles (LLaVA-1.6)": "anyres"
         in str(settings.get("image_aspect_ratio", "")),
     }
     for problem, is_there in problems.items():

@@ -1,4 +1,4 @@
-"""Architecture -> tower, projector, language model, and how pictures enter the prompt."""
+"""Architecture -> tower, projector, language model, and how images enter the prompt."""
 
 import logging
 from dataclasses import dataclass
@@ -46,24 +46,24 @@ class FamilyError(MiloraError, ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of an architecture live, and how its pictures enter the prompt.
+    """Where the parts of an architecture live, and how its images enter the prompt.
 
     Attributes:
         tower: Full name of the vision tower.
         projector: Full name of the vision-language projector; None if no single module is one.
         language_model: Full name of the language model below the output head.
-        image_wrap: Special tokens that the prompt holds around one picture, beside those that the
+        image_wrap: Special tokens that the prompt holds around one image, beside those that the
             processor puts in itself.
         token_types: What the model wants to know of each token: "mm_token_type_ids" and
-            "token_type_ids": 1 at picture tokens; "prefix": ``token_type_ids`` 0 for the prompt,
+            "token_type_ids": 1 at image tokens; "prefix": ``token_type_ids`` 0 for the prompt,
             1 from the first answer token on; "none": nothing.
-        cross_attention: Pictures are no tokens: one mark each, read through a mask
-            [T, images, tiles], and every sample of a batch has its row of pictures.
-        max_images: Most pictures of one sample; None for any number.
-        prefix_prompt: The prompt is pictures, BOS, question, line break (PaliGemma).
-        side_by_side: Exchanges about one picture can be learnt side by side: attention is causal
+        cross_attention: Images are no tokens: one mark each, read through a mask
+            [T, images, tiles], and every sample of a batch has its row of images.
+        max_images: Most images of one sample; None for any number.
+        prefix_prompt: The prompt is images, BOS, question, line break (PaliGemma).
+        side_by_side: Exchanges about one image can be learnt side by side: attention is causal
             with one position a token, so that a mask and positions say all.
-        mean_padding: Pictures are padded to a square with the processor's mean colour, as LLaVA-1.5
+        mean_padding: Images are padded to a square with the processor's mean colour, as LLaVA-1.5
             does; otherwise the processor alone decides.
     """
 
@@ -149,7 +149,7 @@ def check_side_by_side(model: PreTrainedModel, max_length: int | None) -> None:
 
 
 def has_vision(config: PreTrainedConfig) -> bool:
-    """Return whether a configuration describes a model that reads pictures."""
+    """Return whether a configuration describes a model that reads images."""
     kind = config.model_type
     if getattr(config, "vision_config", None) is not None or kind in FAMILIES:
         return True

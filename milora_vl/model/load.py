@@ -18,16 +18,16 @@ from transformers import (
     ProcessorMixin,
 )
 
-from milora_vl.data.images import ProcessorPictures
+from milora_vl.data.images import ImageReader
 from milora_vl.data.prompts import ChatTemplate, PromptStyle
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.load_errors import LoadError, explain, explained_memory
 from milora_vl.model.nf4 import load_nf4
 from milora_vl.model.prompting import (
     check_image_tokens,
+    choose_image_reader,
     choose_prompt_style,
     count_image_tokens,
-    read_pictures_by,
 )
 from milora_vl.model.shards import ShardedWeights
 from milora_vl.runtime import resolve_device
@@ -46,8 +46,8 @@ class VLM:
         family: The architecture (``config.model_type``).
         path: Where it came from.
         prompt_style: How conversations are written for it.
-        pictures: How pictures are read; None where each is one square of a fixed number of tokens
-            (LLaVA-1.5), and for a causal language model.
+        image_reader: Reads images through the model's own processor; None where each is one square
+            of a fixed number of tokens (LLaVA-1.5), and for a causal language model.
         float_weights: The float weights on disk of a model that was quantized while loading.
         pad_to_square: Whether images of LLaVA-1.5 are padded with the mean color, see
             ``DataSection.pad_to_square``; an adapter's own choice once it is loaded.
@@ -58,7 +58,7 @@ class VLM:
     family: str
     path: str
     prompt_style: PromptStyle | ChatTemplate
-    pictures: ProcessorPictures | None = None
+    image_reader: ImageReader | None = None
     float_weights: ShardedWeights | None = None
     pad_to_square: bool = True
 
@@ -69,13 +69,15 @@ class VLM:
 
     @property
     def has_vision(self) -> bool:
-        """Whether the model takes pictures at all."""
+        """Whether the model takes images at all."""
         return self.tokenizer is not self.processor
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens that one picture takes in the prompt; 0 where that is not one number."""
-        return count_image_tokens(self.processor) if self.has_vision and not self.pictures else 0
+        """Image tokens that one image takes in the prompt; 0 where that is not one number."""
+        return (
+            count_image_tokens(self.processor) if self.has_vision and not self.image_reader else 0
+        )
 
     def with_model(self, model: Any) -> "VLM":
         """Return the same with another model, for instance the one that carries an adapter."""
@@ -158,8 +160,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     place = resolve_device(device)
-    takes_pictures = has_vision(config)
-    model_class = AutoModelForImageTextToText if takes_pictures else AutoModelForCausalLM
+    takes_images = has_vision(config)
+    model_class = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     stored_quantized = getattr(config, "quantization_config", None) is not None
     if quantization:
         _check_quantizable(path, stored_quantized, allow_pickle)
@@ -177,14 +179,14 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
                     path, output_loading_info=True, **options
                 )
                 _check_complete(path, model, report)
-        processor = (AutoProcessor if takes_pictures else AutoTokenizer).from_pretrained(
+        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(
             path, **common
         )
         family = find_family(model)
-        pictures = read_pictures_by(processor, family)
+        image_reader = choose_image_reader(processor, family)
     except (OSError, ValueError) as error:
         raise explain(path, error, revision) from error
-    if takes_pictures:
+    if takes_images:
         check_image_tokens(model, processor, path)
     style = choose_prompt_style(prompt_style, family, model, processor, prompt_day)
-    return VLM(model.eval(), processor, config.model_type, path, style, pictures, weights)
+    return VLM(model.eval(), processor, config.model_type, path, style, image_reader, weights)

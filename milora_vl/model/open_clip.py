@@ -75,7 +75,7 @@ class PlainViT:
 
     @property
     def side_px(self) -> int:
-        """Side of the pictures that the table of positions is for."""
+        """Side of the images that the table of positions is for."""
         n_patches = len(self.stem["positions"]) - ("class" in self.stem)
         side = round(n_patches**0.5)
         refuse({f"{n_patches} patches, which are no square": side * side != n_patches})
@@ -273,7 +273,7 @@ _VIT_NAMES = {  # releases of transformers differ in them
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower and the pictures it was trained on.
+    """A vision tower and the images it was trained on.
 
     Attributes:
         model: A transformers vision model.

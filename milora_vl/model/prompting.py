@@ -1,4 +1,4 @@
-"""How conversations and pictures are written for a model: prompt style and image tokens."""
+"""How conversations and images are written for a model: prompt style and image tokens."""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBas
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
-from milora_vl.data.images import ProcessorPictures
+from milora_vl.data.images import ImageReader
 from milora_vl.data.prompts import (
     PROMPT_STYLES,
     STYLE_NAME,
@@ -32,7 +32,7 @@ TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "pi
 
 
 def count_image_tokens(processor: ProcessorMixin) -> int:
-    """Compute how many image tokens a LLaVA processor puts in for one picture.
+    """Compute how many image tokens a LLaVA processor puts in for one image.
 
     Raises:
         LoadError: If the processor lacks the patch size.
@@ -103,8 +103,8 @@ def choose_prompt_style(
         raise LoadError(f"unknown prompt style {name!r}; known: {known}")
     try:
         style = derive_style(processor, mark, day)
-        pictures = read_pictures_by(processor, family)
-        check_template_ids(style, pictures or (ProcessorPictures(processor) if mark else None))
+        reader = choose_image_reader(processor, family)
+        check_template_ids(style, reader or (ImageReader(processor) if mark else None))
         return style
     except ChatTemplateError as error:
         if name is None and not getattr(processor, "chat_template", None):
@@ -116,18 +116,18 @@ def choose_prompt_style(
         ) from error
 
 
-def check_template_ids(style: ChatTemplate, pictures: ProcessorPictures | None = None) -> None:
+def check_template_ids(style: ChatTemplate, reader: ImageReader | None = None) -> None:
     """Check on conversations of all shapes that our ids are those of transformers, images included.
 
     Raises:
         ChatTemplateError: If they differ; the message names the shape and shows both texts.
     """
     tokenizer = getattr(style.processor, "tokenizer", style.processor)
-    for name, (turns, prompt) in probe_conversations(pictures is not None).items():
+    for name, (turns, prompt) in probe_conversations(reader is not None).items():
         try:
             expected = _stock_ids(style, turns, prompt)
             n_images = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-            counts = pictures.expand([_PROBE_SIZE] * n_images) if pictures else []
+            counts = reader.expand([_PROBE_SIZE] * n_images) if reader else []
             actual = encode(turns, style, tokenizer, counts, None, prompt).input_ids
         except ValueError as error:
             if "system" in name:  # refused when a record has such a turn
@@ -191,11 +191,11 @@ def _stock_ids(style: ChatTemplate, turns: Sequence[Turn], prompt: bool) -> list
     return list(ids[0] if isinstance(ids[0], list) else ids)
 
 
-def read_pictures_by(processor: Any, family: Family) -> ProcessorPictures | None:
-    """Return how pictures are read; None for LLaVA-1.5's own fast way and for text models.
+def choose_image_reader(processor: Any, family: Family) -> ImageReader | None:
+    """Return how images are read; None for LLaVA-1.5's own fast way and for text models.
 
     Raises:
-        LoadError: If the processor does not mark pictures with a token.
+        LoadError: If the processor does not mark images with a token.
     """
     if isinstance(processor, PreTrainedTokenizerBase):
         return None
@@ -204,11 +204,9 @@ def read_pictures_by(processor: Any, family: Family) -> ProcessorPictures | None
     if getattr(processor, "image_token", None) is None:
         raise LoadError(
             f"{type(processor).__name__} has no image token: this architecture does not read "
-            "pictures as part of its prompt, so it cannot be trained on conversations here"
+            "images as part of its prompt, so it cannot be trained on conversations here"
         )
-    return ProcessorPictures(
-        processor, family.token_types, family.cross_attention, family.max_images
-    )
+    return ImageReader(processor, family.token_types, family.cross_attention, family.max_images)
 
 
 def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin, path: str) -> None:
@@ -258,7 +256,7 @@ def _check_stated_tokens(config: Any, processor: Any, path: str) -> None:
     if config.model_type == "paligemma":
         features = (vision.image_size // vision.patch_size) ** 2
         attribute = "image_seq_length"
-        pairs.append(("features of a picture", features, attribute, processor.image_seq_length))
+        pairs.append(("features of an image", features, attribute, processor.image_seq_length))
     for key, ours, attribute, theirs in pairs:
         if ours != theirs:
             raise LoadError(

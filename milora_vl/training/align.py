@@ -25,12 +25,12 @@ TEMPERATURE = 0.07
 BACKGROUND = 0
 UNCERTAIN = -1
 FEATURE_DROPOUT = 0.2
-PICTURES_PER_PASS = 32
+IMAGES_PER_PASS = 32
 
 
 @dataclass(frozen=True)
-class LabelledPicture:
-    """A picture and its named boxes.
+class LabeledImage:
+    """An image and its named boxes.
 
     Attributes:
         path: Image file.
@@ -48,12 +48,12 @@ class LabelledPicture:
 def label_patches(
     boxes: Sequence[Sequence[float]], classes: Sequence[int], width: int, height: int, grid: int
 ) -> Tensor:
-    """Say for each patch of a square-padded picture which class it shows.
+    """Say for each patch of a square-padded image which class it shows.
 
     Args:
-        boxes: [x0, y0, x1, y1] as fractions of the unpadded picture.
+        boxes: [x0, y0, x1, y1] as fractions of the unpadded image.
         classes: Class of each box, at least 1.
-        width: Width of the unpadded picture in px.
+        width: Width of the unpadded image in px.
         height: Its height in px.
         grid: Patches on a side.
 
@@ -106,19 +106,19 @@ def compute_tower_features(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def _read(
-    pictures: Sequence[LabelledPicture], load: Callable[[str], Image.Image], skip_unreadable: bool
-) -> tuple[list[LabelledPicture], list[Image.Image]]:
-    """Read the pictures that can be read."""
+    labeled: Sequence[LabeledImage], load: Callable[[str], Image.Image], skip_unreadable: bool
+) -> tuple[list[LabeledImage], list[Image.Image]]:
+    """Read the images that can be read."""
     group, images = [], []
-    for picture in pictures:
+    for one in labeled:
         try:
-            images.append(load(picture.path))
+            images.append(load(one.path))
         except BadImageError as error:
             if not skip_unreadable:
-                raise BadImageError(f"{picture.where or picture.path}: {error}") from error
-            logger.warning("left out: %s: %s", picture.where, error)
+                raise BadImageError(f"{one.where or one.path}: {error}") from error
+            logger.warning("left out: %s: %s", one.where, error)
             continue
-        group.append(picture)
+        group.append(one)
     return group, images
 
 
@@ -127,7 +127,7 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
     tokenizer: Any,
     transform: Callable[[Image.Image], Tensor],
     load: Callable[[str], Image.Image],
-    pictures: Sequence[LabelledPicture],
+    labeled: Sequence[LabeledImage],
     *,
     steps: int,
     learning_rate: float,
@@ -140,37 +140,37 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
     Args:
         model: A LLaVA model with a frozen tower; only its projector changes.
         tokenizer: The language model's tokenizer.
-        transform: RGB picture -> float32 [3, H, W].
-        load: Path -> RGB picture.
-        pictures: What to look at.
+        transform: RGB image -> float32 [3, H, W].
+        load: Path -> RGB image.
+        labeled: What to look at.
         steps: Optimiser steps.
         learning_rate: Peak learning rate (AdamW, cosine to zero).
         seed: Seed of the patches' order.
         patches_per_step: Patches in one step.
-        skip_unreadable: Leave out pictures that cannot be read, and log how many.
+        skip_unreadable: Leave out images that cannot be read, and log how many.
 
     Returns:
         Share of object patches of the last tenth of the steps that name their class, 0 to 1.
 
     Raises:
-        ValueError: If no picture has an object.
-        BadImageError: If a picture cannot be read; the message names file and record.
+        ValueError: If no image has an object.
+        BadImageError: If an image cannot be read; the message names file and record.
     """
-    names = sorted({name for picture in pictures for name in picture.names})
+    names = sorted({name for one in labeled for name in one.names})
     if not names:
         raise ValueError("patch alignment needs records with an 'objects' field; none has one")
     index = {name: i + 1 for i, name in enumerate(names)}
     features, labels = [], []
-    for at in tqdm(range(0, len(pictures), PICTURES_PER_PASS), desc="patch features", unit="batch"):
-        group, images = _read(pictures[at : at + PICTURES_PER_PASS], load, skip_unreadable)
+    for at in tqdm(range(0, len(labeled), IMAGES_PER_PASS), desc="patch features", unit="batch"):
+        group, images = _read(labeled[at : at + IMAGES_PER_PASS], load, skip_unreadable)
         if not group:
             continue
         pixel_values = torch.stack([transform(image) for image in images])
         batch = compute_tower_features(model, pixel_values.to(model.device, model.dtype))
         grid = math.isqrt(batch.shape[1])
-        for picture, image in zip(group, images, strict=True):
-            classes = [index[name] for name in picture.names]
-            labels.append(label_patches(picture.boxes, classes, *image.size, grid))
+        for one, image in zip(group, images, strict=True):
+            classes = [index[name] for name in one.names]
+            labels.append(label_patches(one.boxes, classes, *image.size, grid))
         features.append(batch.flatten(0, 1).to(torch.bfloat16))  # gigabytes for thousands
     x, y = torch.cat(features), torch.cat(labels).to(model.device)
     objects = (y > BACKGROUND).nonzero().squeeze(1)

@@ -64,7 +64,7 @@ def build_dataset(
     """Bind conversations to a model's processor and prompt style.
 
     Raises:
-        ValueError: If records have pictures and the model is a text model, or exchanges are to be
+        ValueError: If records have images and the model is a text model, or exchanges are to be
             learned side by side and the model's attention does not allow it.
     """
     if section.turns == "side_by_side":
@@ -72,7 +72,7 @@ def build_dataset(
     with_image = next((one for one in conversations if one.images), None)
     if with_image and not vlm.has_vision:
         raise DataError(f"{with_image.where}: has images, but {vlm.path} is a text model")
-    plain = vlm.has_vision and not vlm.pictures
+    plain = vlm.has_vision and not vlm.image_reader
     return ConversationDataset(
         conversations,
         section.image_folder or None,
@@ -83,7 +83,7 @@ def build_dataset(
         vlm.tokenizer,
         vlm.tokens_per_image,
         section.max_length,
-        pictures=vlm.pictures,
+        image_reader=vlm.image_reader,
         on_bad_image=section.on_bad_image,
         on_bad_length=section.on_bad_record,
         special_tokens_in_answers=section.special_tokens_in_answers,
@@ -95,5 +95,5 @@ def build_collate(vlm: VLM) -> Callable[[list[dict[str, Any]]], dict[str, torch.
     """Return the collator of training batches."""
     tokenizer = vlm.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    fill_rows = vlm.pictures is not None and vlm.pictures.cross_attention
+    fill_rows = vlm.image_reader is not None and vlm.image_reader.cross_attention
     return partial(pad_batch, pad_token_id=pad, fill_rows=fill_rows)

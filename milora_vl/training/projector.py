@@ -25,7 +25,7 @@ from milora_vl.data.records import RecordError
 from milora_vl.files import cache_folder, replace_folder
 from milora_vl.model.load import VLM
 from milora_vl.runtime import process_count
-from milora_vl.training.align import LabelledPicture, align_patches_
+from milora_vl.training.align import LabeledImage, align_patches_
 from milora_vl.training.resume import (
     FACTS_FILE,
     check_finite_file,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "projector.safetensors"
 
 
-def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
+def read_objects(section: DataSection, file: str) -> list[LabeledImage]:
     """Read images with named boxes from the ``objects`` field of LLaVA records.
 
     Raises:
@@ -55,12 +55,12 @@ def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
         raise ValueError(f"{file}: patch alignment reads a JSON list: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"{file}: patch alignment reads a JSON list of records")
-    pictures = []
+    labeled = []
     n_skipped = 0
     for index, record in enumerate(records):
         try:
             if record.get("objects"):
-                pictures.append(_read_boxes(section, record, f"{file}[{index}]"))
+                labeled.append(_read_boxes(section, record, f"{file}[{index}]"))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if section.on_bad_record == "error":
                 detail = "an image in the record, a name and a box of four fractions each"
@@ -72,10 +72,10 @@ def read_objects(section: DataSection, file: str) -> list[LabelledPicture]:
             n_skipped += 1
     if n_skipped:
         logger.warning("%s: %d records left out: bad objects", file, n_skipped)
-    return pictures
+    return labeled
 
 
-def _read_boxes(section: DataSection, record: dict[str, Any], where: str) -> LabelledPicture:
+def _read_boxes(section: DataSection, record: dict[str, Any], where: str) -> LabeledImage:
     names = tuple(item["name"] for item in record["objects"])
     boxes = tuple(tuple(item["box"]) for item in record["objects"])
     for name, box in zip(names, boxes, strict=True):
@@ -83,14 +83,14 @@ def _read_boxes(section: DataSection, record: dict[str, Any], where: str) -> Lab
         if not isinstance(name, str) or not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(f"{name!r} has the box {box!r}")
     path = resolve_image(section.image_folder, record["image"])
-    return LabelledPicture(str(path), names, boxes, where)
+    return LabeledImage(str(path), names, boxes, where)
 
 
 def aligned_base_folder(
     base: Path, model: ModelSection, alignment: AlignmentSection, data: DataSection, seed: int
 ) -> Path:
     """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
-    # what is done about bad records and pictures may change while a run goes on
+    # what is done about bad records and images may change while a run goes on
     without = {"prepare", "on_bad_record", "on_bad_image"}
     sections = [model.model_dump(exclude={"device", "prompt_day"}), alignment.model_dump()]
     sections.append(data.model_dump(exclude=without))
@@ -138,16 +138,14 @@ def align_projector(
     if checkpoint:
         load_trained_state_(projector, load_file(checkpoint / "adapter" / WEIGHTS_FILE))
     elif section.patch_steps:
-        pictures = [
-            picture for file in section.train or data.train for picture in read_objects(data, file)
-        ]
-        random.Random(arguments.seed).shuffle(pictures)
+        labeled = [one for file in section.train or data.train for one in read_objects(data, file)]
+        random.Random(arguments.seed).shuffle(labeled)
         align_patches_(
             model,
             vlm.processor.tokenizer,
             build_image_transform(vlm.processor.image_processor, data.pad_to_square),
             load_image,
-            pictures[: section.patch_pictures],
+            labeled[: section.patch_pictures],
             steps=section.patch_steps,
             learning_rate=section.patch_learning_rate,
             seed=arguments.seed,

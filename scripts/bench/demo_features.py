@@ -25,14 +25,14 @@ from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.align import (
     TEMPERATURE,
-    LabelledPicture,
+    LabeledImage,
     align_patches_,
     compute_tower_features,
     label_patches,
     name_embeddings,
 )
 
-Pictures = tuple[list[LabelledPicture], dict[str, Image.Image]]
+Pictures = tuple[list[LabeledImage], dict[str, Image.Image]]
 
 
 def make_pictures(
@@ -48,7 +48,7 @@ def make_pictures(
         key = f"{styles}/{index}"
         images[key] = paint(plan, catalogue.sprites)
         names, boxes = zip(*((item.name, item.box) for item in plan.objects), strict=True)
-        pictures.append(LabelledPicture(key, names, boxes))
+        pictures.append(LabeledImage(key, names, boxes))
     return pictures, images
 
 

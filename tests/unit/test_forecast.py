@@ -27,7 +27,7 @@ def test_a_faster_computer_needs_less_and_done_stages_need_nothing() -> None:
 
 def test_work_grows_with_samples_tokens_and_questions() -> None:
     weights = forecast.ModelWeights(tower=10, projector=1, language_model=100)
-    one = forecast.training_operations(weights, 1, tokens=7, pictures=1, patches=4)
+    one = forecast.training_operations(weights, 1, tokens=7, images=1, patches=4)
     assert forecast.training_operations(weights, 5, 7, 1, 4) == 5 * one
     assert forecast.training_operations(weights, 1, 14, 1, 4) > 1.5 * one
     asked = forecast.evaluation_operations(weights, 10, 4)

@@ -18,7 +18,7 @@ from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.targets import find_targets
 from milora_vl.config import DataSection, MiloraConfig
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import PictureError
+from milora_vl.data.images import ImageProcessorError
 from milora_vl.data.records import read_records
 from milora_vl.eval.generate_plain import PlainAnswerer, build_prompt, generate
 from milora_vl.eval.generate_shared import SharedAnswerer, build_answerer
@@ -58,7 +58,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def build_data(vlm: VLM, folder: Path, where: Path) -> ConversationDataset:
-    allowed = vlm.pictures.max_images if vlm.pictures else None
+    allowed = vlm.image_reader.max_images if vlm.image_reader else None
     records = [
         {
             "image": images,
@@ -182,7 +182,7 @@ def test_the_models_own_template_and_processor_give_the_same_prompt(
         text=[text], images=[shown], add_special_tokens=False, return_tensors="pt"
     )
     assert ours["input_ids"] == stock["input_ids"][0].tolist()
-    if not vlm.pictures:
+    if not vlm.image_reader:
         return
     for name, value in ours["image_inputs"].items():
         assert torch.equal(value, stock[name]), name
@@ -256,7 +256,7 @@ def test_an_encoder_decoder_is_refused_with_the_reason() -> None:
 def test_more_pictures_than_a_family_takes_are_refused(tmp_path: Path) -> None:
     vlm = load_vlm(build_checkpoint("paligemma", tmp_path / "model"), prompt_style="chat_template")
     assert vlm.prompt_style.name == "prefix"
-    with pytest.raises(PictureError, match="2 pictures in one sample, but PaliGemmaProcessor"):
+    with pytest.raises(ImageProcessorError, match="2 images in one sample, but PaliGemmaProcessor"):
         build_prompt(vlm, "Why?", [Image.new("RGB", (20, 20))] * 2)
 
 

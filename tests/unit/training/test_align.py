@@ -14,7 +14,7 @@ from milora_vl.model.load import load_vlm
 from milora_vl.training.align import (
     BACKGROUND,
     UNCERTAIN,
-    LabelledPicture,
+    LabeledImage,
     align_patches_,
     label_patches,
 )
@@ -47,7 +47,7 @@ def test_only_the_projector_learns_and_it_learns(tiny_checkpoint: Path, tmp_path
         image = Image.new("RGB", (28, 28), "white")
         ImageDraw.Draw(image).rectangle((0, 0, 13, 27), fill=colour)
         image.save(tmp_path / f"{index}.png")
-        pictures.append(LabelledPicture(str(tmp_path / f"{index}.png"), (name,), ((0, 0, 0.5, 1),)))
+        pictures.append(LabeledImage(str(tmp_path / f"{index}.png"), (name,), ((0, 0, 0.5, 1),)))
     before = {name: value.clone() for name, value in vlm.model.named_parameters()}
     share = align_patches_(
         vlm.model,
@@ -109,7 +109,7 @@ def test_an_unreadable_picture_names_its_record_or_is_left_out(
     (tmp_path / "bad.png").write_bytes(b"no picture")
     Image.new("RGB", (28, 28), "red").save(tmp_path / "good.png")
     pictures = [
-        LabelledPicture(str(tmp_path / name), ("cat",), ((0, 0, 1, 1),), f"r.json[{index}]")
+        LabeledImage(str(tmp_path / name), ("cat",), ((0, 0, 1, 1),), f"r.json[{index}]")
         for index, name in enumerate(("good.png", "bad.png"))
     ]
     settings = {"steps": 2, "learning_rate": 1e-3, "seed": 0, "patches_per_step": 8}
