@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = """\
 Score a LLaVA-style model on benches in their official file formats. Writes results.json and
 predictions.jsonl into --out and prints a table: every score with its 95 % interval, beside the
-score of the same model without the picture and the best constant guess.
+score of the same model without the image and the best constant guess.
 """
 EPILOG = """\
 benches, and the official files looked for below --data (or in a folder of the bench's name in it)
@@ -36,10 +36,10 @@ benches, and the official files looked for below --data (or in a folder of the b
   vqav2        v2_OpenEnded_mscoco_{val2014,test-dev2015,test2015}_questions.json + annotations;
                or the demo's vqa/questions.json
   gqa          testdev_balanced_questions.json                       vizwiz      val.json, test.json
-  sqa          problems.json + pid_splits.json, questions with a picture;         sqa-full  all
+  sqa          problems.json + pid_splits.json, questions with an image;         sqa-full  all
   textvqa      TextVQA_0.5.1_val.json;   textvqa-ocr  also TextVQA_Rosetta_OCR_v0.2_val.json
   mme          a folder a category below MME_Benchmark_release_version
-  seed         SEED-Bench.json, pictures and middle frames of videos; seed-image  pictures alone
+  seed         SEED-Bench.json, images and middle frames of videos; seed-image  images alone
   mmmu         *validation*.parquet
   mmvet        mm-vet.json               llava-w  questions.jsonl, context.jsonl, answers_gpt4.jsonl
   custom       a JSONL file: question, image, and choices + answer, or answers
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "auto: bfloat16 where that is faster here (default: %(default)s)",
     )
     add("--quantization", choices=("nf4",), help="load the language model in 4 bits")
-    add("--no-blind", action="store_true", help="skip the run without pictures")
+    add("--no-blind", action="store_true", help="skip the run without images")
     add(
         "--no-text-probe",
         action="store_true",

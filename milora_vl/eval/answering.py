@@ -45,8 +45,8 @@ class Question:
     """What is asked once, however many requests ask it.
 
     Attributes:
-        digest: Identifies picture, prompt and length of the answer.
-        key: Hash of the picture, or None.
+        digest: Identifies image, prompt and length of the answer.
+        key: Hash of the image, or None.
         requests: All that ask it.
     """
 
@@ -87,13 +87,13 @@ def ask_all(
     progress: bool = True,
     journal: Journal | None = None,
 ) -> dict[str, Answer]:
-    """Answer all requests; requests with the same picture and prompt are asked once.
+    """Answer all requests; requests with the same image and prompt are asked once.
 
     Args:
         asker: How answers are generated.
         requests: Questions with distinct ids.
         max_new_tokens: Limit of an answer, in tokens.
-        allow_errors: Samples that may fail (unreadable picture, out of memory on its own).
+        allow_errors: Samples that may fail (unreadable image, out of memory on its own).
         label: Name of the bench, for the progress bar and for errors.
         progress: Whether to show a bar (stderr).
         journal: Answers of an earlier, interrupted call; new ones are recorded as they come.
@@ -138,7 +138,7 @@ def ask_all(
 def _distinct(
     requests: Sequence[Request], max_new_tokens: int
 ) -> tuple[list[Question], dict[str, Answer]]:
-    """Return what has to be asked, and a failed answer for each picture that cannot be read."""
+    """Return what has to be asked, and a failed answer for each image that cannot be read."""
     keys: dict[Any, str] = {}
     asking: dict[str, tuple[str | None, list[Request]]] = {}
     failed = {}

@@ -2,7 +2,7 @@
 
 Every loader reads its rows through ``Record``, which checks each value where it is read: a text
 where a list belongs is not taken letter by letter, a missing key is not a ``KeyError``, and a
-picture under a key that nobody reads is not dropped. All errors are ``BenchError``.
+image under a key that nobody reads is not dropped. All errors are ``BenchError``.
 """
 
 import json
@@ -18,7 +18,7 @@ from milora_vl.eval.items import ImageSource
 
 _LONGEST_MESSAGE_CHARS = 700  # a few lines: rows may hold megabytes of base64
 _LONGEST_VALUE_CHARS = 80
-_SHORTEST_BASE64_CHARS = 200  # longer than a file name may be, shorter than any real picture
+_SHORTEST_BASE64_CHARS = 200  # longer than a file name may be, shorter than any real image
 
 
 class BenchError(MiloraError, ValueError):
@@ -159,8 +159,8 @@ class Record:
     def _shown(self, value: Any) -> str:
         return _kind(value) if is_missing(value) else f"{_kind(value)}: {shorten(repr(value))}"
 
-    def picture_name(self, *keys: str) -> str | None:
-        """Return the one picture that a row names under some keys, None if it names none.
+    def image_name(self, *keys: str) -> str | None:
+        """Return the one image that a row names under some keys, None if it names none.
 
         It is a file name, a data URI or base64 text, alone or in a list of one.
 
@@ -176,17 +176,17 @@ class Record:
             found |= {self._as_text(name, key): key for name in names}
         if len(found) > 1:
             raise self.error(
-                f"{len(found)} pictures in {' and '.join(sorted(set(found.values())))}, but a "
-                "question is asked about one; join them into one picture, or split the question"
+                f"{len(found)} images in {' and '.join(sorted(set(found.values())))}, but a "
+                "question is asked about one; join them into one image, or split the question"
             )
         return next(iter(found), None)
 
-    def reject_other_pictures(self, read: Collection[str], *, has_picture: bool) -> None:
-        """Check that no key which is not read holds a picture, which would silently be left out.
+    def reject_other_images(self, read: Collection[str], *, has_image: bool) -> None:
+        """Check that no key which is not read holds an image, which would silently be left out.
 
         Args:
-            read: Keys that are read, or known to hold no picture of the question.
-            has_picture: Whether the row's picture was found; without one also the name of a key
+            read: Keys that are read, or known to hold no image of the question.
+            has_image: Whether the row's image was found; without one also the name of a key
                 tells.
 
         Raises:
@@ -195,34 +195,34 @@ class Record:
         for key, value in self.values.items():
             if key in read or is_missing(value):
                 continue
-            sounds = not has_picture and re.search(r"(?i)image|img|picture|photo|video", str(key))
-            if holds_picture(value) or (sounds and isinstance(value, (str, list, dict)) and value):
+            sounds = not has_image and re.search(r"(?i)image|img|image|photo|video", str(key))
+            if holds_image(value) or (sounds and isinstance(value, (str, list, dict)) and value):
                 raise self.error(
-                    f"key {key!r} seems to hold a picture, but it is not read; name the picture "
+                    f"key {key!r} seems to hold an image, but it is not read; name the image "
                     "under the key that the bench's file format has for it, or remove the key"
                 )
 
 
-_PICTURE_NAME = re.compile(r"(?i)\S*\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic)(?:\?\S*)?")
+_IMAGE_NAME = re.compile(r"(?i)\S*\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|heic)(?:\?\S*)?")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 
 
-def holds_picture(value: Any) -> bool:
-    """Tell whether a value is a picture: its bytes, base64, file name or address, or a list of it.
+def holds_image(value: Any) -> bool:
+    """Tell whether a value is an image: its bytes, base64, file name or address, or a list of it.
 
-    A key "bytes" or "path" of an object counts too, which is how tables keep pictures.
+    A key "bytes" or "path" of an object counts too, which is how tables keep images.
     """
     if isinstance(value, str):
-        return is_encoded(value) or bool(_PICTURE_NAME.fullmatch(value.strip()))
+        return is_encoded(value) or bool(_IMAGE_NAME.fullmatch(value.strip()))
     if isinstance(value, Mapping):
-        return any(holds_picture(one) for one in value.values())
+        return any(holds_image(one) for one in value.values())
     if isinstance(value, (list, tuple)):
-        return any(holds_picture(one) for one in value)
+        return any(holds_image(one) for one in value)
     return isinstance(value, bytes)
 
 
 def is_encoded(name: str) -> bool:
-    """Tell whether what stands for a picture is a data URI or base64 text, not a file name."""
+    """Tell whether what stands for an image is a data URI or base64 text, not a file name."""
     if name.lstrip()[:11].lower() == "data:image/":
         return True
     return len(name) >= _SHORTEST_BASE64_CHARS and _BASE64.fullmatch(name) is not None
@@ -437,10 +437,10 @@ def reject_duplicates(ids: Iterable[Hashable], where: str) -> None:
         seen.add(one)
 
 
-def picture_file(path: Path, folders: Sequence[str], record: Record, *names: str) -> ImageSource:
-    """Return the picture of a row: the first of ``names`` found in folders or beside ``path``.
+def image_file(path: Path, folders: Sequence[str], record: Record, *names: str) -> ImageSource:
+    """Return the image of a row: the first of ``names`` found in folders or beside ``path``.
 
-    A missing file is not an error yet: it becomes one, naming the row, when the picture is read.
+    A missing file is not an error yet: it becomes one, naming the row, when the image is read.
 
     Args:
         path: The official file.
@@ -451,10 +451,10 @@ def picture_file(path: Path, folders: Sequence[str], record: Record, *names: str
     Raises:
         BenchError: If a name is a URL, or points out of the folder.
     """
-    return find_picture([path.parent / folder for folder in (*folders, ".")], record, *names)
+    return find_image([path.parent / folder for folder in (*folders, ".")], record, *names)
 
 
-def find_picture(folders: Sequence[Path], record: Record, *names: str) -> ImageSource:
+def find_image(folders: Sequence[Path], record: Record, *names: str) -> ImageSource:
     """Return the first ``folder / name`` that exists, else the first candidate; see there.
 
     Raises:
@@ -494,7 +494,7 @@ class Mirror:
     split: str = "test"
 
     def open(self) -> Any:
-        """Return the table (a ``datasets.Dataset``), its pictures as undecoded files.
+        """Return the table (a ``datasets.Dataset``), its images as undecoded files.
 
         Raises:
             MirrorError: If it is neither cached nor to be downloaded.
@@ -518,7 +518,7 @@ class Mirror:
 
 
 def keep_encoded(table: Any) -> Any:
-    """Return the table with pictures as ``{"bytes", "path"}``, so that reading a row is cheap."""
+    """Return the table with images as ``{"bytes", "path"}``, so that reading a row is cheap."""
     import datasets
 
     for column, feature in table.features.items():
@@ -531,21 +531,21 @@ def keep_encoded(table: Any) -> Any:
 
 
 def rows_without(table: Any, *columns: str) -> list[dict[str, Any]]:
-    """Return all rows without the columns that hold pictures."""
+    """Return all rows without the columns that hold images."""
     present = [column for column in columns if column in table.column_names]
     return table.remove_columns(present).to_list()
 
 
-def table_picture(
+def table_image(
     table: Any, place: int, where: str, pick: Callable[[dict[str, Any]], Any] | None = None
 ) -> ImageSource:
-    """Return the picture of a row of a table; it is read when it is needed.
+    """Return the image of a row of a table; it is read when it is needed.
 
     Args:
         table: From ``Mirror.open``.
         place: Number of the row.
         where: What to name in an error.
-        pick: Row -> picture value; None: the column ``image``, which may be a list of one.
+        pick: Row -> image value; None: the column ``image``, which may be a list of one.
     """
 
     def fetch() -> bytes | None:
@@ -553,7 +553,7 @@ def table_picture(
         value = row.get("image") if pick is None else pick(row)
         if isinstance(value, list):
             if len(value) > 1:
-                raise BenchError(f"{where}: {len(value)} pictures in image, one is asked about")
+                raise BenchError(f"{where}: {len(value)} images in image, one is asked about")
             value = value[0] if value else None
         return None if value is None else _file_bytes(value, where)
 
@@ -561,16 +561,16 @@ def table_picture(
 
 
 def _file_bytes(value: Any, where: str) -> bytes | None:
-    """Return the bytes of an undecoded picture, which a table may also name by a local path."""
+    """Return the bytes of an undecoded image, which a table may also name by a local path."""
     if not isinstance(value, Mapping):
-        raise BenchError(f"{where}: the column image holds {_kind(value)}, not a picture")
+        raise BenchError(f"{where}: the column image holds {_kind(value)}, not an image")
     if value.get("bytes"):
         return value["bytes"]
     return Path(value["path"]).read_bytes() if value.get("path") else None
 
 
-def _reject_several_pictures(table: Any, bench: str) -> None:
-    """Check that a column of lists of pictures holds one a row; their bytes are not read."""
+def _reject_several_images(table: Any, bench: str) -> None:
+    """Check that a column of lists of images holds one a row; their bytes are not read."""
     import pyarrow.compute
 
     feature = table.features.get("image")
@@ -580,28 +580,28 @@ def _reject_several_pictures(table: Any, bench: str) -> None:
     place = next((place for place, length in enumerate(lengths) if (length or 0) > 1), None)
     if place is not None:
         raise BenchError(
-            f"{bench} mirror row {place}: {lengths[place]} pictures in image, one is asked about"
+            f"{bench} mirror row {place}: {lengths[place]} images in image, one is asked about"
         )
 
 
 def read_mirror(
     mirrors: Sequence[Mirror], bench: str, pick: Callable[[dict[str, Any]], Any] | None = None
 ) -> Iterator[tuple[Record, ImageSource]]:
-    """Yield the rows of a bench's one mirror, each with its picture.
+    """Yield the rows of a bench's one mirror, each with its image.
 
     Args:
         mirrors: The bench's ``MIRRORS``.
         bench: Name for errors.
-        pick: As in ``table_picture``.
+        pick: As in ``table_image``.
 
     Raises:
         MirrorError: If it cannot be loaded.
-        BenchError: If a row has several pictures and no ``pick`` chooses one.
+        BenchError: If a row has several images and no ``pick`` chooses one.
     """
     (mirror,) = mirrors
     table = mirror.open()
     if pick is None:
-        _reject_several_pictures(table, bench)
+        _reject_several_images(table, bench)
     for place, row in enumerate(rows_without(table, "image")):
         where = f"{bench} mirror row {place}"
-        yield Record(row, where), table_picture(table, place, where, pick)
+        yield Record(row, where), table_image(table, place, where, pick)

@@ -142,7 +142,7 @@ def read_comparison(run_folder: Path | str) -> dict[str, Any] | None:
     return {"before": before, "after": after, "changes": compare_folders(*folders)}
 
 
-_PICTURES_A_BENCH = 8
+_IMAGES_A_BENCH = 8
 _FACTS = "Throughput, memory and size of the update"
 _SPEED = ("train_samples_per_second", "train_tokens_per_second", "train_runtime")
 _MEMORY = ("peak_memory_gib", "peak_cuda_memory_gib")
@@ -462,7 +462,7 @@ def render_comparison(
     parts = [f"<h1>{html.escape(' · '.join(names))}</h1>", "<h2>Scores</h2>"]
     parts.append(
         "<p>Per cent (MME: points) with 95 % intervals. Differences are to the first run, paired"
-        " question by question: bootstrap over questions or pictures, and McNemar's exact test"
+        " question by question: bootstrap over questions or images, and McNemar's exact test"
         " where an answer is right or wrong. McNemar takes questions as independent, the bootstrap"
         " does not. No p-value is corrected for the number of comparisons.</p>"
     )
@@ -554,7 +554,7 @@ def _number(value: Any) -> str:
 
 def _gallery(runs: Sequence[Run], bench: str) -> list[str]:
     """Show questions that some runs answer right and others wrong."""
-    chosen = disagreements(runs, bench, _PICTURES_A_BENCH)
+    chosen = disagreements(runs, bench, _IMAGES_A_BENCH)
     if not chosen:
         return []
     lines = {

@@ -1,7 +1,7 @@
 """Evaluate a model on benches: from their questions to ``results.json`` and ``predictions.jsonl``.
 
 ``evaluate`` is the entry, ``run_bench`` takes one bench the whole way: ask all questions with and
-without their pictures, judge the answers, sum them up.
+without their images, judge the answers, sum them up.
 """
 
 import json
@@ -41,7 +41,7 @@ class Conditions:
         out_dir: Where submissions go.
         data_dir: Folder of the official files, or None.
         journal: Answers of an earlier, interrupted call.
-        blind: Also ask without the picture.
+        blind: Also ask without the image.
         max_new_tokens: Limit of an answer; None: the bench's own.
         allow_errors: Samples of a bench that may fail.
         parity_check: Questions asked again one by one.
@@ -94,7 +94,7 @@ def run_bench(
         result["n"] = len(items)
     if conditions.blind and any(item.image for item in labeled):
         requests = [Request(item.id, item.prompt) for item in labeled]
-        blind_answers = answerer.answer(requests, label=f"{name}, no picture", **options)
+        blind_answers = answerer.answer(requests, label=f"{name}, no image", **options)
         blind_rows = {row.id: row for row in judge_all(bench, labeled, blind_answers)}
         result |= _against_blind(bench, scored, list(blind_rows.values()))
     if not labeled:
@@ -174,7 +174,7 @@ def _grade(
 
 
 def _against_blind(bench: Bench, rows: Sequence[Row], blind_rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the blind score, and what the picture adds with its paired interval."""
+    """Return the blind score, and what the image adds with its paired interval."""
     summary = bench.summarize(blind_rows)
     before, after = bench.headline_sums(blind_rows), bench.headline_sums(rows)
     interval = statistics.difference_interval(before, after, bench.headline)
@@ -203,7 +203,7 @@ def _note(result: Mapping[str, Any], *, is_judged: bool) -> str:
         notes.append(f"{result['n_unlabeled']} questions have no label and are not scored")
     gain = result.get("gain_over_blind_interval_95")
     if gain and gain[0] <= 0:
-        notes.append("not clearly above the score without pictures")
+        notes.append("not clearly above the score without images")
     if result["eos_rate"] is not None and result["eos_rate"] < 1:
         notes.append(f"{1 - result['eos_rate']:.0%} of the answers were cut at the token limit")
     if result["n_errors"]:
@@ -320,7 +320,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         out_dir: Where results go; made if need be.
         batch_size: Most questions in one forward pass.
         limit: Most questions of a bench (MMBench: base questions), or that by bench name.
-        blind: Also ask the same prompts without the picture.
+        blind: Also ask the same prompts without the image.
         max_new_tokens: Limit of an answer; None: the bench's own.
         model_name: Recorded in the results; None: ``vlm.path``.
         adapter_name: Recorded in the results.
@@ -421,7 +421,7 @@ def _answer_together(
         requests = {name: _requests(share)}
         if conditions.blind and any(item.image and item.answers for item in all_items):
             labeled = [item for item in share if item.answers]
-            requests[f"{name}, no picture"] = [Request(item.id, item.prompt) for item in labeled]
+            requests[f"{name}, no image"] = [Request(item.id, item.prompt) for item in labeled]
         for label, asked in requests.items():
             answerer.answer(
                 asked,
@@ -438,7 +438,7 @@ def _answer_together(
 
 
 def share_of(items: Sequence[Item], rank: int, count: int) -> list[Item]:
-    """Return one process's share of a bench; questions on one picture stay together."""
+    """Return one process's share of a bench; questions on one image stay together."""
     places: dict[str, int] = {}
     for item in items:
         places.setdefault(item.group, len(places))

@@ -66,7 +66,7 @@ PROBE_TEXTS = (
 
 
 def measure_text_loss(vlm: Any) -> dict[str, Any]:
-    """Measure the loss of a model on the probe texts, each alone, without pictures or template.
+    """Measure the loss of a model on the probe texts, each alone, without images or template.
 
     Args:
         vlm: Has ``model`` and ``tokenizer``; the model may carry an adapter.
@@ -110,9 +110,9 @@ def _loss_sum(vlm: Any, text: str) -> tuple[float, int]:
         start = tokenizer.eos_token_id
     ids = [start, *ids]
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids])}
-    if pictures := getattr(vlm, "pictures", None):
+    if reader := getattr(vlm, "image_reader", None):
         # as labels too: PaliGemma reads an answer from left to right, a prompt both ways
-        extra = pictures.token_inputs(ids, ids, {})
+        extra = reader.token_inputs(ids, ids, {})
         inputs |= {name: torch.as_tensor(value)[None] for name, value in extra.items()}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs = {name: value.to(vlm.model.device) for name, value in inputs.items()}

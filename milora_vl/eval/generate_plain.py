@@ -19,40 +19,40 @@ from milora_vl.eval.items import Answer, NonFiniteError, Request
 
 
 def build_prompt(
-    vlm: Any, question: str, pictures: Sequence[Image.Image] = (), pad_to_square: bool | None = None
+    vlm: Any, question: str, images: Sequence[Image.Image] = (), pad_to_square: bool | None = None
 ) -> dict[str, Any]:
     """Encode one question as for training.
 
     Args:
         vlm: From ``load_vlm``.
-        question: Plain text; the pictures come before it.
-        pictures: RGB pictures.
-        pad_to_square: Whether pictures of LLaVA-1.5 are padded with the mean color; None: as the
+        question: Plain text; the images come before it.
+        images: RGB images.
+        pad_to_square: Whether images of LLaVA-1.5 are padded with the mean color; None: as the
             model or its adapter says.
 
     Returns:
         A sample for ``generate``.
 
     Raises:
-        ValueError: If there are pictures and the model takes none, or not so many.
+        ValueError: If there are images and the model takes none, or not so many.
     """
-    if pictures and not vlm.has_vision:
-        raise ValueError(f"{vlm.path} is a text model and takes no picture")
-    counts: list[Any] = [vlm.tokens_per_image] * len(pictures)
+    if images and not vlm.has_vision:
+        raise ValueError(f"{vlm.path} is a text model and takes no image")
+    counts: list[Any] = [vlm.tokens_per_image] * len(images)
     if vlm.image_reader:
-        counts = vlm.image_reader.expand([picture.size for picture in pictures])
-    turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(pictures) + question)]
+        counts = vlm.image_reader.expand([image.size for image in images])
+    turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(images) + question)]
     style, tokenizer = vlm.prompt_style, vlm.tokenizer
     ids = encode(turns, style, tokenizer, counts, add_generation_prompt=True).input_ids
     if vlm.image_reader:
-        images = vlm.image_reader.read(pictures) if pictures else {}
-        tokens = vlm.image_reader.token_inputs(ids, None, images)
-        return {"input_ids": ids, "image_inputs": images, "token_inputs": tokens}
+        inputs = vlm.image_reader.read(images) if images else {}
+        tokens = vlm.image_reader.token_inputs(ids, None, inputs)
+        return {"input_ids": ids, "image_inputs": inputs, "token_inputs": tokens}
     sample: dict[str, Any] = {"input_ids": ids}
-    if pictures:
+    if images:
         pads = getattr(vlm, "pad_to_square", True) if pad_to_square is None else pad_to_square
         transform = build_image_transform(vlm.processor.image_processor, pads)
-        sample["pixel_values"] = torch.stack([transform(one) for one in pictures])
+        sample["pixel_values"] = torch.stack([transform(one) for one in images])
     return sample
 
 
@@ -65,8 +65,8 @@ def generate(
 ) -> list[list[int]]:
     """Decode greedily, all samples in one batch padded on the left.
 
-    Mllama's samples go in one batch for each number of pictures: in transformers, a token that sees
-    no picture attends to all pictures of its batch's shape, padding included, so that an answer
+    Mllama's samples go in one batch for each number of images: in transformers, a token that sees
+    no image attends to all images of its batch's shape, padding included, so that an answer
     would depend on its neighbours.
 
     Args:
@@ -186,11 +186,11 @@ class PlainAnswerer:
         return generate(self.vlm, prompts, max_new_tokens, sorted(self.stop_ids))
 
     def _prompt(self, request: Request) -> dict[str, Any]:
-        pictures = []
+        images = []
         if request.image is not None:
             try:
-                pictures = [load_image(io.BytesIO(request.image.read()))]
+                images = [load_image(io.BytesIO(request.image.read()))]
             except ValueError as error:
                 raise ValueError(f"{request.image.where}: {error}") from error
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
-        return build_prompt(self.vlm, question, pictures)
+        return build_prompt(self.vlm, question, images)

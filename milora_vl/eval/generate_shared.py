@@ -1,4 +1,4 @@
-"""Greedy answers of a LLaVA-1.5-like model: pictures and common beginnings are computed once.
+"""Greedy answers of a LLaVA-1.5-like model: images and common beginnings are computed once.
 
 Numbers do not depend on the batch: a row attends to its own tokens only, at their own positions, so
 in exact arithmetic the result is that of ``model.generate`` on one question at a time.
@@ -39,16 +39,16 @@ _PROBE_TOLERANCE, _PROBE_TOLERANCE_LOW = 1e-3, 3e-2  # of the span of the logits
 def build_answerer(vlm: Any, *, batch_size: int = 16) -> "SharedAnswerer | PlainAnswerer":
     """Return the fast asker where it computes what the model computes, else the plain one.
 
-    Prefix trees are built where every picture is one square of a fixed number of tokens, which is
+    Prefix trees are built where every image is one square of a fixed number of tokens, which is
     LLaVA-1.5's way; other families are asked by plain batched ``model.generate``. So is a model
     whose attention takes no mask, or whose adapter acts outside of the layers; the log says so.
 
     Raises:
-        EvaluationError: If the model takes no pictures.
+        EvaluationError: If the model takes no images.
     """
     if not getattr(vlm, "has_vision", True):
-        raise EvaluationError(f"{vlm.path} is a text model; the benches ask about pictures")
-    if getattr(vlm, "pictures", None) is not None:
+        raise EvaluationError(f"{vlm.path} is a text model; the benches ask about images")
+    if getattr(vlm, "image_reader", None) is not None:
         return PlainAnswerer(vlm, batch_size=batch_size)
     answerer = SharedAnswerer(vlm, batch_size=batch_size)
     if reason := answerer.why_not_shared():
@@ -58,14 +58,14 @@ def build_answerer(vlm: Any, *, batch_size: int = 16) -> "SharedAnswerer | Plain
 
 
 class SharedAnswerer:
-    """Asks one model over prefix trees; keeps the features of pictures between calls.
+    """Asks one model over prefix trees; keeps the features of images between calls.
 
     Args:
         vlm: Has ``model`` (LlavaForConditionalGeneration, or a PEFT model around one),
             ``processor`` and ``prompt_style`` (a style or its name).
         batch_size: Most questions in one forward pass.
         share_prefix: Compute common beginnings once; off only to compare.
-        pad_to_square: Whether pictures are padded with the mean color, as LLaVA does; None: as
+        pad_to_square: Whether images are padded with the mean color, as LLaVA does; None: as
             the model or its adapter says.
     """
 
@@ -218,7 +218,7 @@ class SharedAnswerer:
             if key is not None and source is not None and key not in self._features
         }
         if new:
-            self._features |= encode_pictures(self.model, new)
+            self._features |= encode_images(self.model, new)
         result: dict[str | None, Tensor | None] = {None: None}
         for key in sources:
             if key is not None:
@@ -235,10 +235,10 @@ class SharedAnswerer:
             raise ValueError(f"{source.where}: {source.path or 'base64 image'}: {error}") from error
 
 
-def encode_pictures(
+def encode_images(
     model: LlavaForConditionalGeneration, pixel_values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the projected features [P, D] of pictures [3, H, W], by the same keys."""
+    """Return the projected features [P, D] of images [3, H, W], by the same keys."""
     pixels = torch.stack(list(pixel_values.values())).to(model.device, model.dtype)
     features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
     return dict(zip(pixel_values, features, strict=True))

@@ -35,7 +35,7 @@ def decode_base64(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A picture that has not been read yet: a file, base64 text or a row of a table on disk.
+    """An image that has not been read yet: a file, base64 text or a row of a table on disk.
 
     Attributes:
         where: What to name in an error, such as "mmbench.tsv row 17 (index 1000017)".
@@ -53,7 +53,7 @@ class ImageSource:
         """Return the bytes of the image file.
 
         Raises:
-            ValueError: If there is no picture or its base64 text is damaged; names the row.
+            ValueError: If there is no image or its base64 text is damaged; names the row.
             OSError: If the file cannot be read; the message names the row.
         """
         if self.path is not None:
@@ -85,10 +85,10 @@ class Item:
 
     Attributes:
         id: Unique within the bench.
-        image: The picture, or None for a question about text alone.
+        image: The image, or None for a question about text alone.
         prompt: Everything the user says, without the image marker.
         answers: Right answers (a letter, yes/no, or ten people's answers); empty if not published.
-        group: Items that stand or fall together, or share a picture: the unit of resampling.
+        group: Items that stand or fall together, or share an image: the unit of resampling.
         category: For the breakdown.
         options: Option texts of a lettered question, in order.
         question: The bare question, for reports.
@@ -159,7 +159,7 @@ class Request:
     Attributes:
         id: Unique within one call.
         prompt: What the user says, without the image marker.
-        image: The picture, or None.
+        image: The image, or None.
     """
 
     id: str

@@ -24,7 +24,7 @@ from milora_vl.eval.scoring import lettered
 
 logger = logging.getLogger(__name__)
 
-_PICTURE_PX = 180
+_IMAGE_PX = 180
 _RIGHT_FROM = 0.5
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -83,7 +83,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         box=box.SIMPLE_HEAD, title=cell_text(f"{results['model']}{added}"), title_justify="left"
     )
     table.add_column("bench")
-    for heading in ("score (95 %)", "no picture", "majority", "n", "s/item"):
+    for heading in ("score (95 %)", "no image", "majority", "n", "s/item"):
         table.add_column(heading, justify="right")
     for name, bench in results["benches"].items():
         scale = scale_of(bench)
@@ -132,7 +132,7 @@ def comparison_table(
     """
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("bench")
-    for heading in ("before (95 %)", "after (95 %)", "change", "no picture", "majority", "n"):
+    for heading in ("before (95 %)", "after (95 %)", "change", "no image", "majority", "n"):
         table.add_column(heading, justify="right")
     for name, new in after["benches"].items():
         old = before["benches"].get(name)
@@ -223,7 +223,7 @@ def card(
     Args:
         asked: A line of ``predictions.jsonl``: question, options and right answers.
         said: Who answered, and the line with that answer.
-        item: Has the picture; None: none is shown.
+        item: Has the image; None: none is shown.
     """
     question = "\n".join([asked["question"], *lettered(asked["options"])])
     right = asked["answers"][0] if asked["answers"] else "–"
@@ -253,20 +253,20 @@ def read_items(name: str, data_dir: Path | None) -> dict[str, Item]:
     try:
         return {item.id: item for item in BENCHES[name].load(data_dir)}
     except (OSError, ValueError) as error:
-        logger.warning("the report has no pictures of %s: %s", name, error)
+        logger.warning("the report has no images of %s: %s", name, error)
         return {}
 
 
 def thumbnail(item: Item) -> str:
-    """Return an item's picture, small, or the reason why it cannot be shown."""
+    """Return an item's image, small, or the reason why it cannot be shown."""
     if item.image is None:
         return ""
     try:
-        picture = load_image(io.BytesIO(item.image.read()))
+        image = load_image(io.BytesIO(item.image.read()))
     except (OSError, ValueError) as error:
         return f"<p>{html.escape(str(error))}</p>"
-    picture.thumbnail((_PICTURE_PX, _PICTURE_PX))
+    image.thumbnail((_IMAGE_PX, _IMAGE_PX))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'

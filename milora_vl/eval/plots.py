@@ -56,7 +56,7 @@ def _draw_score(axes: Axes, bench: Mapping[str, Any] | None, height: float, **st
 def plot_scores(
     rows: Sequence[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]],
 ) -> str:
-    """Draw scores with their 95 % intervals, before and after, beside what needs no picture.
+    """Draw scores with their 95 % intervals, before and after, beside what needs no image.
 
     Args:
         rows: (title, results before or None, results after) of each bench.
@@ -81,7 +81,7 @@ def plot_scores(
             )
         for name, marker, color in (("blind", "x", BLIND), ("majority", "|", MAJORITY)):
             if after.get(name) is not None:
-                label = "no picture" if name == "blind" else "majority"
+                label = "no image" if name == "blind" else "majority"
                 axes.scatter(
                     100 * after[name] / after.get("maximum", 1.0),
                     place + (0.16 if name == "blind" else 0),

@@ -103,12 +103,12 @@ def plan_trees(
     max_nodes: int,
     share: bool = True,
 ) -> list[list[int]]:
-    """Divide rows into trees: rows of one group (one picture), neighbours in alphabetical order.
+    """Divide rows into trees: rows of one group (one image), neighbours in alphabetical order.
 
     Args:
         ids: Token ids of each row.
-        groups: What a row may share its beginning with; image tokens of two pictures are equal, so
-            rows of different pictures must be in different groups.
+        groups: What a row may share its beginning with; image tokens of two images are equal, so
+            rows of different images must be in different groups.
         max_rows: Most rows in a tree.
         max_nodes: Most nodes a tree has beyond those of its first row, since attention grows with
             their square. The first row does not count: with hundreds of image tokens it is where
@@ -147,7 +147,7 @@ def generate_over_trees(
     Args:
         model: In evaluation mode; its attention must take a 4-D mask ("sdpa" or "eager").
         trees: One batch.
-        features: For each tree the projected picture [P, D] that its image tokens stand for.
+        features: For each tree the projected image [P, D] that its image tokens stand for.
         max_new_tokens: Limit for each row.
         stop_ids: Tokens that end a row; the one that did is kept as the last token.
 
@@ -178,7 +178,7 @@ def generate_over_trees(
 
 
 def tree_logits(model: LlavaForConditionalGeneration, tree: PrefixTree) -> Tensor:
-    """Return the logits after the last token of each row of a tree without a picture: [R, V]."""
+    """Return the logits after the last token of each row of a tree without an image: [R, V]."""
     hidden = _prefill(model, [tree], [None], DynamicCache())
     return _logits(model, hidden[0, list(tree.leaves)])
 
@@ -263,16 +263,16 @@ def _prefill(
         positions[place, :n_nodes] = tree.positions
         attends[place, :n_nodes, :n_nodes] = tree.attends
     embeds = model.get_input_embeddings()(torch.from_numpy(input_ids).to(model.device))  # [B, N, D]
-    for place, (tree, picture) in enumerate(zip(trees, features, strict=True)):
+    for place, (tree, image) in enumerate(zip(trees, features, strict=True)):
         nodes, order = _image_nodes(tree, model.config.image_token_id)
-        if len(nodes) == 0 and picture is None:
+        if len(nodes) == 0 and image is None:
             continue
-        if picture is None or int(order.max(initial=-1)) + 1 != len(picture):
-            n_features = 0 if picture is None else len(picture)
+        if image is None or int(order.max(initial=-1)) + 1 != len(image):
+            n_features = 0 if image is None else len(image)
             raise ValueError(
                 f"{int(order.max(initial=-1)) + 1} image tokens, {n_features} features"
             )
-        embeds[place, torch.from_numpy(nodes)] = picture[torch.from_numpy(order)].to(embeds)
+        embeds[place, torch.from_numpy(nodes)] = image[torch.from_numpy(order)].to(embeds)
     return _forward(model, embeds, positions, attends, cache)
 
 

@@ -15,8 +15,8 @@ LLAVA_15_7B: dict[str, dict[str, Any]] = {
     "mme": {"full": 1510.7, "lora": 1476.9, "split": "perception points"},
     "mmbench": {"full": 64.3, "lora": 66.1, "milora": 66.1, "split": "dev 20230712, circular"},
     "mmbench-cn": {"full": 58.3, "lora": 58.9, "split": "dev 20231003, circular"},
-    "seed": {"full": 58.6, "lora": 60.1, "split": "picture and video"},
-    "seed-image": {"full": 66.1, "split": "picture only"},
+    "seed": {"full": 58.6, "lora": 60.1, "split": "image and video"},
+    "seed-image": {"full": 66.1, "split": "image only"},
     "llava-w": {"full": 65.4, "lora": 67.9, "split": "judge gpt-4-0314, no longer offered"},
     "mmvet": {"full": 31.1, "lora": 30.2, "split": "judge gpt-4-0613 of its authors"},
 }

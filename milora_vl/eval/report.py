@@ -68,7 +68,7 @@ def render_report(
         run_folder: May hold ``eval_before/``, ``eval_after/``, ``metrics.jsonl``,
             ``certificate.json``, ``environment.json`` and ``config.yaml``.
         comparison: From ``read_comparison``.
-        data_dir: Where the benches' files are, for pictures; None: as recorded by the evaluation.
+        data_dir: Where the benches' files are, for images; None: as recorded by the evaluation.
         remarks: What to say first.
 
     Returns:
@@ -125,7 +125,7 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
         body.append(cells)
         if new.get("note"):
             body.append(f'<tr class="sub"><td colspan="7">{html.escape(new["note"])}</td></tr>')
-    heads = ("", "before", "after", "change", "no picture", "majority", "n")
+    heads = ("", "before", "after", "change", "no image", "majority", "n")
     scored = [name for name in names if after["benches"][name]["score"] is not None]
     rows = [
         (bench_title(name, after), before["benches"][name], after["benches"][name])
@@ -133,8 +133,8 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
     ]
     parts = [
         "<h2>Scores</h2>",
-        "<p>Per cent, with 95 % intervals (bootstrap over questions or pictures; the change is"
-        " paired). “No picture” is the trained model asked without the picture, “majority” the best"
+        "<p>Per cent, with 95 % intervals (bootstrap over questions or images; the change is"
+        " paired). “No image” is the trained model asked without the image, “majority” the best"
         " constant guess.</p>",
         html_table(heads, body),
     ]
@@ -182,7 +182,7 @@ def _forgetting(comparison: Mapping[str, Any]) -> list[str]:
         for name, value in forgetting_text(change).items()
     )
     return [
-        "<h2>Forgetting</h2><p>Loss on short texts without pictures, none of them trained on."
+        "<h2>Forgetting</h2><p>Loss on short texts without images, none of them trained on."
         f" A ratio of 1: nothing was forgotten.</p><p>{lines}</p>"
     ]
 
@@ -273,7 +273,7 @@ def write_report(run_folder: Path | str, *, data_dir: Path | str | None = None) 
     Args:
         run_folder: With ``eval_before/`` and ``eval_after/``, ``metrics.jsonl``,
             ``certificate.json``, ``config.yaml``, ``environment.json``, or some of them.
-        data_dir: Where the benches' files are, for pictures; None: as recorded by the evaluation.
+        data_dir: Where the benches' files are, for images; None: as recorded by the evaluation.
 
     Returns:
         The file.

@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap over groups: answers on one picture are not independent."""
+"""Confidence intervals by the bootstrap over groups: answers on one image are not independent."""
 
 from collections.abc import Callable, Sequence
 

@@ -18,9 +18,9 @@ from milora_vl.eval.bench_files import (
     Record,
     check_options,
     gold_letter,
+    image_file,
     locate,
     numbered,
-    picture_file,
     reject_duplicates,
     shorten,
 )
@@ -47,7 +47,7 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     """Read the questions.
 
     Args:
-        data_dir: The JSONL file, or a folder with ``custom.jsonl``; pictures are named relative to
+        data_dir: The JSONL file, or a folder with ``custom.jsonl``; images are named relative to
             the file.
         limit: Number of questions.
     """
@@ -65,8 +65,8 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
 
 def _item(row: Record, path: Path, number: int) -> Item:
     question = row.text("question")
-    image = row.picture_name("image", "images")
-    row.reject_other_pictures(_KNOWN, has_picture=image is not None)
+    image = row.image_name("image", "images")
+    row.reject_other_images(_KNOWN, has_image=image is not None)
     for key, meant in _MEANT.items():
         if row.has(key):
             raise row.error(f"key {key!r} is not read; {meant!r} is what it is called here")
@@ -77,7 +77,7 @@ def _item(row: Record, path: Path, number: int) -> Item:
     key = row.text("id", str(number))
     return Item(
         id=key,
-        image=None if image is None else picture_file(path, ("images",), row, image),
+        image=None if image is None else image_file(path, ("images",), row, image),
         prompt=row.text("prompt", prompt),
         answers=_answers(row, choices),
         group=image or key,

@@ -1,7 +1,7 @@
-"""GQA: compositional questions on real pictures, right only if the answer is the very word.
+"""GQA: compositional questions on real images, right only if the answer is the very word.
 
 Official file: ``testdev_balanced_questions.json`` (questions1.2), an object of questions by id;
-pictures are ``{imageId}.jpg``.
+images are ``{imageId}.jpg``.
 """
 
 from collections import Counter, defaultdict
@@ -14,11 +14,11 @@ from milora_vl.eval.bench_files import (
     Mirror,
     Record,
     by_id,
+    image_file,
     locate,
-    picture_file,
     reject_duplicates,
     rows_without,
-    table_picture,
+    table_image,
 )
 from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
@@ -51,9 +51,9 @@ def _from_files(data_dir: Path) -> list[Item]:
     items = []
     for key, row in by_id(path, "question"):
         name = f"{row.text('imageId')}.jpg"
-        row.reject_other_pictures(("imageId",), has_picture=True)
+        row.reject_other_images(("imageId",), has_image=True)
         if _is_balanced(row):
-            items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, row, name)))
+            items.append(_item(key, row, image_file(path, _IMAGE_FOLDERS, row, name)))
     return items
 
 
@@ -73,9 +73,9 @@ def _from_mirror() -> list[Item]:
         row = Record(values, f"GQA mirror question {values.get('id', place)}")
         image_id = row.text("imageId")
         if image_id not in places:
-            raise row.error(f"no picture {image_id}")
+            raise row.error(f"no image {image_id}")
         if _is_balanced(row):
-            source = table_picture(images, places[image_id], f"{row.where} ({image_id})")
+            source = table_image(images, places[image_id], f"{row.where} ({image_id})")
             items.append(_item(row.text("id"), row, source))
     reject_duplicates((item.id for item in items), "GQA mirror")
     return items

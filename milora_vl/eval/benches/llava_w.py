@@ -1,7 +1,7 @@
 """LLaVA-Bench (in the wild): open questions; a judge model compares each answer with a reference.
 
-Official files: ``questions.jsonl``, ``context.jsonl`` (what the picture shows, for the judge) and
-``answers_gpt4.jsonl`` (the reference), pictures in ``images/``. The score is the mean grade of the
+Official files: ``questions.jsonl``, ``context.jsonl`` (what the image shows, for the judge) and
+``answers_gpt4.jsonl`` (the reference), images in ``images/``. The score is the mean grade of the
 model over that of the reference. The judge's prompt is worded here, and the judge of the published
 numbers is no longer offered: scores compare with others of the same judge and version only.
 """
@@ -19,9 +19,9 @@ from milora_vl.eval.bench_files import (
     BenchError,
     Mirror,
     Record,
+    image_file,
     locate,
     numbered,
-    picture_file,
     read_mirror,
     reject_duplicates,
 )
@@ -58,14 +58,14 @@ def _from_files(data_dir: Path) -> list[Item]:
     reference = _read_by(path.with_name("answers_gpt4.jsonl"), "question_id", "text")
     items = []
     for row in numbered(path):
-        name = row.picture_name("image") or row.text("image")
-        row.reject_other_pictures(("image",), has_picture=True)
+        name = row.image_name("image") or row.text("image")
+        row.reject_other_images(("image",), has_image=True)
         key = row.text("question_id")
         if name not in context:
             raise row.error(f"context.jsonl has no context for {name}")
         if key not in reference:
             raise row.error(f"answers_gpt4.jsonl has no reference for {key}")
-        image = picture_file(path, ("images",), row, name)
+        image = image_file(path, ("images",), row, name)
         items.append(_item(row, "text", name, image, (context[name], reference[key])))
     reject_duplicates((item.id for item in items), str(path))
     return items
@@ -146,7 +146,7 @@ def with_reply(row: Row, reply: str) -> Row:
 
 
 def headline_sums(rows: Sequence[Row]) -> statistics.Array:
-    """Return [pictures, 2]: grades of the model and of the reference."""
+    """Return [images, 2]: grades of the model and of the reference."""
     table = [[row.score, row.details["reference_score"]] for row in rows]
     return statistics.sum_by_group(table, [row.group for row in rows])
 

@@ -25,13 +25,13 @@ from milora_vl.eval.bench_files import (
     Record,
     find_file,
     gold_letter,
-    holds_picture,
+    holds_image,
     is_encoded,
     is_missing,
     reject_duplicates,
     rows_without,
     shorten,
-    table_picture,
+    table_image,
 )
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
 from milora_vl.files import write_text_atomic
@@ -78,7 +78,7 @@ def _load(data_dir: Path | None, limit: int | None, *, chinese: bool) -> list[It
         (mirror,) = MIRRORS_CN if chinese else MIRRORS
         table, name = mirror.open(), f"MMBench-{mirror.config} mirror"
         values = [_present(row) for row in rows_without(table, "image")]
-        sources = [table_picture(table, i, f"{name} row {i}") for i in range(len(values))]
+        sources = [table_image(table, i, f"{name} row {i}") for i in range(len(values))]
     else:
         path = _find_tsv(data_dir, chinese=chinese)
         name, chinese = path.name, _is_chinese(path.name)
@@ -86,7 +86,7 @@ def _load(data_dir: Path | None, limit: int | None, *, chinese: bool) -> list[It
     rows = [Record(row, f"{name} row {number}") for number, row in enumerate(values, start=1)]
     indices = [_index(row) for row in rows]
     reject_duplicates(indices, str(data_dir or name))
-    images = {index: _picture(row) for index, row in zip(indices, rows, strict=True)}
+    images = {index: _image(row) for index, row in zip(indices, rows, strict=True)}
     resolved = {index: _resolve_image(images, index) for index in images}
     groups = _groups(indices, rows, resolved)
     items = []
@@ -149,8 +149,8 @@ def _index(row: Record) -> int:
     return int(text.split(".")[0])
 
 
-def _picture(row: Record) -> str | None:
-    """Return the base64 text of a row's picture, or the index of the row that has it."""
+def _image(row: Record) -> str | None:
+    """Return the base64 text of a row's image, or the index of the row that has it."""
     value = row.values.get("image")
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -158,16 +158,16 @@ def _picture(row: Record) -> str | None:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise row.error(f"image is no list: {shorten(repr(value))}") from error
         row = Record({**row.values, "image": names}, row.where)
-    name = row.picture_name("image")
-    row.reject_other_pictures(("image",), has_picture=True)
-    is_file = name is not None and not is_encoded(name) and holds_picture(name)
+    name = row.image_name("image")
+    row.reject_other_images(("image",), has_image=True)
+    is_file = name is not None and not is_encoded(name) and holds_image(name)
     if is_file:
         raise row.error(f"image {shorten(repr(name))} is a file name; base64 text was expected")
     return name
 
 
 def _resolve_image(images: Mapping[int, str | None], index: int) -> str | None:
-    """Follow short "images", which are the index of the row that holds the picture."""
+    """Follow short "images", which are the index of the row that holds the image."""
     seen = {index}
     image = images[index]
     while image and len(image) <= _LONGEST_REFERENCE_CHARS and image.strip().isdecimal():
@@ -185,7 +185,7 @@ def _groups(
     """Return which question each row belongs to: its base's, if it is a rotation of it.
 
     Two questions may differ by a multiple of a million by chance, where a file has ids of its own:
-    a rotation has the question, the picture and the options of its base.
+    a rotation has the question, the image and the options of its base.
     """
     by_index = dict(zip(indices, rows, strict=True))
     bases: dict[int, int] = {}
@@ -204,7 +204,7 @@ def _groups(
         groups[index] = row.text("g_index", group)
     if strangers:
         logger.warning(
-            "%d rows have the index of a rotation but another question, picture or options, the "
+            "%d rows have the index of a rotation but another question, image or options, the "
             "first is index %d: each counts as a question of its own",
             *(len(strangers), strangers[0]),
         )
@@ -335,7 +335,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def majority(items: Sequence[Item]) -> float:
-    """Return the circular accuracy of the best guess that never looks at picture or question.
+    """Return the circular accuracy of the best guess that never looks at image or question.
 
     In each category: always the text that is right most often (where it is not offered, one of
     the options at random), or one option at random, whichever is better. The guesser may stay

@@ -1,8 +1,8 @@
-"""MME: two yes/no questions a picture, one of each; points a category, up to 200.
+"""MME: two yes/no questions an image, one of each; points a category, up to 200.
 
 Official layout: a folder a category with ``{stem}.txt`` (two lines "question<TAB>Yes|No") beside
-the pictures, or in ``questions_answers_YN/`` with the pictures in ``images/``. The score is the sum
-of the ten perception categories, each 100 * accuracy + 100 * share of pictures with both right.
+the images, or in ``questions_answers_YN/`` with the images in ``images/``. The score is the sum
+of the ten perception categories, each 100 * accuracy + 100 * share of images with both right.
 """
 
 import re
@@ -40,7 +40,7 @@ COGNITION = (
 _FOLDERS = (".", "MME_Benchmark_release_version", "MME", "mme", "MME_Benchmark")
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 _REQUEST = re.compile(r"\s*Please answer yes or no\.?\s*$")
-_N_COUNTS = 4  # right, asked, pictures with both right, pictures
+_N_COUNTS = 4  # right, asked, images with both right, images
 _PER_CATEGORY = 200.0
 
 
@@ -49,7 +49,7 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
 
     Args:
         data_dir: Folder with the categories' folders, or one above it.
-        limit: Number of questions, rounded up to whole pictures.
+        limit: Number of questions, rounded up to whole images.
     """
     items = _from_files(data_dir) if data_dir is not None else _from_mirror()
     _check_pairs(items)
@@ -72,7 +72,7 @@ def _from_files(data_dir: Path) -> list[Item]:
         folder = roots[0] / category
         nested = folder / "questions_answers_YN"
         for file in sorted((nested if nested.is_dir() else folder).glob("*.txt")):
-            image = _find_picture(folder / "images" if nested.is_dir() else folder, file)
+            image = _find_image(folder / "images" if nested.is_dir() else folder, file)
             for number, line in enumerate(_lines(file)):
                 where = f"{category}/{file.name} line {number + 1}"
                 question, _, answer = line.rpartition("\t")
@@ -86,11 +86,11 @@ def _lines(file: Path) -> list[str]:
     return [line for line in read_text(file).split("\n") if line.strip()]
 
 
-def _find_picture(folder: Path, file: Path) -> Path:
+def _find_image(folder: Path, file: Path) -> Path:
     names = [folder / f"{file.stem}{suffix}" for suffix in _SUFFIXES]
     found = next((path for path in names if path.is_file()), None)
     if found is None:
-        raise BenchError(f"{file}: no picture {file.stem} (.jpg, .png) in {folder}")
+        raise BenchError(f"{file}: no image {file.stem} (.jpg, .png) in {folder}")
     return found
 
 
@@ -126,7 +126,7 @@ def _check_pairs(items: Sequence[Item]) -> None:
     counts = Counter(item.group for item in items)
     odd = [group for group, n in counts.items() if n != 2]
     if odd:
-        raise BenchError(f"MME {odd[0]}: {counts[odd[0]]} questions, two a picture expected")
+        raise BenchError(f"MME {odd[0]}: {counts[odd[0]]} questions, two an image expected")
 
 
 def parse(item: Item, text: str) -> str | None:
@@ -146,7 +146,7 @@ def judge(item: Item, text: str | None) -> Row:
 
 
 def headline_sums(rows: Sequence[Row]) -> statistics.Array:
-    """Return [pictures, 4 * perception categories]: the four counts; groups sorted."""
+    """Return [images, 4 * perception categories]: the four counts; groups sorted."""
     return _sums(rows, PERCEPTION)
 
 
@@ -219,7 +219,7 @@ def write_submission(
     out_dir: Path,
     data_dir: Path | None = None,
 ) -> list[Path]:
-    """Write one file a category for scoring elsewhere: picture, question, label, answer."""
+    """Write one file a category for scoring elsewhere: image, question, label, answer."""
     del data_dir
     paths = []
     for category, part in split_rows(

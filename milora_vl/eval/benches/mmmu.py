@@ -1,7 +1,7 @@
 """MMMU: college questions of 30 subjects, lettered or open.
 
 Official layout: parquet files with ``validation`` (or ``test``) in their names, one folder a
-subject or all in one. Only the first picture of a question is shown, as its authors did for
+subject or all in one. Only the first image of a question is shown, as its authors did for
 LLaVA; marks such as "<image 1>" stay in the text. Options are written "A. text" as in LLaVA's other
 prompts, where the authors' own has "(A) text".
 """
@@ -23,7 +23,7 @@ from milora_vl.eval.bench_files import (
     reject_duplicates,
     rows_without,
     shorten,
-    table_picture,
+    table_image,
 )
 from milora_vl.eval.items import Item, Row, take_sample
 
@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 32
 MIRRORS = (Mirror("MMMU", None, "validation"),)
 
 _FOLDERS = ("mmmu", "MMMU", ".")
-_PICTURES = tuple(f"image_{number}" for number in range(1, 8))
+_IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 _NOT_PUBLISHED = "?"
 
 headline_sums = scoring.mean_sums
@@ -53,9 +53,9 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     else:
         table, label = _open_files(data_dir)
     items = []
-    for place, values in enumerate(rows_without(table, *_PICTURES)):
+    for place, values in enumerate(rows_without(table, *_IMAGES)):
         row = Record(values, f"{label} row {place} ({values.get('id')})")
-        row.reject_other_pictures((), has_picture=True)
+        row.reject_other_images((), has_image=True)
         items.append(_item(row, table, place))
     reject_duplicates((item.id for item in items), label)
     return take_sample(items, limit)
@@ -77,8 +77,8 @@ def _open_files(data_dir: Path) -> tuple[Any, str]:
         table = keep_encoded(datasets.Dataset.from_parquet([str(file) for file in files]))
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
         raise BenchError(f"{files[0]}: cannot be read as parquet: {error}") from error
-    if _PICTURES[0] not in table.column_names:
-        raise BenchError(f"{files[0]}: no column {_PICTURES[0]}")
+    if _IMAGES[0] not in table.column_names:
+        raise BenchError(f"{files[0]}: no column {_IMAGES[0]}")
     return table, label
 
 
@@ -96,7 +96,7 @@ def _item(row: Record, table: Any, place: int) -> Item:
     answers = _read_answers(row)
     return Item(
         id=key,
-        image=table_picture(table, place, row.where, lambda full: full["image_1"]),
+        image=table_image(table, place, row.where, lambda full: full["image_1"]),
         prompt="\n".join(lines),
         answers=tuple(gold_letter(one, options, row) for one in answers) if options else answers,
         group=key,

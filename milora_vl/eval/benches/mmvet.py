@@ -1,7 +1,7 @@
 """MM-Vet: open questions that need several skills at once; a judge model scores the answers.
 
 Official file: ``mm-vet.json``, an object of ``imagename, question, answer, capability`` by id;
-pictures in ``images/``. Without a judge the official prediction file and the judge's prompts are
+images in ``images/``. Without a judge the official prediction file and the judge's prompts are
 written and there is no score. The judge's prompt is worded here and not MM-Vet's own, so scores
 compare with others of the same judge and version only.
 """
@@ -19,8 +19,8 @@ from milora_vl.eval.bench_files import (
     Mirror,
     Record,
     by_id,
+    image_file,
     locate,
-    picture_file,
     read_mirror,
 )
 from milora_vl.eval.items import ImageSource, Item, Row, take_sample
@@ -58,9 +58,9 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     path = locate(data_dir, _FOLDERS, ("*mm-vet.json",), "MM-Vet questions")
     items = []
     for key, row in by_id(path, "question"):
-        name = row.picture_name("imagename") or row.text("imagename")
-        row.reject_other_pictures(("imagename", "imagesource"), has_picture=True)
-        items.append(_item(key, row, picture_file(path, _IMAGE_FOLDERS, row, name)))
+        name = row.image_name("imagename") or row.text("imagename")
+        row.reject_other_images(("imagename", "imagesource"), has_image=True)
+        items.append(_item(key, row, image_file(path, _IMAGE_FOLDERS, row, name)))
     return take_sample(items, limit)
 
 

@@ -1,4 +1,4 @@
-"""POPE: is an object in the picture? Three ways of choosing the absent objects, F1 of "yes".
+"""POPE: is an object in the image? Three ways of choosing the absent objects, F1 of "yes".
 
 Official files: JSONL with ``question_id, image, text, label``, one a category. ``question_id``
 starts again in each file, so an answer belongs to (category, question_id), never to a line number.
@@ -18,7 +18,7 @@ from milora_vl.eval.bench_files import (
     Mirror,
     Record,
     find_file,
-    find_picture,
+    find_image,
     gold_yes_no,
     numbered,
     read_mirror,
@@ -92,9 +92,9 @@ def _read_category(data_dir: Path, category: str, path: Path) -> list[Item]:
     for row in numbered(path):
         for name in ("text", "label"):
             row.text(name)
-        name = row.picture_name("image") or row.text("image")
-        row.reject_other_pictures(("image",), has_picture=True)
-        image = find_picture(folders, row, name)
+        name = row.image_name("image") or row.text("image")
+        row.reject_other_images(("image",), has_image=True)
+        image = find_image(folders, row, name)
         items.append(_item(row, category, name, image, ("text", "label")))
     reject_duplicates((item.id for item in items), str(path))
     return items
@@ -155,7 +155,7 @@ def _f1(sums: statistics.Array) -> statistics.Array:
 
 
 def headline_sums(rows: Sequence[Row]) -> statistics.Array:
-    """Return [pictures, 4 * categories]: the four counts of each category present."""
+    """Return [images, 4 * categories]: the four counts of each category present."""
     present = [name for name in CATEGORIES if any(row.category == name for row in rows)]
     table = np.zeros((len(rows), _N_COUNTS * len(present)))
     for place, row in enumerate(rows):

@@ -1,7 +1,7 @@
-"""SEED-Bench: lettered questions on pictures, and on videos of which the middle frame is shown.
+"""SEED-Bench: lettered questions on images, and on videos of which the middle frame is shown.
 
-Official file: ``SEED-Bench.json``; pictures in ``SEED-Bench-image/``, extracted frames in
-``SEED-Bench-video-image/``. ``seed`` asks all, ``seed-image`` the picture questions: two numbers
+Official file: ``SEED-Bench.json``; images in ``SEED-Bench-image/``, extracted frames in
+``SEED-Bench-video-image/``. ``seed`` asks all, ``seed-image`` the image questions: two numbers
 that must not be mixed. Letters are scored, never the text of an option.
 """
 
@@ -14,8 +14,8 @@ from milora_vl.eval.bench_files import (
     Mirror,
     Record,
     gold_letter,
+    image_file,
     locate,
-    picture_file,
     read_json_object,
     read_mirror,
     reject_duplicates,
@@ -37,12 +37,12 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read all questions, of pictures and of videos."""
+    """Read all questions, of images and of videos."""
     return take_sample(_read(data_dir), limit)
 
 
 def load_images(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the picture questions."""
+    """Read the image questions."""
     items = [item for item in _read(data_dir) if item.details["data_type"] == "image"]
     return take_sample(items, limit)
 
@@ -57,8 +57,8 @@ def _read(data_dir: Path | None) -> list[Item]:
     names = {kinds.text(name): name for name in kinds.values}
     items = []
     for row in content.records("questions"):
-        row.reject_other_pictures(("data_id",), has_picture=True)
-        image = picture_file(path, _IMAGE_FOLDERS, row, *_file_names(row))
+        row.reject_other_images(("data_id",), has_image=True)
+        image = image_file(path, _IMAGE_FOLDERS, row, *_file_names(row))
         items.append(_item(row, image, names))
     reject_duplicates((item.id for item in items), str(path))
     return items
@@ -66,13 +66,13 @@ def _read(data_dir: Path | None) -> list[Item]:
 
 def _middle_frame(row: Mapping[str, Any]) -> Any:
     frames = row["image"]
-    if isinstance(frames, list):  # of a video all its frames, of a picture a list of one
+    if isinstance(frames, list):  # of a video all its frames, of an image a list of one
         return frames[len(frames) // 2] if frames else None
     return frames
 
 
 def _file_names(row: Record) -> list[str]:
-    """Return what a picture may be called; a video's frame is named by question or by video."""
+    """Return what an image may be called; a video's frame is named by question or by video."""
     data_id = row.text("data_id")
     if _data_type(row) == "image":
         return [data_id, f"{data_id}.jpg", f"{data_id}.png"]
@@ -122,7 +122,7 @@ def judge(item: Item, text: str | None) -> Row:
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return accuracy over all, and over pictures and videos beside it."""
+    """Return accuracy over all, and over images and videos beside it."""
     parts = {
         name: scoring.mean_score([row for row in rows if row.details["data_type"] == name])
         for name in ("image", "video")
@@ -131,7 +131,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def summarize_images(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return accuracy over picture questions."""
+    """Return accuracy over image questions."""
     return _summarize(rows, METRIC_IMAGE)
 
 

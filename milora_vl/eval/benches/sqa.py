@@ -1,6 +1,6 @@
-"""ScienceQA: lettered school questions. IMG: those with a picture; full: all of the test split.
+"""ScienceQA: lettered school questions. IMG: those with an image; full: all of the test split.
 
-Official files: ``problems.json`` (by id) and ``pid_splits.json``; pictures are
+Official files: ``problems.json`` (by id) and ``pid_splits.json``; images are
 ``test/{id}/image.png``. LLaVA's published numbers are IMG ones; never compare one with the other.
 """
 
@@ -17,14 +17,14 @@ from milora_vl.eval.bench_files import (
     Record,
     by_id,
     check_options,
+    image_file,
     is_encoded,
     locate,
-    picture_file,
     read_json_object,
     reject_duplicates,
     rows_without,
     shorten,
-    table_picture,
+    table_image,
 )
 from milora_vl.eval.items import ImageSource, Item, Row, take_sample
 
@@ -45,16 +45,16 @@ headline = statistics.ratio
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions of the test split that have a picture."""
+    """Read the questions of the test split that have an image."""
     items = [item for item in _read(data_dir) if item.image is not None]
     if not items:
         source = data_dir or "ScienceQA mirror"
-        raise BenchError(f"{source}: no question of the test split has a picture; use sqa-full")
+        raise BenchError(f"{source}: no question of the test split has an image; use sqa-full")
     return take_sample(items, limit)
 
 
 def load_full(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read all questions of the test split, with and without a picture."""
+    """Read all questions of the test split, with and without an image."""
     return take_sample(_read(data_dir), limit)
 
 
@@ -65,8 +65,8 @@ def _read(data_dir: Path | None) -> list[Item]:
         items = []
         for place, values in enumerate(rows_without(table, "image")):
             row = Record(values, f"ScienceQA mirror row {place}")
-            has_picture = table[place].get("image") is not None
-            image = table_picture(table, place, row.where) if has_picture else None
+            has_image = table[place].get("image") is not None
+            image = table_image(table, place, row.where) if has_image else None
             items.append(_item(f"row{place}", row, image))
         return items
     path = locate(data_dir, _FOLDERS, ("problems.json",), "ScienceQA problems")
@@ -81,12 +81,12 @@ def _read(data_dir: Path | None) -> list[Item]:
         if key not in problems:
             raise BenchError(f"{path}: no problem {key!r}, which {splits.name} names as test")
         row = problems[key]
-        name = row.picture_name("image")
-        row.reject_other_pictures(("image",), has_picture=name is not None)
+        name = row.image_name("image")
+        row.reject_other_images(("image",), has_image=name is not None)
         image = None
         if name is not None:
             names = (name,) if is_encoded(name) else (f"{key}/{name}", f"test/{key}/{name}")
-            image = picture_file(path, _IMAGE_FOLDERS, row, *names)
+            image = image_file(path, _IMAGE_FOLDERS, row, *names)
         items.append(_item(key, row, image))
     return items
 

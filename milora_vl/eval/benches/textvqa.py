@@ -1,6 +1,6 @@
-"""TextVQA: reading text in pictures, with or without the words that an OCR system found.
+"""TextVQA: reading text in images, with or without the words that an OCR system found.
 
-Official file: ``TextVQA_0.5.1_val.json``; pictures are ``train_images/{image_id}.jpg``. LLaVA-1.5's
+Official file: ``TextVQA_0.5.1_val.json``; images are ``train_images/{image_id}.jpg``. LLaVA-1.5's
 58.2 is *with* OCR words in the prompt (``textvqa-ocr``), later models' numbers are without.
 """
 
@@ -14,9 +14,9 @@ from milora_vl.eval.bench_files import (
     Mirror,
     Record,
     find_file,
+    image_file,
     locate,
     numbered,
-    picture_file,
     read_json_object,
     read_mirror,
     reject_duplicates,
@@ -34,7 +34,7 @@ _OCR_FILES = ("*Rosetta_OCR*val.json", "*textvqa*ocr.jsonl")
 _IMAGE_FOLDERS = ("train_images", "test_images", "train_val_images/train_images")
 _OCR_LINE = "Reference OCR token: "
 _N_ANSWERS = 10
-_NO_PICTURES = ("image_id", "flickr_original_url", "flickr_300k_url")
+_NO_IMAGES = ("image_id", "flickr_original_url", "flickr_300k_url")
 
 parse = scoring.parse_m4c
 judge = scoring.judge_m4c
@@ -66,24 +66,22 @@ def _read(data_dir: Path | None, *, with_ocr: bool) -> list[Item]:
     ocr_file, words_of = _read_ocr(path) if with_ocr else ("", {})
     items = []
     for row in Record(read_json_object(path), path.name).records("data"):
-        row.reject_other_pictures(_NO_PICTURES, has_picture=True)
+        row.reject_other_images(_NO_IMAGES, has_image=True)
         image_id = row.text("image_id")
         words = None
         if with_ocr:
             key = (image_id, row.text("question").strip().lower())
             words = words_of.get(key, words_of.get((image_id, None)))
             if words is None:
-                raise row.error(
-                    f"no OCR words for picture {image_id} and its question in {ocr_file}"
-                )
-        image = picture_file(path, _IMAGE_FOLDERS, row, f"{image_id}.jpg")
+                raise row.error(f"no OCR words for image {image_id} and its question in {ocr_file}")
+        image = image_file(path, _IMAGE_FOLDERS, row, f"{image_id}.jpg")
         items.append(_item(row, image, words))
     reject_duplicates((item.id for item in items), str(path))
     return items
 
 
 def _read_ocr(questions: Path) -> tuple[str, dict[tuple[str, str | None], str]]:
-    """Return the file's name and OCR words by (picture, question) or (picture, None)."""
+    """Return the file's name and OCR words by (image, question) or (image, None)."""
     path = find_file(questions.parent, (".",), _OCR_FILES)
     if path is None:
         raise FileNotFoundError(

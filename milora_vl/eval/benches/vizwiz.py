@@ -1,7 +1,7 @@
 """VizWiz: blind people's own photos and questions; "unanswerable" is an answer like any other.
 
 Official files: ``val.json`` or ``test.json``, a list of ``image, question, answers`` (test: no
-answers, for the evaluation server); pictures in ``val/`` or ``test/``.
+answers, for the evaluation server); images in ``val/`` or ``test/``.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from milora_vl.eval.answers import m4c
 from milora_vl.eval.bench_files import (
     Mirror,
     Record,
+    image_file,
     locate,
-    picture_file,
     read_json,
     read_mirror,
     reject_duplicates,
@@ -47,9 +47,9 @@ def _from_file(data_dir: Path) -> list[Item]:
     path = locate(data_dir, _FOLDERS, _FILES, "VizWiz questions")
     items = []
     for row in Record({"": read_json(path)}, path.name).records(""):
-        name = row.picture_name("image") or row.text("image")
-        row.reject_other_pictures(("image",), has_picture=True)
-        image = picture_file(path, _IMAGE_FOLDERS, row, name)
+        name = row.image_name("image") or row.text("image")
+        row.reject_other_images(("image",), has_image=True)
+        image = image_file(path, _IMAGE_FOLDERS, row, name)
         answers = tuple(one.text("answer", blank=True) for one in people(row))
         items.append(_item(row, name, image, answers, row.text("answer_type", "all")))
     reject_duplicates((item.id for item in items), str(path))

@@ -1,8 +1,8 @@
 """VQAv2: free short answers, scored against ten people's answers with leave-one-out accuracy.
 
-Official files: a questions file and, where answers are published, an annotations file; pictures are
+Official files: a questions file and, where answers are published, an annotations file; images are
 ``COCO_{subset}_{image_id:012d}.jpg``, or without ``COCO_`` for other sets. A question may also name
-its picture itself, under ``image``.
+its image itself, under ``image``.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from milora_vl.eval.bench_files import (
     Mirror,
     Record,
     find_file,
-    find_picture,
+    find_image,
     read_json_object,
     read_mirror,
     reject_duplicates,
@@ -74,7 +74,7 @@ def _from_files(data_dir: Path) -> list[Item]:
     folders = [place for place in places if place.is_dir()] + [path.parent]
     items = []
     for row in content.records("questions"):
-        image = find_picture(folders, row, *_image_names(row, subset))
+        image = find_image(folders, row, *_image_names(row, subset))
         key = row.text("question_id")
         if annotations is not None and key not in annotations:
             raise row.error(f"question {key} has no annotation in {annotated_in}")
@@ -112,8 +112,8 @@ def _from_mirror() -> list[Item]:
 
 def _image_names(row: Record, subset: str) -> list[str]:
     image_id = row.get("image_id")
-    name = row.picture_name("image")
-    row.reject_other_pictures(("image", "image_id"), has_picture=True)
+    name = row.image_name("image")
+    row.reject_other_images(("image", "image_id"), has_image=True)
     if name is not None or not isinstance(image_id, int):
         return [name if name is not None else row.text("image_id")]
     stem = f"{subset}_{image_id:012d}"

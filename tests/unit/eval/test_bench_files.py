@@ -230,11 +230,11 @@ def test_right_answers_are_right_whatever_the_form_of_their_label(bench, file, p
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"images": ["x.png", "y.png"]}, "2 pictures in images"),
-        ({"image": "x.png", "images": ["y.png"]}, "2 pictures in image and images"),
-        ({"image_path": "x.png"}, "key 'image_path' seems to hold a picture"),
-        ({"img": "somewhere"}, "key 'img' seems to hold a picture"),
-        ({"image": "x.png", "second": "y.jpeg"}, "key 'second' seems to hold a picture"),
+        ({"images": ["x.png", "y.png"]}, "2 images in images"),
+        ({"image": "x.png", "images": ["y.png"]}, "2 images in image and images"),
+        ({"image_path": "x.png"}, "key 'image_path' seems to hold an image"),
+        ({"img": "somewhere"}, "key 'img' seems to hold an image"),
+        ({"image": "x.png", "second": "y.jpeg"}, "key 'second' seems to hold an image"),
         ({"file": {"bytes": "data:image/png;base64,AAAA"}}, "key 'file' seems to hold"),
         ({"image": {"path": "x.png"}}, "key 'image': a text was expected"),
         ({"image": "https://example.org/x.png"}, "is a URL"),
@@ -296,7 +296,7 @@ def test_several_pictures_in_a_column_of_a_mirror_are_refused_by_name(tmp_path, 
     monkeypatch.setattr(llava_w, "MIRRORS", mirror(1))
     assert llava_w.load(None)[0].image.read() == picture_bytes(0)
     monkeypatch.setattr(llava_w, "MIRRORS", mirror(2))
-    with pytest.raises(BenchError, match="LLaVA-Bench mirror row 0: 2 pictures"):
+    with pytest.raises(BenchError, match="LLaVA-Bench mirror row 0: 2 images"):
         llava_w.load(None)
 
 

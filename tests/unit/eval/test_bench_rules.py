@@ -89,7 +89,7 @@ def test_textvqa_malformed_files_are_errors(tmp_path):
             textvqa.load_with_ocr(tmp_path)
     row = {"question_id": "ab", "text": "Year?\nReference OCR token: x\nAnswer"}
     layouts.put(path, layouts.lines([row]))
-    with pytest.raises(ValueError, match=r"data\[0\]: no OCR words for picture aa"):
+    with pytest.raises(ValueError, match=r"data\[0\]: no OCR words for image aa"):
         textvqa.load_with_ocr(tmp_path)
     row = {"question_id": 7, "image_id": "aa", "question": "What?", "answers": ["red"] * 9}
     layouts.put(tmp_path / "textvqa/TextVQA_0.5.1_val.json", {"data": [row]})

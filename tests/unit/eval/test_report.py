@@ -95,7 +95,7 @@ def test_report_is_one_file_with_figures_pictures_and_answers(run_folder):
         Image.open(io.BytesIO(base64.b64decode(encoded))).verify()
     assert "before: " in text
     assert "after: " in text
-    assert "no picture" in text.lower()
+    assert "no image" in text.lower()
 
 
 def test_report_escapes_what_comes_from_files(run_folder):
@@ -118,7 +118,7 @@ def test_report_without_the_data_keeps_the_text(run_folder, tmp_path, caplog):
     text = write_report(run_folder, data_dir=tmp_path).read_text()
     assert "image/jpeg" not in text
     assert "Is there a fox in the image?" in text
-    assert "no pictures of pope" in caplog.text
+    assert "no images of pope" in caplog.text
 
 
 def test_damaged_files_are_named_in_the_report_and_do_not_fail_it(tmp_path, run_folder):
