@@ -40,6 +40,7 @@ from milora_vl.adapter.portable import (
     processor_reference,
     read_milora_file,
     read_tensors_,
+    write_peft_config,
 )
 from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import (
@@ -444,7 +445,7 @@ def write_adapter(
         config = portable_config(
             metadata.state(), metadata.base["name_or_path"], metadata.base["revision"]
         )
-        config.save_pretrained(str(temporary), auto_mapping_dict=class_names)
+        write_peft_config(temporary, config, class_names)
         digest = sha256_of(temporary / WEIGHTS_FILE)
         metadata = metadata.model_copy(update={"weights_sha256": digest})
         write_json_atomic(temporary / MILORA_FILE, metadata.model_dump())

@@ -27,7 +27,7 @@ from milora_vl.adapter.state import (
     trained_projector,
     trained_state,
 )
-from milora_vl.files import sha256_of
+from milora_vl.files import sha256_of, write_text_atomic
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -39,6 +39,11 @@ CONFIG_KEYS = (
     "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out",
 )  # fmt: skip
+ALWAYS_WRITTEN = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "target_modules", "modules_to_save", "lora_dropout", "bias",
+)  # fmt: skip
+"""Keys of ``adapter_config.json`` that readers look for even at PEFT's defaults; all of 0.10."""
 PACKAGES = ("milora-vl", "peft", "transformers", "torch", "safetensors")
 
 
@@ -197,11 +202,15 @@ def _whole(factor: Tensor, name: str) -> Tensor:
 
 
 def portable_config(state: MiloraState, base: str | None, revision: str | None) -> LoraConfig:
-    """Return the PEFT configuration of the plain LoRA for the original base."""
+    """Return the PEFT configuration of the plain LoRA for the original base.
+
+    rsLoRA is written as plain scaling: alpha / r with alpha = lora_alpha * sqrt(r) is the same
+    factor, and readers that do not know ``use_rslora`` (SGLang, llama.cpp) do not get it wrong.
+    """
+    rank = state.widening * state.r
     return LoraConfig(
-        r=state.widening * state.r,
-        lora_alpha=state.widening * state.lora_alpha,
-        use_rslora=state.init == "rslora",
+        r=rank,
+        lora_alpha=whole_number(_plain_alpha(state)),
         use_dora=state.init == "dora",
         target_modules=list(state.modules),
         modules_to_save=[state.projector] if state.projector else None,
@@ -211,6 +220,41 @@ def portable_config(state: MiloraState, base: str | None, revision: str | None) 
         revision=revision,
         inference_mode=True,
     )
+
+
+def _plain_alpha(state: MiloraState) -> float:
+    """Return the alpha whose alpha / rank is the scaling, doubled where the rank is."""
+    alpha = state.lora_alpha * (state.r**0.5 if state.init == "rslora" else 1)
+    return state.widening * alpha
+
+
+def whole_number(value: float) -> float:
+    """Return a whole value as an integer: readers in Go refuse 8.0 where they expect 8."""
+    return int(value) if float(value).is_integer() else value
+
+
+def write_peft_config(
+    folder: Path, config: LoraConfig, class_names: dict[str, str] | None = None
+) -> None:
+    """Write ``adapter_config.json`` with the keys that say something.
+
+    PEFT refuses keys that it does not know, and each version adds some. Keys at their defaults are
+    therefore left out, so that older versions read what newer ones write.
+
+    Args:
+        folder: Where the file goes.
+        config: Of the adapter.
+        class_names: Class and library of the base model, for ``AutoPeftModel``.
+    """
+    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    kept = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in values.items()
+        if key in ALWAYS_WRITTEN or value != defaults[key]
+    }
+    if class_names:
+        kept["auto_mapping"] = class_names
+    write_text_atomic(folder / PEFT_CONFIG_FILE, json.dumps(kept, indent=2, sort_keys=True))
 
 
 def installed_versions() -> dict[str, str]:
@@ -261,6 +305,8 @@ def check_files(folder: Path, metadata: MiloraFile) -> None:
             f"{config_path} is damaged: {error}; copy the adapter folder again"
         ) from error
     expected = portable_config(metadata.state(), None, None)
+    if actual.use_rslora and metadata.init == "rslora":  # as it was written before
+        expected.use_rslora, expected.lora_alpha = True, metadata.lora_alpha
     for key in CONFIG_KEYS:
         if _comparable(getattr(actual, key)) != _comparable(getattr(expected, key)):
             raise ValueError(
