@@ -65,7 +65,7 @@ from milora_vl.adapter.state import (
 )
 from milora_vl.adapter.targets import find_projector, resolve_residual
 from milora_vl.files import replace_folder, sha256_of, write_json_atomic, write_text_atomic
-from milora_vl.model.shards import ShardedWeights
+from milora_vl.model.shards import ShardedWeights, checkpoint_folder
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def check_adapter(
     *,
     strict_base: bool,
     weights: ShardedWeights | None = None,
+    together: bool = False,
 ) -> MiloraState:
     """Check a saved adapter against a base model, which stays as it is.
 
@@ -86,6 +87,7 @@ def check_adapter(
         residual: As for ``load_adapter``.
         strict_base: As for ``load_adapter``.
         weights: As for ``load_adapter``.
+        together: As for ``load_adapter``.
 
     Returns:
         What the model will have to remember of the adapter.
@@ -97,7 +99,7 @@ def check_adapter(
     metadata = read_milora_file(folder)
     check_files(folder, metadata)
     _check_layers_exist(model, metadata, folder)
-    weights = _check_base(model, metadata, folder, strict_base, weights)
+    weights = _check_base(model, metadata, folder, strict_base, weights, together)
     if not metadata.state().has_anchor:
         residual = "anchor"  # nothing to subtract: the base weights stay
     elif residual is None:
@@ -142,12 +144,14 @@ def _check_base(
     folder: Path,
     strict_base: bool,
     weights: ShardedWeights | None,
+    together: bool,
 ) -> ShardedWeights | None:
     """Compare fingerprints; return the float weights, unless those in memory are the right ones."""
     older = is_older(metadata.fingerprint)
-    read = partial(fingerprint, model, metadata.modules, older=older)
+    alone = partial(fingerprint, model, metadata.modules, older=older)
+    read = partial(alone, together=together)
     found = read(weights, only_exact=True)["exact"]
-    match = [precision for precision in PRECISIONS if metadata.fingerprint[precision] == found]
+    match = [key for key in PRECISIONS if metadata.fingerprint.get(key) == found]
     if match and match[0] != "exact":
         logger.info("%s: same base, its weights rounded to %s", folder, match[0])
     if match:
@@ -156,7 +160,10 @@ def _check_base(
     forms = read(weights)
     cast = [key for key in PRECISIONS if forms[key] == metadata.fingerprint["exact"]]
     if not cast and weights is None:
-        cast = _cast_of_checkpoint(model, metadata, found, read)
+        cast = _cast_of_checkpoint(model, metadata, found, alone)
+    if cast == ["exact"]:
+        logger.info("%s: same base, its weights rounded from those on disk", folder)
+        return weights
     if cast:
         logger.warning(
             "%s: same base, which was rounded to %s in training and is not here; what the adapter "
@@ -166,7 +173,7 @@ def _check_base(
         )
         return weights
     quantized = any(is_quantized(model.get_submodule(name).weight) for name in metadata.modules)
-    if weights is not None and metadata.fingerprint == read():
+    if weights is not None and metadata.fingerprint["exact"] == read(only_exact=True)["exact"]:
         return None  # made on the 4-bit weights as they are
     message = (
         f"{folder} was made on other weights: base {metadata.base['name_or_path']} (revision "
@@ -192,13 +199,15 @@ def _cast_of_checkpoint(
     read: Callable[[ShardedWeights], dict[str, str]],
 ) -> list[str]:
     """Return the dtypes of training, if the checkpoint on disk rounds to it and to this model."""
-    folder = Path(getattr(model, "name_or_path", "") or "-")
     try:
+        name, revision = getattr(model, "name_or_path", "") or "-", metadata.base["revision"]
+        folder = checkpoint_folder(name, revision, only_here=True)
         forms = read(ShardedWeights(folder, model))
     except (OSError, ValueError, KeyError, AttributeError):  # none there that can be read
         return []
     recorded = metadata.fingerprint["exact"]
-    return [key for key in PRECISIONS if found in forms.values() and forms[key] == recorded]
+    same = [key for key in PRECISIONS if found in forms.values() and forms[key] == recorded]
+    return same[:1]  # "exact" first: the weights of training may be those of several dtypes
 
 
 def _reason_of_dtype(model: nn.Module, metadata: MiloraFile) -> str:
@@ -472,6 +481,7 @@ def load_adapter(
     strict_base: bool = True,
     adapter_name: str = MILORA,
     weights: ShardedWeights | None = None,
+    together: bool = False,
 ) -> PeftModel:
     """Put a saved adapter on its original base model, ready to go on training or to be used.
 
@@ -488,6 +498,8 @@ def load_adapter(
         adapter_name: Its name on the model, see ``milora_vl.adapter.checkpoint``.
         weights: Float weights on disk of a ``model`` that ``load_vlm`` quantized
             (``vlm.float_weights``): W_p is formed from them and quantized again.
+        together: Every process of the job makes this call: the weights are digested once, each
+            process a share of them.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -500,7 +512,9 @@ def load_adapter(
             "beside the other with add_adapter_from"
         )
     check_name(adapter_name)
-    state = check_adapter(model, folder, residual, strict_base=strict_base, weights=weights)
+    state = check_adapter(
+        model, folder, residual, strict_base=strict_base, weights=weights, together=together
+    )
     peft_model = add_adapters(model, state, adapter_name)
     read_tensors_(peft_model, state, folder, adapter_name)
     if state.residual == "subtract" and weights is not None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate, certify_layer
 from milora_vl.adapter.factor_cache import FactorCache, FactorEntry, FactorKey
-from milora_vl.adapter.fingerprint import digest_of, weight_digests
+from milora_vl.adapter.fingerprint import digest_of, is_wide, weight_digests
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.adapter.quantized import dense_weight, is_quantized, stored_values
 from milora_vl.runtime import give_back_memory, one_ahead, threads_of_one_core
@@ -101,8 +101,9 @@ def prepare_layer(
     shape = tuple((weight if quantized else values).shape)
     key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
     entry = cache.get(key, recipe.r) if cache is not None else None
-    if not quantized and entry is not None and "digests" in entry.facts:
-        digests = entry.facts["digests"]
+    known = entry.facts.get("digests", {}) if entry is not None and not quantized else {}
+    if known and (len(known) > 1 or not is_wide(values)):  # else its rounded forms are missing
+        digests = known
     else:
         digests = weight_digests(values, exact=None if quantized else exact)
     return Prepared(

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from milora_vl.adapter.quantized import stored_values
 from milora_vl.model.shards import ShardedWeights
+from milora_vl.runtime import gather_json, process_count, process_rank
 
 PRECISIONS: dict[str, torch.dtype] = {
     "exact": torch.float32,
@@ -24,16 +25,31 @@ SCHEME = "v2:"  # before a fingerprint of bytes in the narrowest dtype; older on
 
 
 def weight_digests(weight: Tensor, exact: str | None = None) -> dict[str, str]:
-    """Digest the values of one weight as they are and as low-precision loading rounds them.
+    """Digest the values of one weight: once if they are held in 16 bits, or as codes.
+
+    Wider ones are also digested as 16-bit loading rounds them, which tells such a base again where
+    no checkpoint is at hand. What 16 bits hold is left to the checkpoint on disk.
 
     Args:
         weight: [d_out, d_in] float, or the codes of a quantized weight.
         exact: Its digest, where it is known already.
 
     Returns:
-        Precision ("exact", "bfloat16", "float16") -> digest of the values.
+        Precision ("exact"; for wide weights "bfloat16" and "float16", too) -> digest.
     """
     exact = exact or digest_of(weight)
+    if not is_wide(weight):
+        return {"exact": exact}
+    return rounded_digests(weight, exact)
+
+
+def is_wide(weight: Tensor) -> bool:
+    """Tell whether a weight is held in more than 16 bits."""
+    return weight.is_floating_point() and weight.element_size() > 2
+
+
+def rounded_digests(weight: Tensor, exact: str) -> dict[str, str]:
+    """Return the digests of the values as they are and as both 16-bit dtypes round them."""
     digests = dict.fromkeys(PRECISIONS, exact)
     if weight.is_floating_point():
         for precision in ("bfloat16", "float16"):
@@ -110,22 +126,26 @@ def _older_digest(values: Tensor, rounded_to: torch.dtype) -> str:
 
 
 def combine_digests(digests: dict[str, dict[str, str]], scheme: str = SCHEME) -> dict[str, str]:
-    """Combine per-layer digests (full name -> precision -> digest) into one per precision."""
-    precisions = next(iter(digests.values()), PRECISIONS)
+    """Combine per-layer digests (full name -> precision -> digest) into one per precision.
+
+    A precision that is known of some layers only is left out.
+    """
+    known = [key for key in PRECISIONS if all(key in one for one in digests.values())]
     lines = {
         precision: "\n".join(f"{name} {digests[name][precision]}" for name in sorted(digests))
-        for precision in precisions
+        for precision in known
     }
     return {key: scheme + hashlib.sha256(text.encode()).hexdigest() for key, text in lines.items()}
 
 
 def fingerprint(
     model: nn.Module,
-    modules: Iterable[str],
+    modules: Sequence[str],
     weights: ShardedWeights | None = None,
     *,
     only_exact: bool = False,
     older: bool = False,
+    together: bool = False,
 ) -> dict[str, str]:
     """Return the fingerprint of the named linear layers of a base model, per precision.
 
@@ -135,6 +155,8 @@ def fingerprint(
         weights: Float weights on disk, digested instead of those in memory.
         only_exact: Leave the rounded forms out, which cost several times as much.
         older: As adapters of format 2 and 3 record it.
+        together: Every process of the job makes this call, on the same base: each digests a share
+            of the layers, and all get the digests of all.
 
     Returns:
         "exact": of the values as loaded; "bfloat16" and "float16": of the same values rounded.
@@ -143,17 +165,24 @@ def fingerprint(
         ValueError: If a named layer is missing.
     """
     precisions = {"exact": torch.float32} if only_exact else PRECISIONS
+    layers = {name: _base_layer(model, name) for name in modules}
+    share = modules[process_rank() :: process_count()] if together else modules
     digests = {}
-    for name in modules:
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"the model has no layer {name}: another architecture") from error
-        if isinstance(layer, BaseTunerLayer):
-            layer = layer.get_base_layer()
-        values = weights.weight_of(name, dtype=None) if weights else stored_values(layer)
+    for name in share:
+        values = weights.weight_of(name, dtype=None) if weights else stored_values(layers[name])
         if older:
             digests[name] = {key: _older_digest(values, to) for key, to in precisions.items()}
         else:
-            digests[name] = {"exact": digest_of(values)} if only_exact else weight_digests(values)
+            exact = digest_of(values)
+            digests[name] = {"exact": exact} if only_exact else rounded_digests(values, exact)
+    if together:
+        digests = {name: found for part in gather_json(digests) for name, found in part.items()}
     return combine_digests(digests, scheme="" if older else SCHEME)
+
+
+def _base_layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"the model has no layer {name}: another architecture") from error
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

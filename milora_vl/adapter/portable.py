@@ -55,7 +55,7 @@ class MiloraFile(BaseModel):
         init: Method that gave the first values.
         base: Id or path and revision of the base model.
         processor: Where its processor is, its classes and a digest of its tokenizer, or None.
-        fingerprint: Of the original weights of the adapted layers, per precision.
+        fingerprint: Of the original weights of the adapted layers, per precision that is known.
         weights_sha256: Of the weights file beside it.
         dtype: In which the base was held in training, for example "bfloat16"; None in files of
             format 2.
@@ -78,13 +78,20 @@ class MiloraFile(BaseModel):
     init: str = "milora"
     base: dict[str, str | None]
     processor: dict[str, str | None] | None = None
-    fingerprint: dict[Literal["exact", "bfloat16", "float16"], str] = Field(min_length=3)
+    fingerprint: dict[Literal["exact", "bfloat16", "float16"], str]
     quantization_correction: str = "none"
     weights_sha256: str
     packages: dict[str, str]
     dtype: str | None = None
     inputs: dict[str, Any] | None = None
     extra: dict[str, Any] = {}
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _has_exact(cls, value: dict[str, str]) -> dict[str, str]:
+        if "exact" not in value:
+            raise ValueError("the digest of the weights as they were is missing")
+        return value
 
     @field_validator("base", mode="before")
     @classmethod

@@ -106,16 +106,25 @@ class ShardedWeights:
         return self._files[file]
 
 
-def checkpoint_folder(path: str, revision: str | None = None) -> Path:
+def checkpoint_folder(path: str, revision: str | None = None, *, only_here: bool = False) -> Path:
     """Return the folder of a checkpoint, fetched from the hub if ``path`` is no folder here.
 
+    Args:
+        path: Folder or hub id.
+        revision: Of the hub.
+        only_here: Take what an earlier download left, and fetch nothing.
+
     Raises:
-        OSError: If it cannot be fetched.
+        OSError: If it cannot be fetched, or is not here.
     """
     if Path(path).is_dir():
         return Path(path)
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    return Path(
+        snapshot_download(
+            path, revision=revision, allow_patterns=wanted, local_files_only=only_here
+        )
+    )
 
 
 def list_keys(folder: Path, opened: Any) -> list[tuple[str, str]]:

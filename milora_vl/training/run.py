@@ -246,7 +246,7 @@ def finetune(  # noqa: PLR0913  settings by keyword
     final = run_folder / "adapter"
     if (final / "milora.json").exists():
         logger.info("the adapter is trained: %s", final)
-        trained = load_adapter(vlm.model, final, weights=vlm.float_weights)
+        trained = load_adapter(vlm.model, final, weights=vlm.float_weights, together=True)
         return vlm.with_model(trained.eval())
     check_some_steps(len(dataset), arguments)  # before minutes of decompositions
     regardless = getattr(arguments, "resume_regardless", False)
@@ -269,6 +269,7 @@ def finetune(  # noqa: PLR0913  settings by keyword
             trainable=True,
             weights=vlm.float_weights,
             strict_base=not regardless,
+            together=True,
         )
     else:
         peft_model = _attach(vlm, adapter, dataset, arguments, run_folder)

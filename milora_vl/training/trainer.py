@@ -69,6 +69,25 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return keep
 
 
+def with_positions(
+    collate: Callable[[list[Any]], dict[str, Tensor]], samples: list[Any]
+) -> dict[str, Tensor]:
+    """Collate, and find on the CPU where the supervised tokens are predicted.
+
+    A device would have to be waited for: how many there are is a question of the labels' values.
+
+    Returns:
+        The batch with ``positions``, int64 [B, P]: those of each row, filled up to the most of any
+        row with the last position, which has no next token and so no loss.
+    """
+    batch = collate(samples)
+    keep = supervised_positions(batch["labels"])
+    most = max(int(keep.sum(dim=1).max()), 1)
+    last = keep.shape[1] - 1
+    own = torch.where(keep, torch.arange(keep.shape[1]), last)
+    return batch | {"positions": own.sort(dim=1).values[:, :most].contiguous()}
+
+
 def token_loss_sum(
     model: nn.Module, inputs: Mapping[str, Tensor], label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -77,24 +96,38 @@ def token_loss_sum(
     Only their positions go through the output layer, which saves most of its work and memory.
 
     Args:
-        model: Takes ``logits_to_keep`` as a boolean mask [B, T], or ignores it.
-        inputs: A batch of ``pad_batch`` with unshifted ``labels`` [B, T].
+        model: Takes ``logits_to_keep`` as a boolean mask [B, T] and as positions [B, P], or ignores
+            it.
+        inputs: A batch of ``pad_batch`` with unshifted ``labels`` [B, T]. With ``positions`` of
+            ``with_positions`` the host never waits for the device; without them nothing is filled
+            up, which is quicker on a CPU.
         label_smoothing: Share of the target that is spread over all tokens, 0 to 1.
 
     Returns:
         Loss sum in nats (float32 scalar) and the number of supervised tokens.
     """
-    labels = inputs["labels"]
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    keep = supervised_positions(labels)
-    logits = model(**rest, logits_to_keep=keep, use_cache=False).logits  # [n, V]
-    if logits.dim() == 3:  # an architecture without logits_to_keep
-        logits = logits[keep]
-    targets = labels[:, 1:][keep[:, :-1]]
+    labels, positions = inputs["labels"], inputs.get("positions")
+    rest = {name: value for name, value in inputs.items() if name not in ("labels", "positions")}
+    keep = supervised_positions(labels) if positions is None else positions
+    logits = model(**rest, logits_to_keep=keep, use_cache=False).logits  # [n, V] or [B, P, V]
+    if positions is None:
+        if logits.dim() == 3:  # an architecture without logits_to_keep
+            logits = logits[keep]
+        targets = labels[:, 1:][keep[:, :-1]]
+    else:
+        if logits.shape[1] == labels.shape[1]:
+            logits = logits.take_along_dim(positions[..., None], dim=1)
+        following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = following.take_along_dim(positions, dim=1).flatten()
+        logits = logits.flatten(0, 1)
     loss = functional.cross_entropy(
-        logits.float(), targets, reduction="sum", label_smoothing=label_smoothing
+        logits.float(),
+        targets,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
-    return loss, keep.sum()
+    return loss, (targets != IGNORE_INDEX).sum()
 
 
 class VlmTrainer(Trainer):
@@ -205,9 +238,11 @@ class VlmTrainer(Trainer):
 
     def loader_options(self) -> dict[str, Any]:
         """Return what both loaders take from the arguments."""
-        workers = self.args.dataloader_num_workers
+        workers, collate = self.args.dataloader_num_workers, self.data_collator
+        if self.args.device.type != "cpu":
+            collate = partial(with_positions, collate)
         return {
-            "collate_fn": self.data_collator,
+            "collate_fn": collate,
             "num_workers": workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "persistent_workers": self.args.dataloader_persistent_workers,

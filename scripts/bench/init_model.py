@@ -65,7 +65,7 @@ def time_digests() -> None:
         values = weight.to(dtype)
         for form, work in (
             ("as stored", partial(digest_of, values)),
-            ("all forms", partial(weight_digests, values)),
+            ("at a start", partial(weight_digests, values)),
         ):
             seconds = []
             for _ in range(3):

@@ -10,7 +10,13 @@ from milora_vl.adapter import decompose
 from milora_vl.adapter import fingerprint as module
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
-from milora_vl.adapter.fingerprint import combine_digests, digest_of, fingerprint, weight_digests
+from milora_vl.adapter.fingerprint import (
+    combine_digests,
+    digest_of,
+    fingerprint,
+    rounded_digests,
+    weight_digests,
+)
 from milora_vl.config import MiloraConfig
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -33,7 +39,7 @@ def test_the_same_values_have_the_same_digest_in_every_dtype(pieces, weight, sto
     values = weight.to(stored)
     wide = [dtype for dtype in DTYPES if torch.equal(values.to(dtype).double(), values.double())]
     assert len(wide) >= 2
-    assert len({str(weight_digests(values.to(dtype))) for dtype in wide}) == 1
+    assert len({digest_of(values.to(dtype)) for dtype in wide}) == 1
     assert digest_of(values.t().contiguous().t()) == digest_of(values)
 
 
@@ -55,6 +61,8 @@ def test_rounded_forms_are_the_digests_of_the_rounded_weight(pieces, weight):
         "float16": digest_of(weight.half()),
     }
     assert len(set(forms.values())) == 3
+    assert forms == rounded_digests(weight, forms["exact"])
+    assert weight_digests(weight.half()) == {"exact": digest_of(weight.half())}  # disk has the rest
 
 
 def test_16_bit_weights_are_hashed_without_a_float32_copy(weight, monkeypatch):
@@ -89,10 +97,10 @@ def test_a_start_hashes_each_16_bit_weight_once_and_a_load_too(
     settings = MiloraConfig(r=3, residual="anchor")
     peft_model, _ = attach_milora(make_tiny_vlm().bfloat16(), settings, progress=False)
     save_adapter(peft_model, tmp_path / "a")
-    assert calls.count(None) == 14  # for fingerprint and factor cache together
+    assert calls == [None] * 14  # for fingerprint and factor cache together
     calls.clear()
     attach_milora(make_tiny_vlm().bfloat16(), settings, progress=False)
-    assert calls == [None] * 14  # the cache knows the rounded forms
+    assert calls == [None] * 14
     calls.clear()
     load_adapter(make_tiny_vlm().bfloat16(), tmp_path / "a")
     assert calls == [None] * 14
@@ -120,6 +128,10 @@ def test_a_base_rounded_otherwise_is_recognized_beside_its_checkpoint(
     assert "same base, which was rounded to bfloat16" in caplog.text
     with pytest.raises(ValueError, match=r"trained in bfloat16 and this model is in float16"):
         load_adapter(make_tiny_vlm().half(), tmp_path / "a")  # no checkpoint at hand
+    caplog.clear()
+    wide = attach_milora(load(tmp_path / "base", dtype=torch.float16), settings, progress=False)[0]
+    save_adapter(wide, tmp_path / "b")
+    load_adapter(load(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "b")
     # the checkpoint vouches only for a model that holds its values
     changed = load(tmp_path / "base", dtype=torch.float16)
     changed.model.language_model.layers[0].mlp.down_proj.weight.data[0, 0] += 1

@@ -1,13 +1,17 @@
 """Laws of training: token-normalised loss, groups, resume, complete checkpoints, finite loss."""
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_utils import slice_logits_to_keep
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter, save_adapter
@@ -21,7 +25,7 @@ from milora_vl.training.arguments import build_arguments
 from milora_vl.training.callbacks import MetricsWriter
 from milora_vl.training.resume import checkpoint_folders, is_finished
 from milora_vl.training.run import finetune, train
-from milora_vl.training.trainer import token_loss_sum
+from milora_vl.training.trainer import VlmTrainer, token_loss_sum, with_positions
 
 
 @pytest.fixture
@@ -89,6 +93,54 @@ def test_loss_equals_the_models_own(tiny_checkpoint: Path, dataset: Conversation
     batch = collate(dataset, [0, 1, 3])
     loss_sum, n_tokens = token_loss_sum(vlm.model, batch)
     assert torch.isclose(loss_sum / n_tokens, vlm.model(**batch).loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_positions_found_before_the_copy_give_the_same_loss_and_gradient(
+    tiny_checkpoint: Path, dataset: ConversationDataset, smoothing: float
+) -> None:
+    model = load_vlm(tiny_checkpoint).model.train()
+    samples = [dataset[index] for index in (0, 1, 3)]  # answers of several lengths
+    samples[1]["labels"] = [-100] * len(samples[1]["labels"])  # and one without any
+    batches = [pad_batch(samples, 0), with_positions(partial(pad_batch, pad_token_id=0), samples)]
+    found = []
+    for batch in batches:
+        loss, n_tokens = token_loss_sum(model, batch, smoothing)
+        model.zero_grad()
+        loss.backward()
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        found.append((loss, n_tokens, gradients))
+    assert found[0][1] == found[1][1] > 0
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-6)
+
+
+def test_no_step_on_a_device_asks_for_a_value(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    vlm = load_vlm(tiny_checkpoint)
+    trainer = VlmTrainer(
+        model=vlm.model,
+        args=build_arguments({}, tmp_path, 0),
+        train_dataset=dataset,
+        data_collator=partial(pad_batch, pad_token_id=0),
+        save_weights=lambda _: None,
+    )
+    trainer.args.__dict__["_setup_devices"] = torch.device("meta")  # stands for a GPU
+    batch = trainer.loader_options()["collate_fn"]([dataset[0], dataset[3]])
+    # tensors without values: whatever has to know one raises
+    on_device = {name: value.to("meta") for name, value in batch.items()}
+    head = nn.Linear(8, 64, device="meta")
+
+    def model(input_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> SimpleNamespace:
+        hidden = torch.zeros(*input_ids.shape, 8, device="meta")
+        return SimpleNamespace(logits=head(slice_logits_to_keep(hidden, logits_to_keep)))
+
+    loss = trainer.compute_loss(model, on_device, num_items_in_batch=torch.ones((), device="meta"))
+    loss.backward()
+    assert loss.is_meta
+    with pytest.raises(NotImplementedError):  # the mask is such a question
+        token_loss_sum(model, {k: v for k, v in on_device.items() if k != "positions"})
 
 
 def test_micro_batches_give_the_gradient_of_one_batch(
