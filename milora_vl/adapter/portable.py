@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
