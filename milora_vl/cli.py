@@ -116,6 +116,68 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def init(arguments: argparse.Namespace) -> int:
+    """Write what another trainer needs to train MiLoRA: an adapter folder and its base.
+
+    --target residual: DIR/base is the checkpoint with W_p, DIR/adapter the LoRA with (A0, B0). Any
+    trainer that goes on from a PEFT adapter takes them. W_p is rounded to the dtype of the
+    checkpoint; what that loses is printed, and --dtype float32 loses nothing.
+    --target lora: the original base, DIR/adapter, and DIR/anchor as a second, frozen adapter. Exact
+    in every dtype, for trainers to which you hand the model.
+
+    Settings are those of a config's adapter section. Afterwards: milora-vl finish. How TRL,
+    LLaMA-Factory, ms-swift, axolotl and unsloth take them: docs/train_elsewhere.md.
+
+    Example: milora-vl init --model llava-hf/llava-1.5-7b-hf --out start adapter.r=64
+    """
+    import torch
+
+    from milora_vl.config import adapter_config
+    from milora_vl.export.elsewhere import init_start
+
+    config = adapter_config(arguments.overrides, {"train_projector": False})
+    start = init_start(
+        arguments.model,
+        arguments.out,
+        config,
+        target=arguments.target,
+        device=arguments.device,
+        dtype="auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+    )
+    print(start.certificate.summary())
+    for line in start.checks:
+        print(f"step 0: {line}")
+    print(f"base model:   {start.base}")
+    print(f"train on from {start.folder / 'adapter'}")
+    if arguments.target == "lora":
+        print(f"frozen:       {start.folder / 'anchor'}")
+    print(f"then:         milora-vl finish {arguments.out} --adapter TRAINED --out OUT")
+    return 0
+
+
+def finish(arguments: argparse.Namespace) -> int:
+    """Turn what another trainer made of a start into a portable adapter for the original base.
+
+    The result is a plain PEFT LoRA of twice the rank, checked against the trained model. The base
+    is checked by the fingerprint of its weights.
+
+    Example: milora-vl finish start --adapter outputs/checkpoint-500 --out adapter
+    """
+    from milora_vl.export.elsewhere import finish_adapter
+
+    finished = finish_adapter(
+        arguments.folder,
+        arguments.adapter,
+        arguments.out,
+        base=arguments.model,
+        device=arguments.device,
+    )
+    for line in finished.checks:
+        print(line)
+    print(f"adapter: {finished.folder}")
+    return 0
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Say what a run would adapt, train, take and need, before any weight is read."""
     from milora_vl.plan import plan_run
@@ -198,6 +260,35 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run_verb=export)
 
 
+def add_start_verbs(verbs: Any) -> None:
+    """Add ``init`` and ``finish``, between which another trainer trains."""
+    verb = verbs.add_parser(
+        "init",
+        help="make a start that any trainer can train",
+        description=init.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("overrides", nargs="*", metavar="adapter.key=value", help=OVERRIDES_HELP)
+    verb.add_argument("--model", required=True, help="base: hub id or folder")
+    verb.add_argument("--out", type=Path, required=True, help="new folder")
+    verb.add_argument("--target", choices=["residual", "lora"], default="residual")
+    verb.add_argument("--device", default="cpu")
+    verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    verb.set_defaults(run_verb=init)
+    verb = verbs.add_parser(
+        "finish",
+        help="make a portable adapter of what another trainer trained",
+        description=finish.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("folder", type=Path, help="folder of milora-vl init")
+    verb.add_argument("--adapter", type=Path, required=True, help="what the trainer saved")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the portable adapter")
+    verb.add_argument("--model", help="original base (default: as recorded)")
+    verb.add_argument("--device", default="cpu")
+    verb.set_defaults(run_verb=finish)
+
+
 def cache(arguments: argparse.Namespace) -> int:
     """Show or clear the SVD factors that are kept for the next start."""
     from milora_vl.adapter.factor_cache import FactorCache, factors_folder
@@ -246,6 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    add_start_verbs(verbs)
     verb = verbs.add_parser("cache", help="SVD factors on disk", description=cache.__doc__)
     verb.add_argument("action", choices=["show", "clear"])
     verb.set_defaults(run_verb=cache)

@@ -414,6 +414,31 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     return config
 
 
+def adapter_config(
+    overrides: Iterable[str], defaults: Mapping[str, Any] | None = None
+) -> MiloraConfig:
+    """Return the adapter section that ``adapter.key=value`` words describe, without a config file.
+
+    Args:
+        overrides: The words.
+        defaults: Values of keys that no word sets.
+
+    Raises:
+        ConfigError: If a word names another section, or a key or value is wrong.
+    """
+    values: dict[str, Any] = {"adapter": dict(defaults or {})}
+    for override in overrides:
+        apply_override(values, override)
+    if other := sorted(values.keys() - {"adapter"}):
+        raise ConfigError(f"{other[0]}: only adapter.key=value is taken here")
+    try:
+        return MiloraConfig.model_validate(values["adapter"])
+    except ValidationError as error:
+        lines = [_explain("words", {**item, "loc": ("adapter", *item["loc"])})
+                 for item in error.errors()]  # fmt: skip
+        raise ConfigError("\n".join(lines)) from None
+
+
 def variants(config: Config, where: str = "config") -> dict[str, Config]:
     """Return the config of every run that ``compare`` lists, by name.
 
