@@ -1,7 +1,4 @@
-"""A run's settings: typed sections, read from YAML plus ``section.key=value`` overrides.
-
-YAML as people write it: numbers, repeated keys, overrides and the cache folder.
-"""
+"""A run's settings: typed sections, read from YAML plus ``section.key=value`` overrides."""
 
 import dataclasses
 import difflib
@@ -40,7 +37,7 @@ class Loader(yaml.SafeLoader):
     """YAML as people write it: ``1e-3`` is a number, and a key written twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; refuse repeated keys, of which YAML would keep the last."""
+        """Build a mapping; refuse repeated keys, of which YAML keeps the last."""
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
@@ -136,11 +133,11 @@ class MiloraConfig(Section):
         lora_dropout: Dropout before lora_A of the trainable adapter, not of the anchor: at step 0
             the layer equals the pretrained one in eval mode, and on average in train mode.
         train_projector: Train the vision-language projector in full.
-        calibration_batches: With init "null_space", how many training batches are looked at.
+        calibration_batches: With init "null_space", how many training batches are measured.
         allow_outside_language_model: Let ``target_modules`` reach the vision tower and an output
             head of its own weights; otherwise such a pattern is refused.
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
-        quantization_correction: What is done about the error of NF4, see
+        quantization_correction: How the quantization error of NF4 is corrected, see
             ``milora_vl.adapter.nf4``.
     """
 
@@ -182,7 +179,7 @@ class MiloraConfig(Section):
 
     @property
     def spectrum(self) -> Slice | None:
-        """The slice the adapter starts from, or None where the method takes none."""
+        """The slice the adapter starts from; None for methods that start from no slice."""
         return self.slice if self.init == "milora" else INIT_SLICES.get(self.init)
 
     @property
@@ -197,7 +194,7 @@ class ModelSection(Section):
 
     Attributes:
         path: Hub id, folder, or "demo" for the embedded small model.
-        prepare: Command that makes the folder ``path``; it runs when the folder is not there.
+        prepare: Command that makes the folder ``path``, run if the folder does not exist.
         revision: Hub revision (branch, tag or commit).
         dtype: Weights' dtype in memory; "auto" keeps the checkpoint's.
         quantization: "nf4" quantizes the language model's linears while they are read.
@@ -232,17 +229,17 @@ class DataSection(Section):
 
     Attributes:
         train: Files of records, see docs/data.md; ``${MILORA_CACHE}`` is the cache folder.
-        prepare: Command that makes the files and returns at once if they are made; it runs in the
-            repository's folder before anything else. None: they are there.
+        prepare: Command that makes the files, run first and in the repository's folder; it must
+            return at once if they exist. None: they exist.
         image_folder: Folder that the records' image paths start from; empty for text-only records.
         validation: File of records for the validation loss; None for none.
         max_length: Longest sequence in tokens; answers are cut to fit, image tokens never.
         turns: "running": a record is one conversation, as in LLaVA. "side_by_side": every exchange
-            is learnt as if it were the only one, so that no answer tells another.
-        pad_to_square: Keep the aspect ratio by padding with the processor's mean colour.
-        on_bad_record: Stop at a record that cannot be used, or leave it out and count it.
-        on_bad_image: Stop at an image that cannot be read, or leave its record out and count it.
-        ignore_keys: Keys of records that are not read, whatever docs/data.md says of them.
+            is learned as if it were the only one, so that no answer gives away another.
+        pad_to_square: Keep the aspect ratio by padding with the processor's mean color.
+        on_bad_record: Stop at a record that cannot be used, or skip and count it.
+        on_bad_image: Stop at an image that cannot be read, or skip and count its record.
+        ignore_keys: Keys of records to ignore, even if docs/data.md says otherwise.
         special_tokens_in_answers: What a special token's name in an answer means: "literal", its
             characters; "token", the token, unless it stands for an image.
         limit, validation_limit: Use only the first records of each file.
@@ -303,9 +300,9 @@ class EvalSection(Section):
         batch_size: Prompts in one forward pass.
         blind: Also answer without the image.
         limit: Only the first questions of each bench.
-        every_steps: Also ask the benches during training, every so many steps; their scores stand
-            in ``metrics.jsonl`` as ``eval_`` and the name, also for ``metric_for_best_model``.
-        during_limit: Only the first questions of each bench then.
+        every_steps: Also run the benches every so many training steps; ``metrics.jsonl`` has their
+            scores as ``eval_NAME``, which ``metric_for_best_model`` can name.
+        during_limit: Only the first questions of each bench during training.
     """
 
     benches: list[str] = []
@@ -318,16 +315,16 @@ class EvalSection(Section):
 
 
 class TrainingExtras(Section):
-    """Keys of a ``training`` section that are ours; all others go to ``TrainingArguments``.
+    """Our own keys of a ``training`` section; all others go to ``TrainingArguments``.
 
     Attributes:
         global_batch_size: Samples of one optimizer step over all devices. It gives
             ``gradient_accumulation_steps`` unless that is set, see ``arguments_for``.
         early_stopping_patience: Stop after so many evaluations in a row without a new best.
-        on_non_finite: Stop at a loss or gradient that is not finite; or leave its step out, count
-            it, and give up after ten in a row.
-        resume_regardless: Go on also from what is left of a damaged checkpoint, or with other data
-            or another base than the run began with.
+        on_non_finite: Stop at a loss or gradient that is not finite; or skip and count its step,
+            and stop after ten in a row.
+        resume_regardless: Resume even from a damaged checkpoint, or with other data or another base
+            than the run began with.
     """
 
     global_batch_size: int | None = Field(default=None, ge=1)
@@ -485,7 +482,7 @@ def _explain(where: str, error: Mapping[str, Any]) -> str:
 
 
 def split_training(training: Mapping[str, Any]) -> tuple[TrainingExtras, dict[str, Any]]:
-    """Part a ``training`` section into our keys and those of ``TrainingArguments``.
+    """Split a ``training`` section into our keys and those of ``TrainingArguments``.
 
     Raises:
         pydantic.ValidationError: If a value of ours cannot be used.
@@ -501,12 +498,12 @@ def arguments_for(
     """Return the keys of ``TrainingArguments``, with the accumulation that the batch asks for.
 
     ``gradient_accumulation_steps`` becomes ``global_batch_size`` / (devices x batch a device),
-    rounded, unless the section sets it. A global batch that is not kept is one warning.
+    rounded, unless the section sets it. If the global batch cannot be met, that is one warning.
 
     Args:
         training: A ``training`` section.
         devices: Processes that train together, one a device.
-        warn: Whether to say so; a forecast leaves it to the training.
+        warn: Whether to warn; a forecast leaves it to the training.
     """
     extras, arguments = split_training(training)
     wanted = extras.global_batch_size
@@ -533,14 +530,14 @@ def _warn_of_batch(devices: int, per_device: int, steps: int, wanted: int) -> No
     )
 
 
-# Smallest value of counts and rates that transformers takes at its word, whatever it is.
+# Smallest allowed values of settings that transformers does not check.
 LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "num_train_epochs": 0, "learning_rate": 0,
     "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "save_steps": 0,
     "logging_steps": 0, "eval_steps": 0,
 }  # fmt: skip
-# Checked by type alone: what they need is a question of the machine that trains.
+# Checked by type only: whether they work depends on the machine that trains.
 HARDWARE_KEYS = (
     "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "torch_compile",
     "deepspeed", "fsdp", "fsdp_config",
@@ -551,8 +548,8 @@ def _check_training(training: Mapping[str, Any], where: str) -> None:
     """Check names, types and values of a ``training`` section; no device is touched.
 
     Raises:
-        ConfigError: If ``TrainingArguments`` would not take it, or would take it for something
-            that was not meant.
+        ConfigError: If ``TrainingArguments`` would refuse it, or would read a value as another
+            type.
     """
     from transformers import TrainingArguments  # seconds to import; only a whole config needs it
 
@@ -571,7 +568,7 @@ def _check_training(training: Mapping[str, Any], where: str) -> None:
     _check_reporters(arguments.get("report_to"), where)
 
     class OnPaper(TrainingArguments):
-        """The parent's own checks, without its setting up of a device or of processes."""
+        """Runs the parent's checks without setting up a device or processes."""
 
         @property
         def device(self) -> str:
@@ -580,7 +577,7 @@ def _check_training(training: Mapping[str, Any], where: str) -> None:
     rest = {key: value for key, value in arguments.items() if key not in HARDWARE_KEYS}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # they come again when the run starts
+            warnings.simplefilter("ignore", FutureWarning)  # repeated when the run starts
             OnPaper(**({"output_dir": "unused"} | rest), use_cpu=True)
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
         text = str(error).strip().splitlines()[0]
@@ -588,7 +585,7 @@ def _check_training(training: Mapping[str, Any], where: str) -> None:
 
 
 def _shorten(message: str, arguments: Mapping[str, Any]) -> str:
-    """Name the key and the nearest choice where transformers lists all choices of a value."""
+    """Shorten transformers' list of all choices to the key and the nearest choice."""
     found = re.match(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", message)
     if not found:
         return message
@@ -598,7 +595,7 @@ def _shorten(message: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
-    """Refuse YAML that is read as another type than was meant.
+    """Refuse a value that YAML reads as another type than the key has.
 
     Raises:
         ConfigError: With what to write instead.
@@ -611,11 +608,11 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
     if is_bool and not takes_bool:
         word = "yes" if value else "no"
         hint = f"; YAML reads {word} as {str(value).lower()}, write \"'{word}'\""
-        raise ConfigError(f"{name}: {value} is no value for it{hint if takes_text else ''}")
+        raise ConfigError(f"{name}: {value} is not allowed here{hint if takes_text else ''}")
     if is_bool or takes_text:
         return
     if key == "bf16":
-        raise ConfigError(f"{name}: {value!r} is none of its choices, {BF16_CHOICES}")
+        raise ConfigError(f"{name}: {value!r} is not one of {BF16_CHOICES}")
     if takes_bool:
         raise ConfigError(f"{name}: true or false is needed, got {value!r}")
     if takes_number:

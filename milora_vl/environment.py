@@ -1,6 +1,5 @@
-"""What a result depends on besides its config: versions, commit, machine, seed, data."""
+"""What a result depends on besides its config and data: versions, commit, machine, seed."""
 
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 from milora_vl.adapter.portable import installed_versions
 
 
-def describe_environment(seed: int, data_manifest: Path | None) -> dict[str, Any]:
-    """Collect what a result depends on: versions, commit, machine, seed, data."""
+def describe_environment(seed: int) -> dict[str, Any]:
+    """Collect versions, commit, machine and seed."""
 
     def git(*words: str) -> str:
         try:
@@ -27,11 +26,6 @@ def describe_environment(seed: int, data_manifest: Path | None) -> dict[str, Any
             return ""
         return result.stdout.strip()
 
-    manifest = (
-        json.loads(data_manifest.read_text(encoding="utf-8"))
-        if data_manifest and data_manifest.exists()
-        else None
-    )
     return {
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -40,5 +34,4 @@ def describe_environment(seed: int, data_manifest: Path | None) -> dict[str, Any
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain")),
         "seed": seed,
-        "data_manifest": manifest,
     }

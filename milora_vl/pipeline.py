@@ -135,7 +135,7 @@ def record_environment(config: Config, file: Path) -> dict[str, Precision]:
     """
     if file.exists():  # a run keeps the arithmetic it began with
         return read_precisions(file) or decide_precisions(config)
-    facts = describe_environment(config.seed, None)
+    facts = describe_environment(config.seed)
     precisions = decide_precisions(config)
     facts["precision"] = {name: asdict(one) for name, one in precisions.items()}
     facts["prompt_day"] = str(config.model.prompt_day or date.today())

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from milora_vl.adapter.baselines import MOMENT_BYTES
-from milora_vl.adapter.minor_svd import KRYLOV_MAX_RANK_RATIO, KRYLOV_MIN_SIDE, multiply, pack
+from milora_vl.adapter.minor_svd import multiply, pack, uses_krylov
 from milora_vl.adapter.state import PLAIN_INITS
 from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets
 from milora_vl.config import (
@@ -42,7 +42,7 @@ from milora_vl.devices import Fit, Machine, fit_batch, parse_machine
 from milora_vl.model.embedded import demo_config
 from milora_vl.model.families import has_vision
 from milora_vl.model.load import LoadError
-from milora_vl.runtime import choose_precision, count_layer_shapes, resolve_device
+from milora_vl.runtime import LayerShape, choose_precision, count_layer_shapes, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +71,6 @@ NF4_SECONDS = 22e-9  # a weight: read, W_p, quantized
 Method = Literal["auto", "exact", "krylov", "none"]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One kind of linear layer: d_out, d_in and how many of it the model has."""
-
-    d_out: int
-    d_in: int
-    count: int
-
-
 def measure_flops(
     dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False
 ) -> float:
@@ -101,14 +92,7 @@ def measure_flops(
     return 2 * PROBE_SIDE**3 / best
 
 
-def uses_krylov(shape: Shape, r: int, method: Method) -> bool:
-    """Return whether ``minor_svd`` takes the Krylov method for a layer."""
-    side = min(shape.d_out, shape.d_in)
-    worthwhile = side >= KRYLOV_MIN_SIDE and r <= side * KRYLOV_MAX_RANK_RATIO
-    return method == "krylov" or (method == "auto" and worthwhile)
-
-
-def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
+def decomposition_flops(shape: LayerShape, r: int, krylov: bool) -> float:
     """Return operations to start one layer, with M >= N its sides.
 
     Exact: 4 M N^2 + 22 N^3 for the full decomposition (Golub and Van Loan's count with both sets of
@@ -127,7 +111,7 @@ def decomposition_flops(shape: Shape, r: int, krylov: bool) -> float:
 
 
 def init_seconds(
-    shapes: list[Shape], r: int, method: Method, flops: float, *, quantized: bool = False
+    shapes: list[LayerShape], r: int, method: Method, flops: float, *, quantized: bool = False
 ) -> float:
     """Estimate the seconds to start all layers.
 
@@ -140,7 +124,7 @@ def init_seconds(
     """
     seconds = 0.0
     for shape in shapes:
-        krylov = uses_krylov(shape, r, method)
+        krylov = uses_krylov(min(shape.d_out, shape.d_in), r, method)
         work = decomposition_flops(shape, r, krylov) if method != "none" else 0.0
         efficiency = KRYLOV_EFFICIENCY if krylov else EXACT_EFFICIENCY
         rest = shape.d_out * shape.d_in * (VALUE_SECONDS + NF4_SECONDS * quantized)
@@ -150,7 +134,7 @@ def init_seconds(
     return seconds
 
 
-def init_workspace_gib(shapes: list[Shape], r: int) -> float:
+def init_workspace_gib(shapes: list[LayerShape], r: int) -> float:
     """Estimate the largest workspace beside the model: one layer at a time, float32.
 
     Three copies of the weight (itself, the slice, W_p), its three short-side squares (Gram, factor,
@@ -384,7 +368,7 @@ class Group:
 
     part: str
     kind: str
-    shape: Shape
+    shape: LayerShape
     parameters: int
 
 
@@ -669,7 +653,7 @@ def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[
     for (part, kind, d_out, d_in), count in counted.items():
         each = adapter.r * (d_in if adapter.init == "mica" else d_out + d_in)
         each += d_out if adapter.init == "dora" else 0
-        groups.append(Group(part, kind, Shape(d_out, d_in, count), count * each))
+        groups.append(Group(part, kind, LayerShape(d_out, d_in, count), count * each))
     return tuple(groups)
 
 

@@ -1,4 +1,4 @@
-"""The process and its machine: its rank, memory, threads, device, and the precision of products."""
+"""The process and its machine: rank, memory, threads, device, and precision of products."""
 
 import ctypes
 import json
@@ -47,7 +47,7 @@ def one_ahead(work: Callable[[str], Work], names: Sequence[str]) -> Iterator[Wor
 
 @contextmanager
 def threads_of_one_core(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads that use one core each; what is not begun when the block ends is dropped."""
+    """Yield a pool of threads that use one core each; jobs not started at its end are canceled."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -70,7 +70,7 @@ def process_count() -> int:
 
 
 def join_processes() -> None:
-    """Meet the other processes, if a launcher started several; without effect the second time."""
+    """Connect to the other processes, if a launcher started several; repeated calls do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -78,23 +78,23 @@ def join_processes() -> None:
 
 
 def is_main_process() -> bool:
-    """Return whether this process writes what belongs to the whole job."""
+    """Return whether this process writes the files of the whole job."""
     return process_rank() == 0
 
 
 def is_local_main_process() -> bool:
-    """Return whether this process writes what belongs to its computer, such as the cache folder."""
+    """Return whether this process writes the files of its computer, such as the cache folder."""
     return process_count() == 1 or int(os.environ.get("LOCAL_RANK", process_rank())) == 0
 
 
 @cache
 def _patient_group() -> Any:
-    # NCCL and gloo give up after 10 to 30 minutes, less than one process may evaluate alone
+    # NCCL and gloo time out after 10 to 30 minutes; one process may evaluate for longer
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def wait_for_all() -> None:
-    """Return when every process of the job has come here, however long that takes."""
+    """Return when every process of the job has called this, however long that takes."""
     if process_count() > 1:
         dist.barrier(group=_patient_group())
 
@@ -142,11 +142,11 @@ def from_main_process(value: Any) -> Any:
 
 
 def ask_all(flag: bool) -> Callable[[], bool]:
-    """Begin to ask whether any process says yes; the processes work on meanwhile.
+    """Start to exchange a flag between processes, which go on working meanwhile.
 
     Returns:
-        Waits for what is missing of the answers, and tells whether one was yes. Called a step
-        later, it has nothing to wait for.
+        A function that waits for the exchange and returns whether any flag is true. Called a step
+        later, it need not wait.
     """
     if process_count() == 1:
         return lambda: flag
@@ -161,10 +161,10 @@ def ask_all(flag: bool) -> Callable[[], bool]:
 
 
 def use_one_device(command: str) -> None:
-    """Keep a process without a launcher to one GPU, and say how to use the others.
+    """Restrict a process without a launcher to one GPU, and warn how to use the others.
 
-    Transformers would otherwise spread every batch over all of them (``DataParallel``), which
-    averages the losses of unequal parts. To be called before CUDA starts.
+    Transformers would otherwise split every batch over all of them (``DataParallel``), which
+    averages the losses of unequal parts. Call this before CUDA is initialized.
 
     Args:
         command: What starts the same work on all GPUs.
@@ -181,12 +181,12 @@ def use_one_device(command: str) -> None:
 
 
 def to_float64(values: torch.Tensor) -> torch.Tensor:
-    """Return values in float64; on the CPU where their device has no such numbers (Apple's mps)."""
+    """Return values in float64; on the CPU if their device (Apple's mps) lacks float64."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
 
 def memory_gib() -> float:
-    """Return the memory that a new process can have on this computer, in GiB."""
+    """Return the memory that is available on this computer, in GiB."""
     return psutil.virtual_memory().available / 2**30
 
 
@@ -208,18 +208,18 @@ M_MMAP_THRESHOLD = -3
 def give_back_memory() -> None:
     """Return freed memory to the system, where the C library can (glibc).
 
-    It keeps what lies between blocks still in use. While a model is filled layer by layer, with
-    large matrices that come and go, that grows to half a GiB at 7B.
+    glibc keeps freed memory between blocks that are still in use. While a 7B model is filled layer
+    by layer, with large temporary matrices, that grows to half a GiB.
     """
     if trim := _from_libc("malloc_trim"):
         trim(0)
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again instead of returning it, where it can (glibc).
+    """Let this process reuse freed memory instead of returning it, where it can (glibc).
 
-    Large blocks go back to the system by default, so that every large activation costs page faults
-    anew. For processes that compute without gradients: what they keep is what one batch needs.
+    By default large blocks go back to the system, and every large activation causes page faults
+    again. Meant for processes without gradients, which keep what one batch needs.
     """
     if set_option := _from_libc("mallopt"):
         set_option(M_MMAP_THRESHOLD, 1 << 30)
@@ -237,11 +237,11 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32 for a ``with`` block, whatever the process has allowed.
+    """Multiply float32 matrices in float32 for a ``with`` block, whatever the process allows.
 
     Trainers switch on TF32, which keeps 10 bits, or autocast, which keeps 7: too few for factors
-    that must multiply back to a slice of the weight. Blocks may be nested and may run in several
-    threads at once; what was allowed before is allowed again when the last of them ends.
+    whose product must equal a slice of the weight. Blocks may be nested and may run in several
+    threads at once; the earlier settings return when the last of them ends.
     """
     with ExitStack() as stack:
         for device in AUTOCAST_DEVICES:  # autocast belongs to the thread
@@ -254,8 +254,8 @@ def full_precision() -> Iterator[None]:
 class _Float32Products:
     """Turns reduced precision of float32 products off while at least one block is open.
 
-    The settings are the process's own, not a thread's: a block that restored them alone could give
-    TF32 back to another thread that is still decomposing.
+    The settings belong to the process, not to a thread: a block that restored them by itself could
+    give TF32 to another thread that is still decomposing.
     """
 
     def __init__(self) -> None:
@@ -283,7 +283,7 @@ def _product_switches() -> list[tuple[Any, ...]]:
     """Return the switch for products of every backend, followed by those it inherits from.
 
     Empty before torch 2.9, which had one switch for all. ``backends.cudnn`` is the switch of all
-    CUDA; ``backends.mkldnn`` is left out, because setting it sets the topmost switch instead.
+    CUDA; ``backends.mkldnn`` is not listed, because setting it sets the topmost switch instead.
     """
     backends = torch.backends
     if not hasattr(backends, "fp32_precision"):
@@ -319,8 +319,8 @@ def _restore_products(before: list[str]) -> None:
 def _own_setting(switch: Any, *above: Any) -> str:
     """Return what a switch itself is set to; "none" if it follows the switches above it.
 
-    Reading one gives the setting in force, inherited or not. So the next switch above is turned for
-    a moment: only a switch without a setting of its own follows.
+    Reading a switch gives the setting in force, inherited or not. So the switch above is changed
+    for a moment: only a switch without its own setting follows.
     """
     in_force = switch.fp32_precision
     if not above:
@@ -334,14 +334,14 @@ def _own_setting(switch: Any, *above: Any) -> str:
 
 
 Bf16 = bool | Literal["auto"]
-"""What a config may ask: bfloat16 products, float32 products, or whichever is faster here."""
+"""What a config may ask for: bfloat16 products, float32 products, or the faster of the two."""
 
 BF16_CHOICES = "true, false or auto"
 PROBE_ROWS = 512  # rows of a probed product, about the tokens of a small batch
-PROBE_SIDE = 2048  # larger layers are probed in this size: their rate does not rise any more
-PROBE_SHAPES = 3  # the layers that cost most; the others hardly change the sum
+PROBE_SIDE = 2048  # larger layers are probed at this size: the rate rises no further
+PROBE_SHAPES = 3  # the most expensive layers; the others hardly change the sum
 PROBE_SECONDS = 0.4  # for all probes together; a quick product runs at least twice
-WORTHWHILE = 1.05  # bfloat16 rounds to 8 bits, so a tie goes to float32
+WORTHWHILE = 1.05  # bfloat16 rounds to 8 bits, so it has to be clearly faster
 
 
 @dataclass(frozen=True)
@@ -359,8 +359,8 @@ class Precision:
 
     Attributes:
         bf16: Whether autocast to bfloat16 is on.
-        reason: Why, in words for the log.
-        gflops: Rate of both dtypes in GFLOP/s; empty where nothing had to be measured.
+        reason: Why, for the log.
+        gflops: Rate of both dtypes in GFLOP/s; empty if nothing was measured.
     """
 
     bf16: bool
@@ -413,7 +413,7 @@ def measure_precisions(shapes: tuple[LayerShape, ...], *, backward: bool) -> dic
     """Time both precisions on the CPU, on layers as large as the model's.
 
     The products are those of a frozen float32 layer: under autocast its weight is rounded at every
-    call, which belongs to the cost. Repeated calls return the first result.
+    call, which is part of the cost. Repeated calls return the first result.
 
     Args:
         shapes: Of the model's layers, from ``count_layer_shapes``.
@@ -425,8 +425,8 @@ def measure_precisions(shapes: tuple[LayerShape, ...], *, backward: bool) -> dic
     costly = sorted(shapes, key=lambda s: s.count * s.d_out * s.d_in, reverse=True)[:PROBE_SHAPES]
     seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
     operations = 0.0
-    generator = torch.Generator().manual_seed(0)  # the global one belongs to the training
-    for dtype in seconds:  # the first gradient of a process starts threads
+    generator = torch.Generator().manual_seed(0)  # training's own random numbers stay the same
+    for dtype in seconds:  # warm-up: the first gradient of a process starts threads
         _time_product(torch.ones(8, 64, requires_grad=backward), torch.ones(64, 64), dtype, 0.0)
     for shape in costly or [LayerShape(PROBE_SIDE // 2, PROBE_SIDE // 2, 1)]:
         d_out, d_in = min(shape.d_out, PROBE_SIDE), min(shape.d_in, PROBE_SIDE)
@@ -446,7 +446,7 @@ def measure_precisions(shapes: tuple[LayerShape, ...], *, backward: bool) -> dic
 def _time_product(inputs: Tensor, weight: Tensor, dtype: torch.dtype, budget_s: float) -> float:
     """Return the best time of a product (and of its gradient, if ``inputs`` takes one)."""
     best, calls, end = math.inf, 0, time.perf_counter() + budget_s
-    # the first call may set kernels up, unless it took longer than that ever does
+    # the first call may include set-up, so call twice unless it is slow anyway
     while calls == 0 or (calls < 2 and best < 0.5) or time.perf_counter() < end:
         started = time.perf_counter()
         with (
@@ -480,7 +480,7 @@ def choose_precision(
         asked: True, False or "auto".
         shapes: Returns the model's layers; called only if something is measured.
         device: Where the model runs.
-        weights: Dtype of the weights; bfloat16 ones decide the question, autocast or not.
+        weights: Dtype of the weights; bfloat16 weights always multiply in bfloat16.
         backward: Whether gradients will be computed.
         name: The setting, for the log.
 
@@ -521,7 +521,7 @@ MUCH_SLOWER = 1.5
 def prefer_faster_weights_(model: nn.Module) -> None:
     """Turn bfloat16 weights on a CPU into float32 ones in place, if that is clearly faster here.
 
-    Nothing is rounded by it. Weights that would not fit stay as they are, with a warning.
+    This rounds nothing. Weights that would not fit into memory stay as they are, with a warning.
     """
     first = next(model.parameters())
     kinds = {value.dtype for value in model.parameters()}

@@ -32,7 +32,7 @@ from milora_vl.config import (
     ModelSection,
     ProjectorSection,
 )
-from milora_vl.data.dataset import mixture
+from milora_vl.data.dataset import mix
 from milora_vl.data.records import DataError
 from milora_vl.eval import forgetting
 from milora_vl.eval.benches import BENCHES
@@ -331,7 +331,7 @@ def build_training_data(vlm: VLM, data: DataSection, seed: int) -> tuple[Dataset
     datasets = [
         build_dataset(vlm, data, load_conversations(data, file, data.limit)) for file in data.train
     ]
-    dataset = mixture(datasets, [1] * len(datasets), seed) if len(datasets) > 1 else datasets[0]
+    dataset = mix(datasets, seed) if len(datasets) > 1 else datasets[0]
     if not data.validation:
         return dataset, None
     records = load_conversations(data, data.validation, data.validation_limit)

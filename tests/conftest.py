@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from chat_tokenizers import build_byte_level
+from small_models import build_llama
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -144,21 +144,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch_size=PATCH_SIZE_PX,
         )
     )
-    language_model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    language_model = build_llama(tokenizer, max_position_embeddings=512, tie_word_embeddings=True)
     return compose_llava(
         tower,
         language_model,

@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_vl.adapter.baselines import init_baseline
+from milora_vl.adapter.baselines import init_baseline, write_start_
 from milora_vl.adapter.certificate import Certificate, LayerCertificate
 from milora_vl.adapter.decompose import Recipe, decompose_layers
 from milora_vl.adapter.factor_cache import FactorCache, factors_folder
@@ -33,14 +33,11 @@ from milora_vl.adapter.fingerprint import combine_digests
 from milora_vl.adapter.nf4 import noise_warnings, quantize_residual_, with_errors
 from milora_vl.adapter.quantized import count_parameters, evaluating
 from milora_vl.adapter.state import (
-    ANCHOR,
-    MILORA,
     PLAIN_INITS,
     MiloraState,
     Residual,
     activate,
     add_adapters,
-    factors,
     lora_layer,
     remember,
     subtract_anchor_,
@@ -175,7 +172,7 @@ def compute_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def log_targets(targets: Targets, residual: Residual) -> None:
-    """Log which layers matched and which were left out, and why."""
+    """Log which layers get adapters, and which are skipped and why."""
     kinds = sorted({name.rpartition(".")[2] for name in targets.modules})
     logger.info(
         "adapting %d language-model layers (%s), residual=%s, projector: %s",
@@ -185,7 +182,7 @@ def log_targets(targets: Targets, residual: Residual) -> None:
         targets.projector or "none",
     )
     for name, reason in targets.skipped.items():
-        logger.info("left out %s: %s", name, reason)
+        logger.info("skipped %s: %s", name, reason)
 
 
 def _init_factors(
@@ -203,9 +200,7 @@ def _init_factors(
     certificates, digests, peak_bytes = {}, {}, 0
     process = psutil.Process()
     for done in decompose_layers(layers, recipe, cache, progress=progress, read=read):
-        lora_A, lora_B = done.factors
-        _write(factors(peft_model, done.name, MILORA), lora_A, lora_B)
-        _write(factors(peft_model, done.name, ANCHOR), lora_A, -lora_B)
+        write_start_(peft_model, done.name, state, *done.factors)
         digests[done.name] = done.digests
         certificates[done.name] = done.certificate
         peak_bytes = max(peak_bytes, process.memory_info().rss)
@@ -220,11 +215,6 @@ def _reader(peft_model: PeftModel, weights: ShardedWeights) -> Callable[[str], T
         return weights.weight_of(name, dtype=None).to(device)
 
     return read
-
-
-def _write(target: tuple[Tensor, Tensor], lora_A: Tensor, lora_B: Tensor) -> None:
-    target[0].data.copy_(lora_A)
-    target[1].data.copy_(lora_B)
 
 
 def _correction(config: MiloraConfig, residual: Residual, weights: ShardedWeights | None) -> str:

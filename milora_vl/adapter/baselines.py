@@ -1,4 +1,4 @@
-"""First values of the methods that take no slice of the spectrum, PEFT's own wherever it has them.
+"""First values of the methods that start from no slice of the spectrum: PEFT's own, and LoRA-Null.
 
 PEFT's OLoRA writes into the base weights. Here PEFT initializes a copy of one layer at a time, and
 only its factors are used: the base keeps its weights, and the anchor or W_p does the rest, as for
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate, certify_layer
-from milora_vl.adapter.decompose import naming
+from milora_vl.adapter.decompose import lora_factors, naming
 from milora_vl.adapter.fingerprint import weight_digests
 from milora_vl.adapter.minor_svd import check_weight, row_signs
 from milora_vl.adapter.quantized import dense_weight, evaluating, is_quantized, stored_values
@@ -180,8 +180,7 @@ def init_baseline(
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Give every layer its first factors; base weights stay as they are.
 
-    LoRA, rsLoRA and DoRA were initialized by PEFT when it made the adapter; of them only the
-    certificate is written here.
+    PEFT has already initialized LoRA, rsLoRA and DoRA; they only get their certificate here.
 
     Args:
         peft_model: With the adapters of ``state``, from ``add_adapters``.
@@ -210,10 +209,9 @@ def init_baseline(
         energy = None
         if moment is not None:
             (U, S, Vh), energy = null_space_triplets(weight, moment, state.r)
-            root = (S / state.scaling).sqrt()
-            _write(peft_model, name, state, root[:, None] * Vh, U * root)
+            write_start_(peft_model, name, state, *lora_factors(U, S, Vh, scaling=state.scaling))
         elif state.init in PEFT_FACTORS:
-            _write(peft_model, name, state, *peft_factors(weight, state))
+            write_start_(peft_model, name, state, *peft_factors(weight, state))
         digests[name] = weight_digests(weight if read is not None else stored_values(base_layer))
         layer = _certify(peft_model, name, state, weight)
         layers.append(replace(layer, input_energy_ratio=energy))
@@ -260,9 +258,10 @@ def _moments(
         yield from input_moments(peft_model, layers, calibration or (), progress=progress)
 
 
-def _write(
+def write_start_(
     peft_model: PeftModel, name: str, state: MiloraState, lora_A: Tensor, lora_B: Tensor
 ) -> None:
+    """Write the start of one layer: (A0, B0) to the trainable adapter, (A0, -B0) to the anchor."""
     signs = {MILORA: 1.0, ANCHOR: -1.0} if state.has_anchor else {MILORA: 1.0}
     for adapter, sign in signs.items():
         target_A, target_B = factors(peft_model, name, adapter)

@@ -1,15 +1,15 @@
 """Decompose the layers of a model: in parallel, shared between processes, with a cache on disk.
 
-Each layer takes two steps. ``prepare_layer`` reads the weight, digests it and looks it up in the
-cache; ``decompose_layer`` computes what the cache lacks, and certifies the result. Large layers go
-one at a time, and the next weight is read meanwhile; small ones run on one thread each.
+Each layer takes two steps. ``prepare_layer`` reads the weight, hashes it and looks it up in the
+cache; ``decompose_layer`` decomposes it on a miss, and measures the result. Large layers go one at
+a time while the next weight is read; small ones run on one thread each.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import psutil
@@ -51,7 +51,7 @@ class Prepared:
 
     Attributes:
         name: Full module name.
-        weight: [d_out, d_in] float; None once it was decomposed.
+        weight: [d_out, d_in] float; None once it is decomposed.
         stored_dtype: In which the layer holds it; None if quantized.
         from_codes: Whether it was dequantized from what the layer holds.
         key: Of the factor cache.
@@ -101,10 +101,9 @@ def prepare_layer(
     shape = tuple((weight if quantized else values).shape)
     key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
     entry = cache.get(key, recipe.r) if cache is not None else None
-    known = entry.facts.get("digests", {}) if entry is not None and not quantized else {}
-    if known and (len(known) > 1 or not is_wide(values)):  # else its rounded forms are missing
-        digests = known
-    else:
+    digests = entry.digests if entry is not None and not quantized else None
+    # of wide values an entry may lack the rounded forms
+    if not digests or (len(digests) == 1 and is_wide(values)):
         digests = weight_digests(values, exact=None if quantized else exact)
     return Prepared(
         name=name,
@@ -124,34 +123,22 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
         ValueError: If the weight is not finite or too small for the rank.
     """
     weight, prepared.weight = prepared.weight.to(torch.float32), None  # held once from here on
-    entry, digests = prepared.entry, prepared.digests
-    # what the stored numbers depend on beside the weight, and which they are
-    settings = [recipe.r, recipe.scaling, str(prepared.stored_dtype), recipe.subtracted]
-    numbers = json.dumps([*settings, *(field.name for field in fields(LayerCertificate))])
-    certificates = dict(entry.facts.get("certificates", {})) if entry is not None else {}
-    if entry is not None:
-        U, S, Vh = (x.to(weight.device) for x in entry.triplets)
+    digests = prepared.digests
+    if prepared.entry is not None:
+        U, S, Vh = (x.to(weight.device) for x in prepared.entry.triplets)
     else:
         U, S, Vh = minor_svd(weight, recipe.r, method=recipe.svd, slice=recipe.slice)
+        if cache is not None:  # digests of packed codes belong to the layer, not to these values
+            cache.put(prepared.key, (U, S, Vh), None if prepared.from_codes else digests)
     lora_A, lora_B = lora_factors(U, S, Vh, scaling=recipe.scaling)
-    known = certificates.get(numbers)
-    if known is not None:
-        certificate = LayerCertificate(
-            **{**known, "name": prepared.name, "shape": prepared.key.shape}
-        )
-    else:
-        certificate = certify_layer(
-            prepared.name,
-            weight,
-            (U, S, Vh),
-            (recipe.scaling * lora_B, lora_A),
-            stored_dtype=prepared.stored_dtype,
-            subtracted=recipe.subtracted,
-        )
-    if cache is not None and (entry is None or entry.stored_rank == recipe.r) and known is None:
-        facts = {"certificates": {**certificates, numbers: asdict(certificate)}}
-        kept = facts | ({} if prepared.from_codes else {"digests": digests})
-        cache.put(prepared.key, (U, S, Vh), kept)
+    certificate = certify_layer(
+        prepared.name,
+        weight,
+        (U, S, Vh),
+        (recipe.scaling * lora_B, lora_A),
+        stored_dtype=prepared.stored_dtype,
+        subtracted=recipe.subtracted,
+    )
     return Decomposition(prepared.name, (lora_A, lora_B), digests, certificate)
 
 
@@ -163,7 +150,7 @@ def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[T
 
 @contextmanager
 def naming(layer: str) -> Iterator[None]:
-    """Name the layer in whatever goes wrong."""
+    """Put the layer's name in front of errors raised in the block."""
     try:
         yield
     except (ValueError, RuntimeError, LookupError, OSError) as error:
@@ -171,7 +158,7 @@ def naming(layer: str) -> Iterator[None]:
         raise ValueError(f"{layer}: {reason}") from error
 
 
-SMALL_LAYER = 2048 * 2048  # elements; up to here one thread a layer beats all threads on one
+SMALL_LAYER = 2048 * 2048  # weights; up to here one thread a layer beats all threads on one
 LAYER_COPIES = 12  # float32 copies of a weight that decomposing it may hold at once
 MEMORY_SHARE = 0.5  # of what is available, for layers that are decomposed at the same time
 
@@ -184,15 +171,15 @@ def decompose_layers(
     progress: bool = True,
     read: Callable[[str], Tensor] | None = None,
 ) -> Iterator[Decomposition]:
-    """Yield the decomposition of every layer, as each gets done.
+    """Yield the decomposition of every layer, each as soon as it is done.
 
     In a distributed run each process decomposes a share of the layers of about equal cost, and all
     processes yield the same factors in the same order.
 
     Args:
         layers: Full name -> linear layer; not modified.
-        recipe: How.
-        cache: Where factors are looked up and kept; None for nowhere.
+        recipe: How each is decomposed.
+        cache: Where factors are looked up and kept; None: decompose all.
         progress: Show a progress bar with rate and remaining time.
         read: Full name -> float weight [d_out, d_in], in place of what the layers hold.
 
@@ -230,7 +217,9 @@ def decompose_layers(
             for result in results:
                 bar.update()
                 own[result.name] = result
-        except Exception as error:  # the others must hear of it, or they would wait for ever
+        except (
+            Exception
+        ) as error:  # the other processes must hear of it, or they would wait forever
             failure = str(error) or type(error).__name__
     yield from _exchange(layers, recipe.r, shares, own, failure)
 
@@ -248,9 +237,9 @@ def share_out(costs: Mapping[str, int], n_shares: int) -> list[list[str]]:
 
 
 def count_workers(layers: Sequence[nn.Module]) -> int:
-    """Return how many layers to decompose at once: one a thread for small ones on the CPU, else 1.
+    """Return how many layers to decompose at once: more than 1 for small layers on the CPU only.
 
-    The routines for one small matrix hardly use a second thread.
+    The routines for one small matrix gain little from a second thread.
     """
     sizes = [layer.in_features * layer.out_features for layer in layers]
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)

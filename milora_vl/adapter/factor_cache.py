@@ -1,4 +1,4 @@
-"""SVD factors on disk, keyed by the values of the weight: decomposed once, read ever after."""
+"""SVD factors on disk, keyed by the values of the weight: no weight is decomposed twice."""
 
 import hashlib
 import json
@@ -47,14 +47,11 @@ class FactorEntry:
 
     Attributes:
         triplets: U [d_out, r], S [r] descending, Vh [r, d_in]; float32 on the CPU.
-        stored_rank: Rank that was decomposed. Where it is larger than r, the triplets are its
-            slice.
-        facts: Plain values that were stored with it, true of the same weight.
+        digests: Of the weight, see ``fingerprint.weight_digests``; None if they were not stored.
     """
 
     triplets: Triplets
-    stored_rank: int
-    facts: dict[str, Any]
+    digests: dict[str, str] | None
 
 
 def factors_folder() -> Path:
@@ -98,22 +95,27 @@ class FactorCache:
         if stored > r:
             part = slice(0, r) if key.slice == "principal" else slice(stored - r, stored)
             U, S, Vh = U[:, part].contiguous(), S[part].contiguous(), Vh[part].contiguous()
-        return FactorEntry((U, S, Vh), stored, json.loads(tensors["facts"].numpy().tobytes()))
+        facts = json.loads(tensors["facts"].numpy().tobytes())
+        return FactorEntry((U, S, Vh), facts.get("digests"))
 
-    def put(self, key: FactorKey, triplets: Triplets, facts: Mapping[str, Any]) -> None:
-        """Store triplets and plain values; what the key held before is replaced.
+    def put(
+        self, key: FactorKey, triplets: Triplets, digests: Mapping[str, str] | None = None
+    ) -> None:
+        """Store triplets and the digests of the weight; an entry of the same key is replaced.
 
-        Ask ``get`` first. A full or read-only disk costs a line in the log, nothing else.
+        A full or read-only disk costs one warning.
         """
         if not self._writable:
             return
-        r = triplets[1].numel()
         tensors = dict(zip(("U", "S", "Vh"), (x.cpu().contiguous() for x in triplets), strict=True))
-        tensors["facts"] = _bytes_tensor(json.dumps(dict(facts)).encode())
+        facts = {"digests": dict(digests)} if digests else {}
+        tensors["facts"] = _bytes_tensor(json.dumps(facts).encode())
         tensors["checksum"] = _bytes_tensor(_checksum(tensors))
         metadata = {"slice": key.slice, "svd": key.svd}  # for people
         try:
-            write_bytes_atomic(self._file(key, r), save(tensors, metadata), durable=False)
+            write_bytes_atomic(
+                self._file(key, triplets[1].numel()), save(tensors, metadata), durable=False
+            )
         except OSError as error:
             self._writable = False
             logger.warning("factor cache: %s cannot be written (%s)", self.folder, error)

@@ -539,6 +539,18 @@ def check_weight(weight: Tensor, r: int) -> None:
         raise ValueError(f"{n_bad} of {weight.numel()} values are NaN or infinite")
 
 
+def uses_krylov(side: int, r: int, method: str) -> bool:
+    """Return whether the minor slice of a matrix is found by the Krylov method.
+
+    Args:
+        side: The shorter side of the matrix.
+        r: Number of triplets.
+        method: As for ``minor_svd``.
+    """
+    pays = side >= KRYLOV_MIN_SIDE and r <= side * KRYLOV_MAX_RANK_RATIO
+    return method == "krylov" or (method == "auto" and pays)
+
+
 def slice_indices(rank: int, r: int, slice: Slice) -> Tensor:  # noqa: A002
     """Return the positions [r] of a slice in the descending spectrum of ``rank`` values."""
     if slice == "random":
@@ -554,23 +566,13 @@ def _decompose(
     method: SvdMethod,
     slice: Slice,  # noqa: A002
 ) -> tuple[Tensor, Tensor, Tensor]:
-    side = min(weight.shape)
-    worthwhile = side >= KRYLOV_MIN_SIDE and r <= side * KRYLOV_MAX_RANK_RATIO
     if method == "krylov" and slice != "minor":
         logger.info("svd=krylov finds the minor slice only; the %s one is done exactly", slice)
-    elif method == "krylov" or (method == "auto" and slice == "minor" and worthwhile):
+    elif slice == "minor" and uses_krylov(min(weight.shape), r, method):
         try:
             return krylov_minor_svd(weight, r)
         except (NotConvergedError, torch.linalg.LinAlgError) as reason:
             logger.info("%s: decomposing exactly, because %s", tuple(weight.shape), reason)
-    return _exact(weight, r, slice)
-
-
-def _exact(
-    weight: Tensor,
-    r: int,
-    slice: Slice,  # noqa: A002
-) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)  # [d_out, k], [k], [k, d_in]
     index = slice_indices(S.numel(), r, slice).to(weight.device)
     return U[:, index], S[index], Vh[index]

@@ -26,7 +26,7 @@ def pad_batch(
         samples: Each has ``input_ids``, may have ``labels`` (both of one length, lists or tensors)
             and ``pixel_values`` [n_images, 3, H, W], and ``branches`` (see ``side_by_side``); or,
             by the model's argument names, ``image_inputs`` (joined along the first axis) and
-            ``token_inputs`` (first axis T). Samples with ``left_out`` are dropped.
+            ``token_inputs`` (first axis T). Samples with ``skipped`` are dropped.
         pad_token_id: Fills ``input_ids``; it may equal the end token.
         side: Where padding goes: "right" to train, "left" to generate.
         fill_rows: The first axis of ``image_inputs`` is the sample, so one without images gets a
@@ -38,7 +38,7 @@ def pad_batch(
         ``image_inputs`` and ``token_inputs`` of all samples, padded with zeros. With branches
         ``attention_mask`` is float32 [B, 1, T, T], 0 where a token may look and the lowest float
         elsewhere, and ``position_ids`` int64 [B, T] count on from the shared beginning.
-        If all samples are left out, the batch is the first of them: one token without a label.
+        If all samples are skipped, the batch is the first of them: one token without a label.
 
     Raises:
         ValueError: If there is no sample, or labels are missing in some or differ in length.
@@ -47,8 +47,8 @@ def pad_batch(
         raise ValueError("a batch needs at least one sample")
     if side not in ("right", "left"):
         raise ValueError(f'side must be "right" or "left", not {side!r}')
-    # a model cannot run on no row at all, and other processes wait for this one's step
-    samples = [sample for sample in samples if not sample.get("left_out")] or [samples[0]]
+    # a model cannot run on no row, and other processes wait for this one's step
+    samples = [sample for sample in samples if not sample.get("skipped")] or [samples[0]]
     lengths = [len(sample["input_ids"]) for sample in samples]
     width = max(lengths)
     shape = (len(samples), width)

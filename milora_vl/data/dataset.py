@@ -1,9 +1,9 @@
 """Conversations + image folder -> training samples, one at a time; mixtures; order of an epoch.
 
 A data set knows before training which samples it has, how long each is and whether it holds an
-image: the sampler makes batches of one modality and of similar true length from that. What is left
-out is therefore left out at construction wherever text or an image's header tells it. A sample
-whose image fails only when it is decoded drops out of its batch; no other takes its place.
+image, so that the sampler can make batches of one modality and of similar length. Bad records are
+therefore skipped at construction, as far as the text and the images' headers show them. A sample
+whose image fails only when it is decoded drops out of its batch and is not replaced.
 """
 
 import logging
@@ -55,8 +55,8 @@ def group_by_length(
 
     Samples are shuffled, cut into windows of ``window`` batches, sorted by length inside a window
     and cut into batches; then the batches are shuffled. The batch with the longest sample comes
-    first, so that a lack of memory shows at the first step; left-over samples, the only batch that
-    may mix modalities, come last.
+    first, so that a lack of memory shows at the first step; left-over samples come last, in the
+    only batches that may mix modalities.
 
     Args:
         lengths: True lengths in tokens, image tokens included.
@@ -76,7 +76,7 @@ def group_by_length(
         raise ValueError(f"{len(lengths)} lengths but {len(has_image)} modality flags")
     if batch_size < 1 or window < 1:
         raise ValueError(f"batch_size and window must be at least 1: {batch_size}, {window}")
-    # a generator of its own: every process gets the same order, whatever else drew numbers
+    # an independent generator: every process gets the same order, whatever else drew numbers
     generator = random.Random(f"{seed}/{epoch}")
     batches: list[list[int]] = []
     rest: list[int] = []
@@ -91,7 +91,6 @@ def group_by_length(
             batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
     generator.shuffle(batches)
     if batches:
-        # a lack of memory shows at the first step, not hours later
         longest = max(range(len(batches)), key=lambda at: max(lengths[i] for i in batches[at]))
         batches[0], batches[longest] = batches[longest], batches[0]
     rest.sort(key=lambda index: lengths[index], reverse=True)
@@ -105,28 +104,28 @@ class ConversationDataset(Dataset):
     An item is ``{"input_ids": list[int], "labels": list[int]}``, with images also
     ``"pixel_values"``: float32 [n_images, 3, H, W], side by side also ``"branches"``: list[int];
     with ``image_reader`` instead of pixels what ``pad_batch`` calls ``image_inputs`` and
-    ``token_inputs``. An item that turns out unreadable has ``"left_out": True``, one padding token
-    and no label; ``pad_batch`` leaves it out of its batch.
+    ``token_inputs``. An item that turns out unreadable has ``"skipped": True``, one padding token
+    and no label; ``pad_batch`` drops it.
 
     Attributes:
-        conversations: Validated records; those that are left out at construction are gone.
+        conversations: Validated records, without those skipped at construction.
         image_folder: Where image names start.
         transform: RGB image -> float32 [3, H, W]; see ``build_image_transform``.
         style: Prompt style or its name.
         tokenizer: Holds the image token.
         tokens_per_image: Image tokens each image takes in ``input_ids``; without ``image_reader``.
         max_length: Longest sample in tokens, image tokens included; None for no limit.
-        on_bad_image: Raise on an unreadable image; or leave its record out. What the headers tell
-            (no image, too large, a shape that the processor refuses) is found at construction;
-            an image that fails while it is decoded leaves its sample out of its batch.
+        on_bad_image: Raise on an unreadable image, or skip its record. What the headers show (no
+            image, too large, a shape that the processor refuses) is found at construction; an image
+            that fails while it is decoded drops its sample from the batch.
         on_bad_length: Raise, when it is encoded, on a record that ``max_length`` leaves without
-            image or answer; or leave such records out at construction.
+            image or answer; or skip such records at construction.
         side_by_side: Learn every exchange as if it were the only one of its conversation; see
             ``encode_side_by_side``.
         image_reader: Reads images in place of ``transform`` and ``tokens_per_image``.
         special_tokens_in_answers: Whether a special token's name in an answer is characters or the
             token; one that stands for an image is characters always.
-        skipped: How many records (of this process: samples) were left out, by reason.
+        skipped: Number of skipped records (and samples, of this process) by reason.
     """
 
     conversations: Sequence[Conversation]
@@ -144,7 +143,7 @@ class ConversationDataset(Dataset):
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        """Check the options and, if asked, leave out records that cannot be used."""
+        """Check the options and, if asked, skip records that cannot be used."""
         for name, choices in (
             ("on_bad_image", ("error", "skip")),
             ("on_bad_length", ("error", "skip")),
@@ -156,13 +155,13 @@ class ConversationDataset(Dataset):
             lengths = [self._length_if_usable(one) for one in self.conversations]
             kept = [length is not None for length in lengths]
             self.conversations = list(compress(self.conversations, kept))
-            if self.on_bad_length == "skip":  # all are encoded, which is not done twice
+            if self.on_bad_length == "skip":  # all were encoded for their lengths: keep these
                 self.lengths = [length for length in lengths if length is not None]
             for reason, count in self.skipped.items():
-                logger.warning("%d records left out: %s", count, reason)
+                logger.warning("%d records skipped: %s", count, reason)
         if not self.conversations:
-            raise DataError(f"the data set is empty; left out: {dict(self.skipped) or 'nothing'}")
-        self._tell_special_tokens()
+            raise DataError(f"the data set is empty; skipped: {dict(self.skipped) or 'nothing'}")
+        self._warn_of_special_tokens()
 
     def __len__(self) -> int:
         """Return the number of conversations."""
@@ -186,7 +185,7 @@ class ConversationDataset(Dataset):
             if self.on_bad_image == "error":
                 raise
             self._count("unreadable image", error)
-            return self._left_out()
+            return self._placeholder()
         sample: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         if encoded.branches is not None:
             sample["branches"] = encoded.branches
@@ -223,8 +222,8 @@ class ConversationDataset(Dataset):
         names -= {IMAGE_TOKEN} | (self.image_reader.token_names() if self.image_reader else set())
         return tuple(sorted(names, key=len, reverse=True))
 
-    def _tell_special_tokens(self) -> None:
-        """Say once how many answers hold the name of a special token, and what it means here."""
+    def _warn_of_special_tokens(self) -> None:
+        """Warn once if answers hold the name of a special token, with what it means here."""
         if not self._special_tokens:
             return
         # one search a turn: a data set can hold millions of answers
@@ -255,15 +254,15 @@ class ConversationDataset(Dataset):
         )
 
     def _count(self, reason: str, error: ValueError) -> None:
-        """Count what is left out; only the first ones are named, a data set can hold thousands."""
+        """Count a skipped record; only the first are named, because there may be thousands."""
         self.skipped[reason] += 1
         if self.skipped[reason] <= _MAX_NAMED:
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", error)
 
     def _length_if_usable(self, conversation: Conversation) -> int | None:
-        """Return a record's length in tokens, or None if it is left out; no image is decoded.
+        """Return a record's length in tokens, or None to skip it; no image is decoded.
 
-        Where records of any length are taken, nothing is encoded and the length is 0.
+        Unless ``on_bad_length`` is "skip", nothing is encoded and the length is 0.
         """
         try:
             if self.on_bad_image == "skip":
@@ -276,7 +275,7 @@ class ConversationDataset(Dataset):
             self._count("unreadable image", error)
             return None
         except RecordError as error:
-            if self.on_bad_length == "error":  # also where only headers were looked at
+            if self.on_bad_length == "error":  # found while reading headers
                 raise
             self._count(error.reason, error)
             return None
@@ -317,8 +316,8 @@ class ConversationDataset(Dataset):
         except (ValueError, TypeError, OverflowError) as error:
             raise RecordError(_place(conversation), _UNFIT, str(error)) from error
 
-    def _left_out(self) -> dict[str, Any]:
-        """Return what stands for a sample that cannot be read: nothing to see, nothing to learn."""
+    def _placeholder(self) -> dict[str, Any]:
+        """Return the item of an unreadable sample: one token, no image, no label."""
         tokenizer = self.tokenizer
         pad = tokenizer.pad_token_id  # Llama's tokenizers have none
         input_ids = [tokenizer.eos_token_id if pad is None else pad]
@@ -326,7 +325,7 @@ class ConversationDataset(Dataset):
         if self.image_reader:
             tokens = self.image_reader.token_inputs(input_ids, sample["labels"], {})
             sample |= {"image_inputs": {}, "token_inputs": tokens}
-        return {**sample, "left_out": True}
+        return {**sample, "skipped": True}
 
     def _paths(self, conversation: Conversation) -> list[Path]:
         if self.image_folder is None:
@@ -392,36 +391,8 @@ class Mixture(Dataset):
         return [self.datasets[part].has_image[at] for part, at in self.places]
 
 
-def mixture(
-    datasets: Sequence[ConversationDataset], weights: Sequence[float], seed: int
-) -> Mixture:
-    """Mix data sets, each taken ``weight`` times.
-
-    Args:
-        datasets: The parts.
-        weights: How often each part is taken: 1 once, 2 twice, 0.5 a random half, 0 not at all.
-        seed: Chooses the random shares and the order.
-
-    Returns:
-        One data set; a part of n samples gives ``round(weight * n)``.
-
-    Raises:
-        ValueError: If the lists differ in length, a weight is negative or not finite, or nothing is
-            left.
-    """
-    if len(datasets) != len(weights):
-        raise ValueError(f"{len(datasets)} data sets but {len(weights)} weights")
-    generator = random.Random(f"mixture/{seed}")
-    places: list[tuple[int, int]] = []
-    for part, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight {weight} of data set {part} must be finite and not negative")
-        # a weight of 2.5 is every sample twice and a random half of them once more
-        times, share = divmod(round(weight * len(dataset)), len(dataset))
-        indices = list(range(len(dataset))) * times
-        indices += generator.sample(range(len(dataset)), share)
-        places += [(part, index) for index in indices]
-    if not places:
-        raise DataError("the mixture is empty: every weight is 0 or rounds to no sample")
-    generator.shuffle(places)
+def mix(datasets: Sequence[ConversationDataset], seed: int) -> Mixture:
+    """Join data sets into one, in a random order that depends on the seed alone."""
+    places = [(part, index) for part, one in enumerate(datasets) for index in range(len(one))]
+    random.Random(f"mixture/{seed}").shuffle(places)
     return Mixture(datasets, places)

@@ -8,8 +8,8 @@ SentencePiece-like tokenizers put a space mark before text that stands alone ("Y
 run in the middle of a text must not get it, so such a run is tokenized behind an anchor character
 whose ids are then removed; the result is what tokenizing the joined text gives.
 
-``encode_side_by_side`` writes several exchanges about the same images behind one another, so that
-the images are computed once and yet each exchange is learned as if it were the only one.
+``encode_side_by_side`` puts several exchanges about the same images into one sequence: the images
+are computed once, and each exchange is learned as if it were the only one.
 """
 
 import re
@@ -50,7 +50,7 @@ class _Run:
     """Consecutive tokens of one kind: text still to be tokenized, or ids.
 
     ``in_answer`` decides where runs end, ``learned`` what becomes a label: an answer that its
-    record marks as not to be learned gets the same ids as one that is learned.
+    record switches off gets the same ids as one that is learned.
     """
 
     in_answer: bool
@@ -76,7 +76,7 @@ def encode(
         style: A prompt style or its name.
         tokenizer: Holds the image token and the style's special tokens.
         image_token_counts: For each image mark, in order, the number of its image tokens; or the
-            text it becomes, as the model's processor writes it, special tokens and all.
+            text it becomes, as the model's processor writes it, special tokens included.
         max_length: Longest allowed result in tokens, image tokens included; None for no limit.
             Whole exchanges at the end are dropped first; when that would leave no answer or lose an
             image, the last answer is cut instead. What is kept is always a prefix of the full ids.
@@ -195,7 +195,7 @@ def _build_runs(
             splitters = (IMAGE_TOKEN,) if segment.has_images else splitters
         for piece in _split_keeping(segment.text, splitters):
             if piece not in splitters:
-                # an escaped mark has done its work: from here on it is text like any other
+                # the images are placed: an escaped mark is ordinary text from here on
                 text = piece.replace(IMAGE_TEXT, IMAGE_TOKEN)
                 _add_text(runs, _Run(segment.supervised, learned, text=text))
             elif segment.has_images:
@@ -267,7 +267,7 @@ def _tokenize_runs(runs: list[_Run], tokenizer: PreTrainedTokenizerBase) -> list
         if run.ids is None:
             after_text = index > 0 and runs[index - 1].ids is None
             after_special = index > 0 and not after_text
-            # the first text after a special token is "alone" for some tokenizers and not for others
+            # only some tokenizers treat the first text after a special token as standing alone
             bare = leads and (after_text or (after_special and not leads_after_special))
             (mid_text if bare else plain).append(index)
     for index, ids in zip(
@@ -338,7 +338,7 @@ def _truncation_point(labels: list[int], ends: list[int], images_end: int, max_l
         )
     if any(label != IGNORE_INDEX for label in labels[images_end:max_length]):
         return max_length
-    if ends[0] <= images_end:  # answers before the last image stay; the cut question trains nothing
+    if ends[0] <= images_end:  # answers before the last image are kept; the cut question has none
         return images_end
     start = next(position for position, label in enumerate(labels) if label != IGNORE_INDEX)
     raise ValueError(
@@ -362,8 +362,8 @@ def encode_side_by_side(
 
     All exchanges begin alike, with system text and images; that beginning is there once, and the
     rest of each follows as a branch of its own. A token may see the beginning and its own branch,
-    so no answer can be read off another one. Each branch, put behind the beginning, is what
-    ``encode`` gives for its exchange alone.
+    so no answer can be read off another one. The beginning and one branch together are what
+    ``encode`` gives for that exchange alone.
 
     Args:
         turns: As for ``encode``; the images stand at the start of the first question.
@@ -400,13 +400,13 @@ def encode_side_by_side(
             answer_tokens=answer_tokens,
         )
         for rest, (_, answer) in zip(rests, pairs, strict=True)
-        if answer.supervised  # no other exchange sees it, so one that is not learned is left out
+        if answer.supervised  # no other exchange sees it, so one that is not learned can go
     ]
     if not rows:
         raise ValueError("the conversation has no answer to learn, so no token is supervised")
     if len(rows) == 1:
         return rows[0]
-    # one token is left to every branch, and nothing that is learned is shared
+    # every branch keeps at least one token, and learned tokens are never shared
     shared = min(
         min(len(row.input_ids) - 1, next(i for i, x in enumerate(row.labels) if x != IGNORE_INDEX))
         for row in rows

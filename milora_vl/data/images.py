@@ -1,8 +1,8 @@
 """Image file -> RGB image -> pixel values, safely.
 
 Every image becomes 8-bit RGB. Alpha is dropped, not blended; an animation gives its first frame.
-The EXIF orientation is followed in every format that has one, as transformers and datasets do.
-Gray deeper than 8 bits keeps its levels, see ``load_image``. Nothing is fetched from the network.
+The EXIF orientation is applied in every format that has one, as transformers and datasets do.
+Gray deeper than 8 bits is scaled, see ``load_image``. Nothing is fetched from the network.
 
 Two classes make pixel values: ``ImageTransform`` for models whose images all take the same number
 of tokens, and ``ImageReader``, which asks the model's own processor, for all others.
@@ -12,7 +12,8 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,7 @@ Size = tuple[int, int]
 
 
 class ImageProcessorError(MiloraError, ValueError):
-    """More images than a family takes, or a processor that does not say what it does."""
+    """More images than a model takes, or a processor whose output cannot be used."""
 
 
 class ImagePathError(MiloraError, ValueError):
@@ -55,7 +56,7 @@ class BadImageError(MiloraError, ValueError):
 
 @dataclass(eq=False)
 class ImageReader:
-    """Asks a processor; for families whose images take different numbers of tokens.
+    """Reads images with a model's own processor, where images take different numbers of tokens.
 
     Attributes:
         processor: A transformers processor with an ``image_token``.
@@ -71,7 +72,7 @@ class ImageReader:
     _texts: dict[tuple[Size, ...], list[str]] = field(default_factory=dict, repr=False)
 
     def expand(self, sizes: Sequence[Size]) -> list[str]:
-        """Return what stands in the prompt for each image of one sample.
+        """Return the text that each image of one sample becomes in the prompt.
 
         The text depends on the sizes alone, so it is found with blank images and kept.
 
@@ -95,7 +96,7 @@ class ImageReader:
     def token_inputs(
         self, input_ids: Sequence[int], labels: Sequence[int] | None, images: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return what the model wants to know of each token, beside its id.
+        """Return what the model takes for each token beside its id.
 
         Args:
             input_ids: Token ids of one sample, length T.
@@ -118,7 +119,7 @@ class ImageReader:
         return {}
 
     def token_names(self) -> set[str]:
-        """Return the tokens that stand for images, video or sound; no text may bring them in."""
+        """Return the tokens that stand for images, video or sound, which no text may contain."""
         names = (getattr(self.processor, f"{kind}_token", None) for kind in _MEDIA)
         found = self.processor.tokenizer.convert_ids_to_tokens(self._image_ids())
         return {name for name in (*names, *found) if isinstance(name, str)}
@@ -156,7 +157,7 @@ class ImageReader:
             )
         except MemoryError:
             raise
-        except Exception as error:  # each processor has its own ways to refuse a shape
+        except Exception as error:  # each processor refuses a shape with an error of its own
             sizes = ", ".join(f"{one.width} x {one.height} px" for one in images)
             raise BadImageError(
                 f"{type(self.processor).__name__} refuses {sizes}: {type(error).__name__}: {error}"
@@ -183,7 +184,7 @@ class ImageReader:
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest image read by default, in pixels (Pillow's own warning threshold)."""
 
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError)
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error)
 
 
 def resolve_image(image_folder: Path | str, name: str) -> Path:
@@ -223,10 +224,10 @@ def resolve_image(image_folder: Path | str, name: str) -> Path:
 def load_image(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Read and fully decode one image.
 
-    Gray that is deeper than 8 bits is scaled to 8: 12 or 16 bits by the depth in the file, so that
-    the largest value the file can hold is white. 32-bit integers that all fit into 8 or 16 bits are
-    taken as such, because files of that kind mostly carry less than they could; others are scaled
-    by their range, lowest to highest, and so are floats.
+    Gray deeper than 8 bits is scaled to 8: 12 or 16 bits by the depth in the file, so that the
+    largest value the file can hold is white. 32-bit integers that all fit into 8 or 16 bits are
+    taken as such, because such files rarely use their full range; others are scaled by their range,
+    lowest to highest, and so are floats.
 
     Args:
         path: An image file.
@@ -238,13 +239,8 @@ def load_image(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
     Raises:
         BadImageError: If the file is missing, corrupt, cut short or too large; it is named.
     """
-    try:
-        with _open_image(path, max_pixels) as image:
-            return to_rgb(image)
-    except BadImageError:
-        raise
-    except (*_DECODE_ERRORS, struct.error, Image.DecompressionBombError) as error:
-        raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
+    with _opened(path, max_pixels) as image:
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -266,28 +262,30 @@ def read_image_size(path: Path | str, *, max_pixels: int = MAX_IMAGE_PIXELS) -> 
     Raises:
         BadImageError: If the file is missing, no image or too large; it is named.
     """
+    with _opened(path, max_pixels) as image:
+        width, height = image.size
+        return (height, width) if _find_turn(image) in _SIDEWAYS else (width, height)
+
+
+@contextmanager
+def _opened(path: Path | str, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image of at most ``max_pixels``; every error in the block is a ``BadImageError``."""
     try:
-        with _open_image(path, max_pixels) as image:
+        with warnings.catch_warnings():
+            # max_pixels decides here, not Pillow's warning
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
             width, height = image.size
-            return (height, width) if _find_turn(image) in _SIDEWAYS else (width, height)
+            if width * height > max_pixels:
+                raise BadImageError(
+                    f"{path}: {width} x {height} px is more than the limit of {max_pixels} px"
+                )
+            yield image
     except BadImageError:
         raise
-    except (*_DECODE_ERRORS, struct.error, Image.DecompressionBombError) as error:
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise BadImageError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def _open_image(path: Path | str, max_pixels: int) -> Image.Image:
-    with warnings.catch_warnings():
-        # max_pixels decides here, not Pillow's warning
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    width, height = image.size
-    if width * height > max_pixels:
-        image.close()
-        raise BadImageError(
-            f"{path}: {width} x {height} px is more than the limit of {max_pixels} px"
-        )
-    return image
 
 
 _ORIENTATION = 0x0112  # the EXIF tag, and the TIFF tag of the same name
@@ -311,8 +309,8 @@ def _find_turn(image: Image.Image) -> Image.Transpose | None:
         return None  # Pillow would decode the image to look for EXIF data behind the pixels
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION))
-    except (*_DECODE_ERRORS, struct.error):
-        return None  # damaged EXIF data say nothing about the pixels
+    except _DECODE_ERRORS:
+        return None  # the pixels may be readable all the same
 
 
 def _scale_to_8_bits(image: Image.Image) -> np.ndarray:
@@ -410,7 +408,7 @@ class ImageTransform:
     """
 
     def __init__(self, image_processor: Any, background: tuple[int, int, int] | None) -> None:
-        """Keep both; see the class."""
+        """See the class."""
         self.image_processor = image_processor
         self.background = background
 
@@ -418,10 +416,10 @@ class ImageTransform:
         """Check that an image of this size, once resized, is within the limit of pixels.
 
         Raises:
-            BadImageError: If it is not, and no crop follows that would show its middle only.
+            BadImageError: If it is not, and no center crop follows.
         """
         edge = self._edge(width, height)
-        if edge and not self._crops():
+        if edge and not getattr(self.image_processor, "do_center_crop", False):
             longer = edge * max(width, height) // min(width, height)
             raise BadImageError(
                 f"{width} x {height} px would be resized to {longer} x {edge} px, which is more "
@@ -439,18 +437,15 @@ class ImageTransform:
         resized = edge * edge * max(width, height) // min(width, height)
         return edge if resized > MAX_IMAGE_PIXELS else None
 
-    def _crops(self) -> bool:
-        return bool(getattr(self.image_processor, "do_center_crop", False))
-
     def _cut_middle(self, image: Image.Image, edge: int) -> Image.Image:
-        """Cut an image to the part that the crop behind the resizing shows, and a margin."""
+        """Cut an image to the part that the center crop will show, and a margin."""
         sides = list(image.size)
         at = sides.index(max(sides))
         crop = self.image_processor.crop_size
         shown = max(crop["height"], crop["width"]) * min(sides) // edge
         start = max(0, (sides[at] - shown) // 2 - _CUT_MARGIN_PX)
         box = [0, 0, *sides]
-        box[at], box[at + 2] = start, sides[at] - start  # as much on both ends: the middle stays
+        box[at], box[at + 2] = start, sides[at] - start  # the same on both ends keeps the middle
         return image.crop(tuple(box))
 
     def __call__(self, image: Image.Image) -> Tensor:

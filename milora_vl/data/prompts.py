@@ -1,13 +1,13 @@
 """How a conversation becomes prompt text: named styles, and a model's own chat template.
 
-``render_segments`` is the one way from turns to text. It gives segments, each of which says whether
-it is learned and whether it comes from a record. Text of a record is ``literal``: a special token's
-name inside it is ordinary text, so data cannot forge a turn. Only the style's own text may name
-special tokens, and only those listed in its ``special_tokens``.
+``render_segments`` turns a conversation into segments, each of which says whether it is learned and
+whether it comes from a record. Text of a record is ``literal``: a special token's name inside it is
+ordinary text, so data cannot forge a turn. Only the style's own text may name special tokens, and
+only those listed in its ``special_tokens``.
 
-A style is either a ``PromptStyle``, a row of ``PROMPT_STYLES``, or a ``ChatTemplate``, which lets
-the model's template write the conversation and cuts the result into segments. Either way labels
-come from segments, never from searching for an answer in tokens.
+A style is a ``PromptStyle``, such as the rows of ``PROMPT_STYLES``, or a ``ChatTemplate``, which
+lets the model's template write the conversation and cuts the result into segments. Labels come from
+segments, never from searching for an answer in tokens.
 """
 
 import json
@@ -42,17 +42,17 @@ class PromptStyle:
         user_suffix: After a question.
         assistant_prefix: Last text the model reads before it answers.
         answer_lead: Supervised text between the prefix and the answer; a SentencePiece space
-            belongs to the word after it, so it is learnt with the answer and not prompted.
+            belongs to the word after it, so it is learned with the answer and not prompted.
         assistant_suffix: End marker, supervised.
         assistant_tail: Text after the end marker, not supervised.
         between: Text between two exchanges, not supervised.
         bos: Whether the tokenizer's BOS token (if it has one) opens the sequence, once.
-        images_only: Of a question only its image marks are kept, and there is one exchange.
+        images_only: Keep only the image marks of a question; there is one exchange.
         special_tokens: Names in the style's own text that are single tokens.
-        image_frame: Text before and after an image mark; it takes the place of one line break after
-            the mark. None: the mark stands in the question as the record has it.
-        bos_after_image: BOS stands in ``image_frame`` and does not open a sequence with images.
-        takes_system: Whether a system turn can be written.
+        image_frame: Text before and after an image mark; it replaces one line break after the mark.
+            None: the mark stays as the record has it.
+        bos_after_image: BOS is part of ``image_frame`` and does not open a sequence with images.
+        takes_system: Whether the style can hold a system turn.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Segment:
 
     Attributes:
         text: The text; image marks are still single marks.
-        supervised: Whether its tokens are learnt.
+        supervised: Whether its tokens are learned.
         literal: It comes from a record, so special tokens' names in it are ordinary text.
         has_images: Image marks in it stand for images (questions only).
     """
@@ -329,11 +329,11 @@ class ChatTemplateError(MiloraError, ValueError):
 class ChatTemplate:
     """A model's own chat template, used as a prompt style.
 
-    The template itself writes every conversation: with a word in place of each text, which is then
-    cut out. So it may depend on anything but the texts: on the place of a turn, on images, on a
-    missing system turn. Outer spaces stay around the words, so that a template that trims is
-    followed; so do think marks in answers, which Qwen3's template moves or removes. Renderings are
-    kept by shape, so a data set costs few of them.
+    The template writes every conversation with a placeholder word for each text, and the words are
+    cut out of the result. So the template may depend on anything but the texts: on the place of a
+    turn, on images, on a missing system turn. Outer spaces stay around the words, because some
+    templates trim; so do think marks in answers, which Qwen3's template moves or removes.
+    Renderings are cached by shape, so a data set needs few of them.
 
     Attributes:
         processor: A processor or tokenizer of transformers.
@@ -375,9 +375,9 @@ class ChatTemplate:
     def segments(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
         """Return the segments of a conversation; see ``render_segments``.
 
-        An answer is supervised from the end of the generation prompt on. Where the template itself
-        puts words between the two, such as Qwen3's empty think block, these are context, and the
-        generation prompt ends with them: what is asked later is what was learned.
+        An answer is supervised from the end of the generation prompt on. If the template puts words
+        between the two, such as Qwen3's empty think block, they are context and end the generation
+        prompt, so that prompts in use are those of training.
 
         Raises:
             ChatTemplateError: If the template refuses the conversation, or does with its texts what
@@ -405,7 +405,7 @@ class ChatTemplate:
                 segments.append(Segment(texts[word], answer, True, with_marks))
             before = turn
         segments = [segment for segment in segments if segment.text]
-        if add_generation_prompt:  # the answer put in goes, with all that follows
+        if add_generation_prompt:  # remove the answer that was put in, and all that follows
             segments = segments[: max(at for at, part in enumerate(segments) if part.supervised)]
             while segments[-1].supervised:
                 segments.pop()
@@ -543,7 +543,7 @@ _QUESTION, _ANSWER = "Is it <b>A & B</b>?\n\n- {{ x }} 'q'", 'Two.\n\nOr "three"
 
 
 def probe_conversations(with_images: bool) -> dict[str, tuple[list[Turn], bool]]:
-    """Return conversations of all shapes, by name: the turns, and whether a prompt is asked for."""
+    """Return conversations of all shapes by name: the turns, and whether it is a prompt."""
 
     def talk(*questions: str, system: str | None = None, answer: str = _ANSWER) -> list[Turn]:
         turns = [] if system is None else [Turn("system", system)]
@@ -597,7 +597,7 @@ def derive_style(
     if not source:
         raise ChatTemplateError("there is no chat template")
     day = day or date.today()
-    # the clock is read once: a run that goes on tomorrow keeps its prompts
+    # the clock is read once: a run that is resumed tomorrow keeps its prompts
     template, another = (
         _CLOCK.sub(lambda found: json.dumps(one.strftime(found[2])), source)  # noqa: B023
         for one in (day, date(1987, 12, 31))
@@ -620,7 +620,7 @@ def derive_style(
         try:
             texts += [part.text for part in style.segments(talk, prompt) if not part.literal]
         except ChatTemplateError as error:
-            if "system" not in name:  # a template need not take a system turn
+            if "system" not in name:  # templates may refuse a system turn
                 raise ChatTemplateError(f"with {name}: {error}") from error
     own_text = "".join(texts)
     return replace(style, special_tokens=tuple(name for name in names if name in own_text))
@@ -630,5 +630,5 @@ def _end_marker(ending: str, names: Sequence[str]) -> str:
     """Return what follows an answer up to its last special token."""
     end = max((ending.rfind(name) + len(name) for name in names if name in ending), default=0)
     if not end:
-        raise ChatTemplateError("no special token ends an answer, so a model could not stop")
+        raise ChatTemplateError("no special token ends an answer, so the model could not stop")
     return ending[:end].strip()

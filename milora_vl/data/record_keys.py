@@ -1,8 +1,7 @@
 """What each key of a record, of a turn and of a content part means here.
 
-One table a level. A key is read, ignored or refused; one that no table has is an error, because
-whoever wrote it meant something by it. ``docs/data.md`` shows the tables as ``key_tables`` renders
-them.
+One table a level. A key is read, ignored or refused; an unknown key is an error, because it may
+change what the record means. ``docs/data.md`` shows the tables as ``key_tables`` renders them.
 """
 
 import re
@@ -12,11 +11,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Key:
-    """What is done with a key.
+    """How a key is treated.
 
     Attributes:
         names: The key and its synonyms.
-        use: Read it; ignore it and say so once a file; or refuse the record.
+        use: Read it; ignore it, logged once a file; or refuse the record.
         formats: Who writes it.
         meaning: What it stands for here, or why it is refused.
     """
@@ -68,8 +67,8 @@ _REASONING = Key(
     ("reasoning_content", "reasoning", "thinking", "think", "thought"),
     "refused",
     "DeepSeek, Qwen, TRL",
-    "reasoning beside the answer has no place of its own; write it into the answer, in the marks "
-    "that the model's template uses",
+    "reasoning is not a separate field here; write it into the answer, in the marks that the "
+    "model's template uses",
 )
 
 RECORD_KEYS = _by_name(
@@ -134,7 +133,7 @@ RECORD_KEYS = _by_name(
         (*LOSS_SWITCHES, "loss_scale", "channel"),
         "refused",
         "ms-swift",
-        "records have no share in the loss of their own; turns have, see below",
+        "the loss is weighted by turn, not by record, see below",
     ),
     Key(("context",), "refused", "Dolly", "text that the question needs; write it under `input`"),
     Key(

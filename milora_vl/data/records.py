@@ -3,13 +3,13 @@
 A file is a JSON list or JSON Lines. A record holds turns under ``conversations`` (LLaVA, ShareGPT)
 or ``messages`` (OpenAI, TRL, ms-swift, LLaMA-Factory), or one exchange under ``instruction`` and
 ``output`` (Alpaca), ``query`` and ``response`` (ms-swift) or ``prompt`` and ``completion`` (TRL).
-``record_keys`` says what every key means; one that is not there is an error, so nothing that a
-record says is lost unseen. Null, an empty text, list or object mean that a key is absent, because
-tables with a fixed schema write every key into every record.
+``record_keys`` says what every key means. An unknown key is an error, so that no content is lost
+unnoticed. Null and an empty text, list or object mean that a key is absent, because tables with a
+fixed schema write every key into every record.
 
-Three of LLaVA's own rules are kept: answers before the first question are left out, a question with
-exactly one image mark in its text gets it moved to its start, and nothing is fetched from the
-network. A content list is taken as it stands: images where their parts are, texts unchanged.
+LLaVA's own rules hold: answers before the first question are dropped, the only image mark of a
+question moves to its start, and nothing is fetched from the network. A content list is taken as it
+is: images where their parts are, texts unchanged.
 """
 
 import json
@@ -56,8 +56,8 @@ _ROLES: dict[str, Role] = {
     "developer": "system",
 }
 _WAYS_OUT = (
-    "remove or rename the key, list it in data.ignore_keys to leave it unread in all records, or "
-    "set data.on_bad_record: skip to leave such records out"
+    "remove or rename the key, list it in data.ignore_keys to ignore it in all records, or "
+    "set data.on_bad_record: skip to skip such records"
 )
 _EMPTY_JSON = ("[]", "{}", "null")  # LLaMA-Factory writes "tools" as JSON inside JSON
 _EARLY_ANSWER = "answers before the first question"
@@ -126,19 +126,19 @@ def read_records(
 ) -> tuple[list[Conversation], Counter[str]]:
     """Read and validate a file of conversations.
 
-    What is ignored is logged once, with the number of records that have it.
+    Ignored keys are logged once, with the number of records that have each.
 
     Args:
         path: A JSON list or a JSON Lines file, UTF-8.
         image_folder: Where image names start. None: files are not looked for (names are still
             checked to be relative).
-        on_bad: Raise at the first bad record, or leave bad records out and count them.
-        ignore_keys: Keys that are not read, whatever ``record_keys`` says of them.
-        must_exist: Whether a missing image makes its record bad. False leaves that to whoever reads
-            the images.
+        on_bad: Raise at the first bad record, or skip and count bad records.
+        ignore_keys: Keys to ignore, whatever ``record_keys`` says of them.
+        must_exist: Whether a missing image makes its record bad. With False whoever reads the
+            images finds out.
 
     Returns:
-        The conversations in file order, and how many were left out for which reason.
+        The conversations in file order, and the number of skipped records by reason.
 
     Raises:
         DataError: If the file is not JSON (with line and column), holds no usable record, or, with
@@ -167,7 +167,7 @@ def read_records(
             conversations.append(conversation)
             ignored.update(unread)
     if not conversations:
-        raise DataError(f"{path}: no usable record; left out: {dict(skipped) or 'none'}")
+        raise DataError(f"{path}: no usable record; skipped: {dict(skipped) or 'none'}")
     if ignored:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(ignored.items()))
         logger.warning(
@@ -189,8 +189,8 @@ def parse_record(
         record: A decoded JSON value.
         where: File and record, for messages.
         default_id: The id of a record without one.
-        ignore_keys: Keys that are not read.
-        ignored: Gets the names of the keys that the record has and nobody reads.
+        ignore_keys: Keys to ignore.
+        ignored: Gets the names of the record's ignored keys.
 
     Raises:
         RecordError: If the record is malformed; the message starts with ``where``.
@@ -258,8 +258,8 @@ class _Reader:
 
     Args:
         where: File and record, for messages.
-        ignore_keys: Keys that the user does not want read.
-        ignored: Gets the names of all keys that are not read.
+        ignore_keys: Keys that the user wants ignored.
+        ignored: Gets the names of all ignored keys.
     """
 
     def __init__(self, where: str, ignore_keys: frozenset[str], ignored: set[str]) -> None:
@@ -291,7 +291,7 @@ class _Reader:
     # --- keys and values --------------------------------------------------------------------------
 
     def _fields(self, entry: dict[Any, Any], level: dict[str, Key], at: str) -> dict[str, Any]:
-        """Return the keys that are read and not absent; refuse those that cannot be understood."""
+        """Return the keys to read that are not absent; refuse unknown and unsupported ones."""
         if isinstance(entry, _TwiceWritten):
             raise RecordError(at, "malformed JSON", "an object has a key twice")
         fields = {}
@@ -316,21 +316,21 @@ class _Reader:
         return fields
 
     def _text(self, value: Any, at: str, reason: str = "bad turn", has_marks: bool = True) -> str:
-        """Return a text that a tokenizer takes; without marks ``<image>`` in it is escaped."""
+        """Return a valid text; with ``has_marks`` false, ``<image>`` in it is escaped."""
         if not isinstance(value, str):
             raise RecordError(at, reason, f"needs text, got {type(value).__name__}")
-        # JSON can write half of a pair of surrogates, and tokenizers end in a TypeError on it
+        # JSON can hold half of a surrogate pair, on which tokenizers raise a TypeError
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             detail = f"half of a character (a lone surrogate) at position {error.start}"
             raise RecordError(at, "not Unicode text", detail) from error
-        if IMAGE_TEXT in value:  # it would come out as another text than went in
+        if IMAGE_TEXT in value:  # ours for a literal <image>; it would turn into that
             raise RecordError(at, "not Unicode text", "U+FDD0 inside an image mark")
         return value if has_marks else value.replace(IMAGE_TOKEN, IMAGE_TEXT)
 
     def _one_of(self, fields: dict[str, Any], names: tuple[str, ...], reason: str, at: str) -> Any:
-        """Return the value of the one name that is there, None if none is."""
+        """Return the value under the one name that is present, or None."""
         found = [name for name in names if name in fields]
         if len(found) > 1 and any(fields[name] != fields[found[0]] for name in found):
             detail = f"{' and '.join(found)} are both given and differ; {_WAYS_OUT}"
@@ -376,7 +376,7 @@ class _Reader:
         single = [name for name in (*QUESTIONS, *ANSWERS, "input", "history") if name in fields]
         if len(lists) > 1 or (lists and single):
             first, second = (lists + single)[:2]
-            detail = f"{first!r} beside {second!r}, so which one counts? {_WAYS_OUT}"
+            detail = f"{first!r} beside {second!r}: only one of them can count; {_WAYS_OUT}"
             raise RecordError(self.where, "two conversations", detail)
         if single:
             # TRL writes texts or lists of messages under the same two names
@@ -409,7 +409,7 @@ class _Reader:
         fields = self._fields(entry, TURN_KEYS, at)
         role = self._role(fields, at)
         content = self._one_of(fields, ("value", "content"), "bad turn", at)
-        if content is None:  # absent; written as an empty text it is a text all the same
+        if content is None:  # an empty text counts as absent above, but here it is a text
             content = next((entry.get(k) for k in ("value", "content") if entry.get(k) == ""), None)
         if isinstance(content, list):
             text, names = self._parts(content, role, at)
@@ -447,7 +447,7 @@ class _Reader:
         """Read the switches of a turn: true and false, or the weights 1 and 0."""
         values = {name: fields[name] for name in LOSS_SWITCHES if name in fields}
         for name, value in values.items():
-            # a weight in between would have to scale the loss, a text could mean anything
+            # a weight between 0 and 1 would have to scale the loss
             if not isinstance(value, int | float) or value not in (0, 1):
                 detail = f"{name!r} is {_show(value)}; needs true, false, 1 or 0"
                 raise RecordError(at, "bad loss switch", detail)
@@ -475,7 +475,7 @@ class _Reader:
             elif kind in ("image", "image_url") and "text" not in fields:
                 if role != "user":
                     raise RecordError(at, "image mark outside a question", f"an image in a {role}")
-                # the line break is part of the mark, as in LLaVA; styles put their own frame there
+                # the line break belongs to the mark, as in LLaVA; styles replace both
                 texts.append(f"{IMAGE_TOKEN}\n" if position + 1 < len(present) else IMAGE_TOKEN)
                 if sources:
                     source = self._one_of(fields, IMAGE_SOURCES, "bad turn", at)
@@ -536,7 +536,7 @@ class _Reader:
         return [(question, answer) for question, answer in pairs]
 
     def _prompt_and_completion(self, fields: dict[str, Any]) -> list[_Message]:
-        """Return the turns of TRL's conversational form; what the prompt answers is context."""
+        """Return the turns of TRL's conversational form; answers in the prompt are context."""
         lists = [fields.get(name) for name in ("prompt", "completion")]
         others = [name for name in (*QUESTIONS, *ANSWERS, "input", "history") if name in fields]
         if not all(isinstance(one, list) for one in lists) or len(others) > 2:
@@ -568,7 +568,7 @@ def _show(value: Any) -> str:
     """Return a short text for a value of any size or depth."""
     try:
         return reprlib.repr(value).encode("utf-8", "backslashreplace").decode()
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python does not print integers of more than 4300 digits
         return f"a value of type {type(value).__name__}"
 
 
@@ -592,7 +592,9 @@ def _check_turns(turns: list[Turn], n_images: int, where: str) -> None:
     if len(dialogue) < 2 or len(dialogue) % 2:
         raise RecordError(where, "no answer", "the last turn must be the assistant's")
     if not any(turn.supervised for turn in dialogue[1::2]):
-        raise RecordError(where, "no answer", "every answer is marked as not to be learned")
+        raise RecordError(
+            where, "no answer", "every answer is switched off (loss, weight or train)"
+        )
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in dialogue if turn.role == "user")
     if marks > n_images:
         raise RecordError(

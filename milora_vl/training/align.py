@@ -1,8 +1,8 @@
-"""Patch alignment: a cheap start for a projector when the place of objects is known.
+"""Patch alignment: a cheap start for a projector when the places of objects are known.
 
-Before the language model takes part, each patch inside an object's box is drawn to the token
-embeddings of the object's name, each other patch to those of the line break. It costs seconds and
-spares the next stage from finding, word by word, which patches speak of what.
+Without the language model, the projector is trained to map each patch inside an object's box to the
+token embeddings of the object's name, and every other patch to those of a line break. It takes
+seconds; the next stage need not learn from captions alone which patches show what.
 """
 
 import logging
@@ -48,7 +48,7 @@ class LabeledImage:
 def label_patches(
     boxes: Sequence[Sequence[float]], classes: Sequence[int], width: int, height: int, grid: int
 ) -> Tensor:
-    """Say for each patch of a square-padded image which class it shows.
+    """Return the class that each patch of a square-padded image shows.
 
     Args:
         boxes: [x0, y0, x1, y1] as fractions of the unpadded image.
@@ -58,13 +58,13 @@ def label_patches(
         grid: Patches on a side.
 
     Returns:
-        int64 [grid * grid]: a class for patches whose centre lies in one box, ``BACKGROUND`` for
+        int64 [grid * grid]: a class for patches whose center lies in one box, ``BACKGROUND`` for
         those in none, ``UNCERTAIN`` for those in several.
     """
     side = max(width, height)
-    centre = (torch.arange(grid) + 0.5) / grid * side
-    x = ((centre - (side - width) / 2) / width)[None, :].expand(grid, grid)
-    y = ((centre - (side - height) / 2) / height)[:, None].expand(grid, grid)
+    center = (torch.arange(grid) + 0.5) / grid * side
+    x = ((center - (side - width) / 2) / width)[None, :].expand(grid, grid)
+    y = ((center - (side - height) / 2) / height)[:, None].expand(grid, grid)
     labels = torch.full((grid, grid), BACKGROUND)
     for (x0, y0, x1, y1), label in zip(boxes, classes, strict=True):
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
@@ -108,7 +108,7 @@ def compute_tower_features(model: Any, pixel_values: Tensor) -> Tensor:
 def _read(
     labeled: Sequence[LabeledImage], load: Callable[[str], Image.Image], skip_unreadable: bool
 ) -> tuple[list[LabeledImage], list[Image.Image]]:
-    """Read the images that can be read."""
+    """Read images; skip unreadable ones with a warning, or raise."""
     group, images = [], []
     for one in labeled:
         try:
@@ -116,7 +116,7 @@ def _read(
         except BadImageError as error:
             if not skip_unreadable:
                 raise BadImageError(f"{one.where or one.path}: {error}") from error
-            logger.warning("left out: %s: %s", one.where, error)
+            logger.warning("skipped: %s: %s", one.where, error)
             continue
         group.append(one)
     return group, images
@@ -143,14 +143,14 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
         transform: RGB image -> float32 [3, H, W].
         load: Path -> RGB image.
         labeled: What to look at.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         learning_rate: Peak learning rate (AdamW, cosine to zero).
         seed: Seed of the patches' order.
         patches_per_step: Patches in one step.
-        skip_unreadable: Leave out images that cannot be read, and log how many.
+        skip_unreadable: Skip images that cannot be read, with a warning.
 
     Returns:
-        Share of object patches of the last tenth of the steps that name their class, 0 to 1.
+        Share of object patches that are nearest to their class, in the last tenth of the steps.
 
     Raises:
         ValueError: If no image has an object.
@@ -202,13 +202,14 @@ def align_patches_(  # noqa: PLR0913  settings by keyword
         schedule.step()
         hits = logits[:patches_per_step].argmax(-1) == y[chosen[:patches_per_step]]
         right.append(hits.float().mean().item())
-    with torch.no_grad():  # the loss sees directions alone; a word's embedding also has a length
+    with torch.no_grad():  # the loss compares directions only; scale to the embeddings' length
         length = projector(x[objects[:4096]].to(model.dtype)).float().norm(dim=-1).mean()
         for parameter in projector.linear_2.parameters():
             parameter.mul_((norm / length).to(parameter.dtype))
     last = right[-max(1, steps // 10) :]
     share = sum(last) / len(last)
     logger.info(
-        "patch alignment: %.0f %% of object patches name theirs (of %d)", 100 * share, len(names)
+        "patch alignment: %.0f %% of object patches match their name (of %d names)",
+        *(100 * share, len(names)),
     )
     return share

@@ -1,8 +1,8 @@
 """The ``training`` section of a config -> arguments of a ``VlmTrainer``.
 
 Every key of ``transformers.TrainingArguments`` works here or is refused with the reason.
-``HONORED`` names those that the trainer of this package answers for itself, ``REFUSED`` those that
-could have no effect or a wrong one; all others reach ``transformers.Trainer`` untouched.
+``REFUSED`` names those that would have no effect or a wrong one; all others are honored by
+``VlmTrainer`` or reach ``transformers.Trainer`` untouched.
 """
 
 import dataclasses
@@ -24,40 +24,14 @@ logger = logging.getLogger(__name__)
 
 SAMPLING = ("group_by_length", "random", "sequential")
 
-HONORED: dict[str, str] = {
-    "auto_find_batch_size": "a batch that does not fit is split; the global batch stays",
-    "average_tokens_across_devices": "the loss is divided by the answer tokens of all devices",
-    "data_seed": "seeds the order of the samples; default: seed",
-    "dataloader_drop_last": "training only; validation counts every sample once",
-    "dataloader_in_order": "given to the loaders",
-    "dataloader_multiprocessing_context": "given to the loaders",
-    "dataloader_num_workers": "given to the loaders",
-    "dataloader_persistent_workers": "given to the loaders",
-    "dataloader_pin_memory": "given to the loaders",
-    "dataloader_prefetch_factor": "given to the loaders",
-    "eval_steps": "together with eval.every_steps",
-    "eval_strategy": "needs validation data or a bench during training",
-    "greater_is_better": "of the best checkpoint",
-    "label_smoothing_factor": "training only; the validation loss stays comparable",
-    "load_best_model_at_end": "the best adapter is delivered; every best step is saved",
-    "metric_for_best_model": "the validation loss, or the score of a bench asked during training",
-    "optim": "with the projector in a group of its own",
-    "per_device_eval_batch_size": "given to the loader",
-    "per_device_train_batch_size": "given to the loader",
-    "resume_from_checkpoint": "where a run without checkpoints of its own begins",
-    "save_strategy": "best also delivers the best",
-    "train_sampling_strategy": f"one of {', '.join(SAMPLING)}; default: the first",
-    "weight_decay": "pulls trained matrices to zero, factors and their pretrained part included",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Refusal:
     """Why a key is refused, and the values that are not.
 
     Attributes:
-        reason: What to say, with what to do instead.
-        allowed: Values besides the default that change nothing.
+        reason: For the message, with what to do instead.
+        allowed: Values besides the default that are accepted because they change nothing.
     """
 
     reason: str
@@ -68,7 +42,7 @@ _SHARDED = "an adapter cannot be saved from tensors that are sharded over proces
     "several processes train with `accelerate launch` alone"  # fmt: skip
 _NO_PREDICTIONS = "validation computes the loss and keeps no predictions; benches go to eval"
 _NO_HUB = "nothing is pushed from here; `milora-vl export` makes a folder to upload"
-_NOT_A_SCRIPT = "what is done follows from data, eval and eval_strategy"
+_NOT_A_SCRIPT = "the run does what data, eval and eval_strategy say"
 
 REFUSED: dict[str, Refusal] = {
     "batch_eval_metrics": Refusal(_NO_PREDICTIONS),
@@ -140,13 +114,13 @@ _ACCELERATOR_KEYS = ("even_batches", "non_blocking", "gradient_accumulation_kwar
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """``TrainingArguments`` with the keys of this package.
+    """``TrainingArguments`` with the keys of this package, see ``config.TrainingExtras``.
 
     Attributes:
         early_stopping_patience: Stop after so many evaluations in a row without a new best.
-        on_non_finite: Stop at a loss or gradient that is not finite, or leave its step out.
-        resume_regardless: Go on from what is left of a checkpoint that is not whole, or that
-            belongs to other data or another base.
+        on_non_finite: Stop at a loss or gradient that is not finite, or skip its step.
+        resume_regardless: Resume even from an incomplete checkpoint, or with other data or another
+            base.
     """
 
     early_stopping_patience: int | None = field(default=None)
@@ -162,14 +136,14 @@ def check_training_keys(
     benches: Sequence[str] = (),
     every_steps: int | None = None,
 ) -> None:
-    """Refuse keys that could not have their effect, before anything is loaded.
+    """Refuse keys that would have no effect or a wrong one, before anything is loaded.
 
     Args:
         training: A ``training`` section; its keys are known and their values of the right type.
         where: What to name in errors.
         has_validation: Whether there are records to validate on.
-        benches: Benches that are asked during training.
-        every_steps: How often they are asked.
+        benches: Benches that run during training.
+        every_steps: Steps between two of their runs.
 
     Raises:
         ConfigError: Naming the key, the reason and what to do instead.
@@ -194,7 +168,7 @@ def check_training_keys(
 
 
 def _check_counts(training: Mapping[str, Any], where: str) -> None:
-    """Refuse numbers that would train nothing or something else than they say."""
+    """Refuse numbers that train nothing or are out of range."""
     if training.get("max_steps") == 0:
         raise ConfigError(f"{where}.max_steps: 0 steps train nothing; -1 leaves it to the epochs")
     if training.get("max_steps", -1) < 0 and training.get("num_train_epochs", 1) <= 0:
@@ -208,9 +182,9 @@ def _check_counts(training: Mapping[str, Any], where: str) -> None:
 
 
 def _check_together(training: Mapping[str, Any], where: str, evaluates: bool) -> None:
-    """Refuse keys that act only beside another one, where that one is not set."""
+    """Refuse keys that have no effect without another one, where that one is not set."""
     saving = training.get("save_strategy", "steps")
-    # who writes "no" has switched it off on purpose, often over a config that has the other key
+    # "no" counts as set: overrides use it to switch off a strategy of the config
     measures = evaluates or training.get("eval_strategy") is not None
     by_steps = ("steps", "no", False)
     chooses = (
@@ -244,7 +218,7 @@ def _check_together(training: Mapping[str, Any], where: str, evaluates: bool) ->
 
 
 def _check_schedule(training: Mapping[str, Any], where: str) -> None:
-    """Build the schedule for one number: transformers does so after the model is loaded."""
+    """Build the schedule once, which transformers does only after the model is loaded."""
     name = training.get("lr_scheduler_type", "linear")
     settings = training.get("lr_scheduler_kwargs") or {}
     if not isinstance(settings, Mapping):  # text, which TrainingArguments reads
@@ -268,13 +242,13 @@ def _check_optimizer(training: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}.optim: {name} is refused: it {reason}; use adamw_torch")
     if training.get("optim_args") and name in _IGNORES_OPTIM_ARGS:
         raise ConfigError(
-            f"{where}.optim_args: {name} takes none; its settings are keys of their own, such as "
+            f"{where}.optim_args: {name} ignores it; its settings are separate keys, such as "
             "adam_beta2"
         )
 
 
 def _check_packages(training: Mapping[str, Any], where: str) -> None:
-    """Name optional packages that are not installed, which transformers does after the loading."""
+    """Refuse keys whose optional package is not installed, before anything is loaded."""
     name = training.get("optim", "adamw_torch_fused")
     wanted = [(f"optim: {name}", (p,)) for start, p in _PACKAGES.items() if name.startswith(start)]
     if training.get("use_liger_kernel"):
@@ -321,8 +295,8 @@ def _check_loading(training: Mapping[str, Any], where: str) -> None:
     resume = training.get("resume_from_checkpoint")
     if resume is False or (isinstance(resume, str) and not Path(resume).expanduser().is_dir()):
         raise ConfigError(
-            f"{where}.resume_from_checkpoint: {resume!r} is no folder of a checkpoint; a run goes "
-            "on from its own checkpoints by itself, and begins anew in another run folder"
+            f"{where}.resume_from_checkpoint: {resume!r} is no checkpoint folder; a run resumes "
+            "from its own checkpoints by itself, and starts over in another run folder"
         )
 
 
@@ -333,7 +307,7 @@ def _check_evaluation(
     benches: list[str],
     every_steps: int | None,
 ) -> None:
-    """Check what is measured during training, and what the best checkpoint is chosen by."""
+    """Check what is measured during training, and by what the best checkpoint is chosen."""
     asked = bool(every_steps and benches)
     evaluates = _is_on(training.get("eval_strategy")) or asked
     # the validation loss is made of validation data, scores of benches
@@ -377,14 +351,13 @@ def build_arguments(
 ) -> StageArguments:
     """Turn a ``training`` section into the arguments of one stage.
 
-    What the section does not say: checkpoints go to ``folder``, two are kept, no logging back-end,
-    an epoch is the unit of evaluation and saving.
+    Defaults: checkpoints go to ``folder``, two are kept, and there is no logging back-end.
 
     Args:
         training: The section, checked by ``check_training_keys``.
         folder: Of the checkpoints.
         seed: Of order and dropout.
-        every_steps: How often benches are asked during training, which makes evaluations.
+        every_steps: Steps between two runs of the benches, which makes evaluations of these steps.
 
     Raises:
         ValueError: If transformers refuses a value, or one process would spread its batches over
@@ -406,8 +379,8 @@ def build_arguments(
     extras, _ = split_training(training)
     settings = defaults | arguments_for(training, int(os.environ.get("WORLD_SIZE", "1")))
     settings |= extras.model_dump(exclude={"global_batch_size"})
-    settings["enable_jit_checkpoint"] = False  # the trainer's own answer to SIGTERM
-    if settings.get("save_strategy") == "best":  # who asks for the best wants it delivered
+    settings["enable_jit_checkpoint"] = False  # ``StopOnSigterm`` handles SIGTERM
+    if settings.get("save_strategy") == "best":  # the best is also delivered
         settings.setdefault("load_best_model_at_end", True)
     if settings.get("early_stopping_patience"):
         settings.setdefault("metric_for_best_model", "loss")
@@ -433,7 +406,7 @@ def build_arguments(
 
 
 def _with_benches(settings: Mapping[str, Any], every_steps: int) -> dict[str, Any]:
-    """Return the keys that make an evaluation of every step at which a bench is asked."""
+    """Return the keys that make every step with a bench an evaluation."""
     if not _is_on(settings.get("eval_strategy")):
         return {"eval_strategy": "steps", "eval_steps": every_steps}
     steps = settings.get("eval_steps")

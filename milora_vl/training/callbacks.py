@@ -33,7 +33,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop this stage's lines from beyond the step that training goes on from."""
+        """Drop this stage's lines after the step that training resumes from."""
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -55,11 +55,11 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line; a value that is not finite is null, as in every JSON file.
+        """Append one line; a value that is not finite is written as null.
 
         Raises:
-            FloatingPointError: If a loss is not a finite number. A gradient norm may be infinite:
-                a float16 loss scaler finds its scale that way, see ``StepWatch``.
+            FloatingPointError: If a loss is not finite. A gradient norm may be infinite: a float16
+                loss scaler finds its scale that way, see ``StepWatch``.
         """
         logs = logs or {}
         for name in ("loss", "eval_loss"):
@@ -112,9 +112,9 @@ def evaluations_since_best(args: TrainingArguments, state: TrainerState) -> int:
 
 
 class BestStep(TrainerCallback):
-    """Save every step that is a new best, and stop when none has come for a while.
+    """Save every new best step, and stop when there has been none for a while.
 
-    Both follow from the history that every checkpoint holds, so a resumed run does the same.
+    Both depend only on the history that every checkpoint holds, so a resumed run does the same.
     """
 
     def __init__(self, patience: int | None) -> None:
@@ -122,7 +122,7 @@ class BestStep(TrainerCallback):
         self.patience = patience
 
     def has_waited(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Tell whether the training has stopped, or is to stop, for want of a new best."""
+        """Return whether the patience is exhausted."""
         return bool(self.patience) and evaluations_since_best(args, state) >= self.patience
 
     def on_evaluate(
@@ -133,11 +133,11 @@ class BestStep(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Decide from the newest evaluation."""
+        """Decide whether to save and whether to stop."""
         is_measured = best_metric_name(args) in (metrics or {})
         if not is_measured or state.global_step == 0:
             return
-        # transformers saves at save_steps alone, where the best step may be missing
+        # transformers saves at save_steps only, which may miss the best step
         if args.load_best_model_at_end and evaluations_since_best(args, state) == 0:
             control.should_save = True
         if self.has_waited(args, state):
@@ -149,14 +149,14 @@ class BestStep(TrainerCallback):
 
 
 class NothingLeftToTrain(Exception):  # noqa: N818  not an error: it ends a loop from within
-    """The checkpoint that training went on from is its last one."""
+    """The checkpoint that training resumed from is its last step."""
 
 
 class AlreadyDone(TrainerCallback):
-    """End a resumed training that has no step left, of which transformers would do one more."""
+    """End a resumed training that has no step left; transformers would do one more."""
 
     def __init__(self, best: BestStep) -> None:
-        """Ask ``best`` whether the training stopped early."""
+        """Take the early stopping of ``best`` into account."""
         self.best = best
 
     def on_train_begin(
@@ -168,7 +168,7 @@ class AlreadyDone(TrainerCallback):
             NothingLeftToTrain: If it is the last one.
         """
         if state.best_global_step and not state.best_model_checkpoint:
-            # the folder was moved since: the stored path is that of the old place
+            # the stored path is wrong if the run folder was moved
             moved = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(moved) if moved.is_dir() else None
         if state.global_step and (
@@ -178,18 +178,18 @@ class AlreadyDone(TrainerCallback):
 
 
 class WholeParameters(TrainerCallback):
-    """End a run whose parameters are sharded before its first step: none could be saved."""
+    """End a run with sharded parameters before its first step: they could not be saved."""
 
     def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Check the model as it is distributed now."""
+        """Check the distributed model."""
         check_whole(model)
 
 
 class SkippedSteps(TrainerCallback):
-    """Go on counting the steps that were left out where the checkpoint's history ends."""
+    """Restore the count of skipped steps from the checkpoint's history."""
 
     def __init__(self, watch: StepWatch) -> None:
-        """Tell ``watch``."""
+        """Set the count of ``watch``."""
         self.watch = watch
 
     def on_train_begin(
@@ -201,10 +201,10 @@ class SkippedSteps(TrainerCallback):
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Delete old checkpoints, and nothing else that lies beside them.
+    """Delete old checkpoints, and nothing else beside them.
 
-    Transformers takes every folder whose name begins like a checkpoint's for one of its own, and
-    would delete a copy that somebody made.
+    Transformers takes every folder whose name starts with "checkpoint-" for its own, and would
+    delete a copy that somebody made.
     """
 
     def __init__(self, limit: int | None) -> None:

@@ -45,16 +45,16 @@ def load_model(section: ModelSection, path: Path | str | None = None) -> VLM:
 def load_conversations(
     section: DataSection, file: str, limit: int | None = None
 ) -> list[Conversation]:
-    """Read one record file by the section's rules; what is left out is counted and logged."""
+    """Read one record file by the section's rules; skipped records are counted and logged."""
     conversations, skipped = read_records(
         file,
         section.image_folder or None,
         section.on_bad_record,
         section.ignore_keys,
-        must_exist=section.on_bad_image == "error",  # else the data set leaves missing ones out
+        must_exist=section.on_bad_image == "error",  # else the data set skips missing ones
     )
     for reason, count in skipped.items():
-        logger.warning("%s: %d records left out: %s", file, count, reason)
+        logger.warning("%s: %d records skipped: %s", file, count, reason)
     return conversations[:limit]
 
 

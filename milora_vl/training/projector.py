@@ -71,7 +71,7 @@ def read_objects(section: DataSection, file: str) -> list[LabeledImage]:
                 ) from error
             n_skipped += 1
     if n_skipped:
-        logger.warning("%s: %d records left out: bad objects", file, n_skipped)
+        logger.warning("%s: %d records skipped: bad objects", file, n_skipped)
     return labeled
 
 
@@ -89,8 +89,8 @@ def _read_boxes(section: DataSection, record: dict[str, Any], where: str) -> Lab
 def aligned_base_folder(
     base: Path, model: ModelSection, alignment: AlignmentSection, data: DataSection, seed: int
 ) -> Path:
-    """Name the cache folder of an aligned base: a digest of all that its weights depend on."""
-    # what is done about bad records and images may change while a run goes on
+    """Return the cache folder of an aligned base, named by a digest of all it depends on."""
+    # how bad records and images are handled may change when a run is resumed
     without = {"prepare", "on_bad_record", "on_bad_image"}
     sections = [model.model_dump(exclude={"device", "prompt_day"}), alignment.model_dump()]
     sections.append(data.model_dump(exclude=without))
@@ -162,7 +162,7 @@ def align_projector(
             save_file(weights, made / WEIGHTS_FILE, metadata={"format": "pt"})
             replace_folder(made, folder)
 
-    if section.training:  # without it the stage is patch alignment alone
+    if section.training:  # else the stage is patch alignment alone
         train(
             model,
             vlm,

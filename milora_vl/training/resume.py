@@ -1,9 +1,8 @@
-"""Which checkpoint a stopped training goes on from: one that is whole, of the same data and base.
+"""Which checkpoint a stopped training resumes from: a complete one, of the same data and base.
 
-A checkpoint is whole if every file that was written with it is there and can be read to its end.
-``trainer_state.json`` is written last, so a folder without it was never finished and is passed
-over. One that was finished and has lost something since is not gone on from unsaid: an older whole
-one is taken, or the user is told.
+A checkpoint is complete if all its files exist and can be read to their end. ``trainer_state.json``
+is written last, so a folder without it was never finished and is ignored. If a finished checkpoint
+has been damaged since, an older complete one is used with a warning, or the run stops.
 """
 
 import hashlib
@@ -31,11 +30,11 @@ FACTS_FILE = "training_data.json"
 
 
 class ResumeError(MiloraError, ValueError):
-    """A training cannot go on from what its folder holds."""
+    """A training cannot resume from the content of its folder."""
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders that training named, oldest first; others lie beside them undisturbed."""
+    """Return the checkpoints that training wrote, oldest first; other folders are ignored."""
     named = [
         one for one in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", one.name)
     ]
@@ -43,12 +42,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's name tells."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was once written to its end."""
+    """Return whether a checkpoint was written to its end."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,12 +58,13 @@ def is_finished(checkpoint: Path) -> bool:
 def find_problems(
     checkpoint: Path, check_weights: Callable[[Path], None], n_processes: int = 1
 ) -> list[str]:
-    """Say what a finished checkpoint lacks; an empty list if it is whole.
+    """Return what is missing or damaged in a finished checkpoint.
 
     Args:
         checkpoint: The folder.
-        check_weights: Raises ``OSError`` or ``ValueError`` unless the folder ``adapter`` is whole.
-        n_processes: Processes of this training, each of which has a random state of its own.
+        check_weights: Raises ``OSError`` or ``ValueError`` unless the folder ``adapter`` is
+            complete.
+        n_processes: Processes of this training, each with its own random state.
     """
     found = []
     try:
@@ -83,7 +83,7 @@ def find_problems(
 
 
 def archive_problem(file: Path) -> str | None:
-    """Read a file of ``torch.save`` to its end, checksums included."""
+    """Return what is wrong with a file of ``torch.save``, or None; checksums are verified."""
     if not file.exists():
         return "is missing"
     if file.stat().st_size == 0:
@@ -122,18 +122,18 @@ def choose_checkpoint(
     named: str | Path | None = None,
     regardless: bool = False,
 ) -> Path | None:
-    """Return the checkpoint to go on from, or None to begin.
+    """Return the checkpoint to resume from, or None to start.
 
     Args:
         folder: Holds the run's own checkpoints.
         check_weights: See ``find_problems``.
         n_processes: See ``find_problems``.
-        named: A checkpoint of another run, taken if this one has none of its own.
-        regardless: Take the newest one whose weights can be read, whatever else it lacks.
+        named: A checkpoint of another run, used if this run has none.
+        regardless: Use the newest one whose weights can be read, whatever else it lacks.
 
     Raises:
-        ResumeError: If checkpoints were finished and none is whole now; the message says what the
-            newest lacks and what can be done.
+        ResumeError: If there are finished checkpoints and none is complete; the message says what
+            the newest lacks and what can be done.
     """
     own = [one for one in checkpoint_folders(folder) if is_finished(one)]
     if not own and named:
@@ -145,26 +145,24 @@ def choose_checkpoint(
         found = find_problems(checkpoint, check_weights, n_processes)
         if not found or (regardless and not found[0].startswith("adapter: ")):
             if found:
-                logger.warning(
-                    "%s: going on without what is lost: %s", checkpoint, "; ".join(found)
-                )
+                logger.warning("%s: resuming without: %s", checkpoint, "; ".join(found))
             return checkpoint
-        logger.warning("%s is not whole: %s", checkpoint, "; ".join(found))
+        logger.warning("%s is not complete: %s", checkpoint, "; ".join(found))
         problems[checkpoint] = found
     if not problems:
         return None
     newest, found = next(iter(problems.items()))
     raise ResumeError(
-        f"{newest}: {'; '.join(found)}; no older checkpoint is whole. {REGARDLESS} goes on from "
-        "the newest weights that can be read, with a new optimizer; removing "
-        f"{folder} begins anew"
+        f"{newest}: {'; '.join(found)}; no older checkpoint is complete. {REGARDLESS} resumes "
+        "from the newest weights that can be read, with a new optimizer; to start over, remove "
+        f"{folder}"
     )
 
 
 def describe_data(datasets: Iterable[Any]) -> dict[str, Any]:
-    """Return what identifies the samples: count, and a digest of their texts in their order.
+    """Return what identifies the samples: their number, and a digest of their texts in order.
 
-    What is left out because it cannot be used is no part of it, nor are the images' bytes.
+    Skipped records and the images' bytes are not part of it.
 
     Args:
         datasets: With ``conversations``, or mixtures of such.
@@ -184,7 +182,7 @@ def describe_data(datasets: Iterable[Any]) -> dict[str, Any]:
 def describe_base(model: nn.Module) -> str:
     """Return a digest of a base model: names, shapes and some values of every tensor.
 
-    Enough to tell another checkpoint, and quick; the adapted layers have a full fingerprint.
+    It is quick and tells checkpoints apart; the adapted layers also have a full fingerprint.
     """
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
@@ -198,9 +196,9 @@ def describe_base(model: nn.Module) -> str:
 
 
 def compare_facts(file: Path, facts: dict[str, Any], goes_on: bool, regardless: bool) -> None:
-    """Write what a training begins with, or compare it when the training goes on.
+    """Write what a training starts with, or compare it when the training is resumed.
 
-    A run of an earlier version has no such file, and nothing is compared.
+    Runs of earlier versions have no such file; nothing is compared then.
 
     Raises:
         ResumeError: Naming what differs, unless ``regardless``.
@@ -217,7 +215,7 @@ def compare_facts(file: Path, facts: dict[str, Any], goes_on: bool, regardless: 
     told = "; ".join(f"{key}: {before[key]} before, {facts[key]} now" for key in differing)
     if not regardless:
         raise ResumeError(
-            f"{file}: the training began with something else ({told}). Give another run folder, "
-            f"restore it, or go on with it all the same with {REGARDLESS}"
+            f"{file}: the training started with something else ({told}). Give another run "
+            f"folder, restore the old files, or resume anyway with {REGARDLESS}"
         )
-    logger.warning("%s: going on although the training began with something else: %s", file, told)
+    logger.warning("%s: resuming although the training started with something else: %s", file, told)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -82,8 +82,8 @@ def train(  # noqa: PLR0913  settings by keyword
         stage: Name in the metrics and the log.
         projector: Its learning rate.
         load_weights: Reads what ``save_weights`` wrote, for the best checkpoint.
-        checkpoint: Whose weights the model has now; optimizer and position are restored from it.
-        measure: Scores at a step, name -> score; they stand in the metrics as ``eval_`` and name.
+        checkpoint: The one the model's weights are from; optimizer and step are restored from it.
+        measure: Scores at a step, name -> score; written to the metrics as ``eval_`` and name.
         measure_every: Steps between two calls of ``measure``.
 
     Raises:
@@ -130,7 +130,8 @@ def train(  # noqa: PLR0913  settings by keyword
     # old checkpoints are deleted by CheckpointKeeper, never by transformers
     limit, arguments.save_total_limit = arguments.save_total_limit, None
     try:
-        trainer = _fit_batch(run_once, model, arguments) if _may_split(arguments) else run_once()
+        may_split = arguments.auto_find_batch_size and arguments.per_device_train_batch_size > 1
+        trainer = _fit_batch(run_once, model, arguments) if may_split else run_once()
     finally:
         arguments.save_total_limit = limit
     trainer.rest_optimizer()
@@ -148,15 +149,11 @@ def _train_to_the_end(trainer: VlmTrainer, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NothingLeftToTrain:
-        logger.info("the training of %s was at its end", checkpoint)
+        logger.info("%s is the last step of its training", checkpoint)
         trainer.deliver_best()
     finally:
         stop.give_back()
     stop.check()
-
-
-def _may_split(arguments: TrainingArguments) -> bool:
-    return arguments.auto_find_batch_size and arguments.per_device_train_batch_size > 1
 
 
 def _fit_batch(
@@ -168,7 +165,7 @@ def _fit_batch(
     """
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters()
              if p.requires_grad}  # fmt: skip
-    # the trainer would split batches in its own way, which changes how many samples a step has
+    # transformers would split batches too, but with fewer samples a step
     arguments.auto_find_batch_size = False
     while True:
         try:
@@ -179,7 +176,11 @@ def _fit_batch(
                 raise
         gc.collect()  # the traceback held the activations
         clear_device_cache()
-        _restore_(model, start)
+        model.zero_grad()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in start:
+                    parameter.copy_(start[name])
         smaller = max(part for part in range(1, size) if size % part == 0)
         arguments.per_device_train_batch_size = smaller
         arguments.gradient_accumulation_steps *= size // smaller
@@ -187,14 +188,6 @@ def _fit_batch(
             "a batch of %d does not fit into memory: %d at a time, accumulated %d times",
             *(size, smaller, arguments.gradient_accumulation_steps),
         )
-
-
-@torch.no_grad()
-def _restore_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    model.zero_grad()
-    for name, parameter in model.named_parameters():
-        if name in values:
-            parameter.copy_(values[name])
 
 
 def check_adapter_files(folder: Path) -> None:
@@ -240,8 +233,8 @@ def finetune(  # noqa: PLR0913  settings by keyword
         The model with its trained adapter, in eval mode.
 
     Raises:
-        ResumeError: If there are checkpoints and none can be gone on from, or data or base are not
-            those that the run began with.
+        ResumeError: If there are checkpoints but none is usable, or data or base are not those that
+            the run began with.
     """
     final = run_folder / "adapter"
     if (final / "milora.json").exists():
@@ -276,7 +269,7 @@ def finetune(  # noqa: PLR0913  settings by keyword
     if arguments.weight_decay and recall(peft_model).has_anchor:
         logger.warning(
             "training.weight_decay: %g pulls the factors to zero, and with them the part of the "
-            "pretrained weights that they began with; set it to 0, as the method was published",
+            "pretrained weights that they started from; the published method has 0",
             arguments.weight_decay,
         )
     pads = None if dataset.transform is None else dataset.transform.background is not None
@@ -351,7 +344,7 @@ def _first_batches(
         ValueError: If no sample can be read.
     """
     every = (dataset[index] for index in range(len(dataset)))
-    readable = (sample for sample in every if not sample.get("left_out"))
+    readable = (sample for sample in every if not sample.get("skipped"))
     samples = list(islice(readable, count or size))
     if not samples:
         raise DataError("no image of the training data can be read; check data.image_folder")

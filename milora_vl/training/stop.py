@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class StopOnSigterm(TrainerCallback):
-    """Finishes the step, saves and stops; ``check`` afterwards says so with an error."""
+    """Finishes the step, saves and stops; ``check`` then raises ``StoppedError``."""
 
     def __init__(self) -> None:
-        """Nothing was asked yet."""
+        """Start without a request to stop."""
         self._is_asked = False
         self._stopped_at: int | None = None
         self._answer: Callable[[], bool] | None = None
@@ -41,13 +41,13 @@ class StopOnSigterm(TrainerCallback):
     ) -> None:
         """Save and stop if any process was asked: all must stop at the same step.
 
-        Several processes hear of it a step later: the question goes round while that step is
-        computed, so no step waits for it.
+        Several processes learn of it one step later: they ask each other while the next step is
+        computed, so that no step waits.
         """
         asked_before, self._answer = self._answer, ask_all(self._is_asked)
         answer = self._answer if process_count() == 1 else asked_before
         if answer is not None and answer():
-            # no evaluation: whoever asks kills soon, and save_strategy best would undo the saving
+            # no evaluation: the job is killed soon, and save_strategy best would undo the saving
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
             self._stopped_at = state.global_step
@@ -55,16 +55,16 @@ class StopOnSigterm(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the signal back."""
+        """Restore the handler, and forget a stop at the last step."""
         self.give_back()
-        if self._answer is not None:  # the last question is on its way
+        if self._answer is not None:  # every process must finish the last exchange
             self._answer()
             self._answer = None
-        if self._stopped_at == state.max_steps:  # it was the last one: the run is whole
+        if self._stopped_at == state.max_steps:  # it was the last step: the training is complete
             self._stopped_at = None
 
     def give_back(self) -> None:
-        """Restore what SIGTERM did before, also after a training that failed."""
+        """Restore the earlier handler of SIGTERM, also after a training that failed."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None

@@ -1,4 +1,4 @@
-"""A thin ``transformers.Trainer``: token-normalised loss, parameter groups, order of samples."""
+"""A thin ``transformers.Trainer``: token-normalized loss, parameter groups, order of samples."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,17 +199,17 @@ class VlmTrainer(Trainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Do one forward and backward pass; a loss that will be left out is logged as 0."""
+        """Do one forward and backward pass; the loss of a skipped step is logged as 0."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.watch.see_loss(loss)
         may_skip = self.watch.mode == "skip" or self.watch.scaled
         return loss.nan_to_num(0.0, 0.0, 0.0) if may_skip else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm, which the parent computes anyway, and let it be checked."""
+        """Check the gradient norm, which the parent computes anyway."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.watch.see_gradient(self.state.global_step + 1, norm):
-            model.zero_grad()  # to None: an optimizer passes over what has no gradient
+            model.zero_grad()  # to None: an optimizer skips parameters without a gradient
         return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -238,18 +238,13 @@ class VlmTrainer(Trainer):
 
     def loader_options(self) -> dict[str, Any]:
         """Return what both loaders take from the arguments."""
-        workers, collate = self.args.dataloader_num_workers, self.data_collator
+        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor",
+                 "multiprocessing_context", "in_order")  # fmt: skip
+        options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        collate = self.data_collator
         if self.args.device.type != "cpu":
             collate = partial(with_positions, collate)
-        return {
-            "collate_fn": collate,
-            "num_workers": workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "persistent_workers": self.args.dataloader_persistent_workers,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
-            "in_order": self.args.dataloader_in_order,
-        }
+        return {"collate_fn": collate, **options}
 
     def get_train_dataloader(self) -> DataLoader:
         """Build the loader in the order of the sampling strategy.
@@ -281,9 +276,9 @@ class VlmTrainer(Trainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Build the loader of this process's share: every sample is in one share alone.
+        """Build the loader of this process's share of the samples.
 
-        The parent fills shares up to the same length, and so counts some samples twice.
+        The parent pads the shares to one length, and so counts some samples twice.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(dataset), self.args.world_size)
@@ -342,14 +337,10 @@ class VlmTrainer(Trainer):
         model, sums = self.model, []
         with evaluating(model):  # not model.eval(): 4-bit layers would stop passing gradients on
             for batch in self.get_eval_dataloader(dataset):
+                inputs = send_to_device(batch, self.args.device)
                 with torch.no_grad(), self.accelerator.autocast():
-                    sums.append(
-                        torch.stack(
-                            [one.float() for one in token_loss_sum(
-                                model, send_to_device(batch, self.args.device)
-                            )]
-                        )
-                    )  # fmt: skip
+                    loss_sum, n_tokens = token_loss_sum(model, inputs)
+                sums.append(torch.stack([loss_sum.float(), n_tokens.float()]))
         total = torch.zeros(2, dtype=torch.float64)
         if sums:
             total = torch.stack(sums).cpu().double().sum(dim=0)  # [2]; one copy from the device
@@ -358,18 +349,18 @@ class VlmTrainer(Trainer):
         return (total[0] / total[1]).item()
 
     def deliver_best(self) -> None:
-        """Read the best weights, if they are asked for, into a model that did not train."""
+        """Load the best weights, if they are asked for, when no step is left to train."""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
     def rest_optimizer(self) -> None:
-        """Put an optimizer that trains on shifted weights back to the weights that it is for."""
+        """Give a schedule-free optimizer's model the weights that it is to be used with."""
         rest = getattr(self.optimizer, "eval", None)
         if callable(rest):
             rest()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the number of steps that were left out, if any."""
+        """Log, with the number of skipped steps, if any."""
         self.watch.flush()
         if self.watch.skipped:
             logs["skipped_steps"] = self.watch.skipped
@@ -408,7 +399,7 @@ class VlmTrainer(Trainer):
         """
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore both; from a checkpoint that lost them the rate alone is where it was."""
+        """Restore both; if the checkpoint lost one, only bring the learning rate to its step."""
         files = ("optimizer.pt", "scheduler.pt")
         if checkpoint and any(archive_problem(Path(checkpoint) / name) for name in files):
             for _ in range(self.state.global_step):
@@ -423,8 +414,8 @@ class VlmTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state, unless it was lost."""
-        several, rank = self.args.world_size > 1, self.args.process_index
-        name = f"rng_state_{rank}.pth" if several else "rng_state.pth"
+        args = self.args
+        name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
         if checkpoint and not archive_problem(Path(checkpoint) / name):
             super()._load_rng_state(checkpoint)
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: noticed at their step, before anything is written."""
+"""Losses and gradients that are not finite: found at their step, before anything is written."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ class NonFiniteError(MiloraError, FloatingPointError):
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether all values are finite; the device is asked once.
 
-    The largest absolute value tells it, which no sum of squares can overflow on the way to.
+    The largest absolute value decides: unlike a sum of squares it cannot overflow.
     """
     values = [one.detach() for one in tensors if one.is_floating_point() and one.numel()]
     return not values or bool(torch.isfinite(get_total_norm(values, float("inf"))))
@@ -33,20 +33,19 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 @dataclass
 class StepWatch:
-    """Whether the losses and the gradient norm of every optimizer step are finite.
+    """Checks that the losses and the gradient norm of every optimizer step are finite.
 
-    The flags are copied while the device goes on, and are read one step late, so no step waits. On
-    a CPU, where nothing waits, and where a step is to be left out they are read at once. Where a
-    float16 loss scaler skips steps, overflows are its way of finding the scale; they are counted,
-    and only a long run of them is an error.
+    The flags are copied while the device works on, and are read one step later, so that no step
+    waits. They are read at once on a CPU, and where bad steps are skipped. A float16 loss scaler
+    finds its scale by overflows; they are counted, and only a long run of them is an error.
 
     Attributes:
-        mode: Stop at such a step, or leave it out and count it.
-        describe: Step and micro-batch (None: all of the step) -> the records, in words.
+        mode: Stop at such a step, or skip and count it.
+        describe: Step and micro-batch (None: all of the step) -> the records, for a message.
         late: Read the flags of a step at the next one, so that no step waits for its device.
         scaled: Whether a float16 loss scaler skips steps whose gradient overflows.
-        reduce: Joins a flag over processes, which must leave out the same steps; None for one.
-        skipped: Steps left out so far.
+        reduce: Joins a flag over processes, which must skip the same steps; None for one process.
+        skipped: Steps skipped so far.
     """
 
     mode: Literal["stop", "skip"]
@@ -67,11 +66,11 @@ class StepWatch:
         """Take the gradient norm of a step, after its losses; 1-based ``step``.
 
         Returns:
-            Whether the caller has to leave out the step; a loss scaler does it by itself.
+            Whether the caller has to skip the step; a loss scaler does it by itself.
 
         Raises:
-            NonFiniteError: At a step that is not finite, the tenth in a row that is left out, or
-                the 20th in a row that overflows at whatever scale.
+            NonFiniteError: At a step that is not finite, at the tenth skipped step in a row, or at
+                the 20th overflow in a row.
         """
         losses, self._losses = self._losses, []
         device = losses[0].device if losses else torch.device("cpu")
@@ -79,7 +78,7 @@ class StepWatch:
         # [micro-batches + 1]; True is bad, and the last place is the gradient's
         flags = ~torch.isfinite(torch.stack([*(one.float() for one in losses), norm]))
         if self.mode == "skip" and not self.scaled:
-            return self._leave_out(step, flags)
+            return self._skip_if_bad(step, flags)
         late, self._pending = self._pending, (step, Reading(flags))
         if late is not None:
             self._check(*late)
@@ -88,7 +87,7 @@ class StepWatch:
         return False
 
     def flush(self) -> None:
-        """Read what is still unread; call it before anything is written.
+        """Read the flags of the last step; call it before anything is written.
 
         Raises:
             NonFiniteError: See ``see_gradient``.
@@ -112,7 +111,7 @@ class StepWatch:
             f"{what} not finite at step {step}, with {self.describe(step, bad[0] if bad else None)}"
         )
 
-    def _leave_out(self, step: int, flags: Tensor) -> bool:
+    def _skip_if_bad(self, step: int, flags: Tensor) -> bool:
         is_bad = flags.any().float()
         is_bad = bool(self.reduce(is_bad) if self.reduce else is_bad)
         if not is_bad:
@@ -122,31 +121,31 @@ class StepWatch:
         text = self._name(step, flags.tolist())
         if self._in_a_row >= SKIPS_IN_A_ROW:
             raise NonFiniteError(
-                f"{self._in_a_row} steps in a row were left out; now {text}. {ADVICE}"
+                f"{self._in_a_row} steps in a row were skipped; now {text}. {ADVICE}"
             )
-        logger.warning("left out (%d so far): %s", self.skipped, text)
+        logger.warning("skipped (%d so far): %s", self.skipped, text)
         return True
 
     def _count_overflow(self, step: int, *, is_overflow: bool) -> None:
-        """Count what the scaler skips: it looks at the same gradients as their norm does.
+        """Count the steps that the scaler skips, by the same gradient norm.
 
-        Accelerate's own word for it is not asked: a fused optimizer skips from within, unnoticed.
+        Accelerate does not report them all: a fused optimizer skips on its own.
         """
         self._in_a_row = self._in_a_row + 1 if is_overflow else 0
         self.skipped += is_overflow
         if self._in_a_row >= OVERFLOWS_IN_A_ROW:
             raise NonFiniteError(
                 f"float16 overflowed in {self._in_a_row} steps in a row, up to step {step}, at "
-                f"whatever scale of the loss; with {self.describe(step, None)}. Train with bf16, "
+                f"every scale of the loss; with {self.describe(step, None)}. Train with bf16, "
                 "or in float32"
             )
 
 
 class Reading:
-    """Flags on their way from the device; the way is over when its queue has come so far."""
+    """Flags that are being copied from the device, without waiting for its other work."""
 
     def __init__(self, flags: Tensor) -> None:
-        """Begin the copy of flags [n]; a read of them later would wait for the whole queue."""
+        """Start to copy flags [n]; reading them directly would wait for all work of the device."""
         self._flags = flags.to("cpu", non_blocking=True)
         self._ready: torch.cuda.Event | None = None
         if flags.is_cuda:
@@ -161,6 +160,6 @@ class Reading:
 
 
 ADVICE = (
-    "Nothing of it was written; the same command goes on from the last checkpoint. Lower the "
-    "learning rate, look at these records, or leave such steps out with training.on_non_finite=skip"
+    "Nothing of it was written; the same command resumes from the last checkpoint. Lower the "
+    "learning rate, look at these records, or skip such steps with training.on_non_finite=skip"
 )

@@ -33,7 +33,7 @@ SHAPES = ((576, 576), (1536, 576), (4096, 4096))
 def measure_layer(layer: torch.nn.Linear, r: int, method: str, rounds: int) -> str:
     """Return one line: seconds, share of the product rate, and what the rest costs a weight."""
     d_out, d_in = layer.weight.shape
-    flops = plan.decomposition_flops(plan.Shape(d_out, d_in, 1), r, method == "krylov")
+    flops = plan.decomposition_flops(plan.LayerShape(d_out, d_in, 1), r, method == "krylov")
     recipe = Recipe(r, "minor", method, 1.0, subtracted=True)
     svd, share, rest = [], [], []
     for _ in range(rounds):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 from chat_tokenizers import build_byte_level
+from small_models import build_llama
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -52,14 +52,9 @@ def build_whole_checkpoint(folder: Path) -> Path:
             image_size=28, patch_size=14,
         )
     )  # fmt: skip
-    language_model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
+    language_model = build_llama(
+        tokenizer, hidden_size=64, intermediate_size=128, tie_word_embeddings=True
+    )
     return compose_llava(
         tower, language_model, tokenizer, folder, image_size_px=28, image_mean=[0.5] * 3,
         image_std=[0.2] * 3, vision_feature_layer=-1,

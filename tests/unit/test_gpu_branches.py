@@ -85,7 +85,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_is_chosen_named_and_measured(a_gpu, tiny_vlm):
     assert resolve_device("auto") == torch.device("cuda", 1)
-    assert describe_environment(0, None)["cuda"] == "some GPU"
+    assert describe_environment(0)["cuda"] == "some GPU"
     assert peak_memory()["peak_cuda_memory_gib"] == 3
     _, certificate = attach_milora(tiny_vlm, MiloraConfig(r=4), progress=False)
     assert certificate.peak_cuda_memory_gib == 3

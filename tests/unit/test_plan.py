@@ -123,7 +123,7 @@ def test_steps_come_from_the_records(only_config, tmp_path):
 
 
 def test_estimates_grow_with_the_work():
-    small, large = plan.Shape(512, 512, 1), plan.Shape(2048, 2048, 1)
+    small, large = plan.LayerShape(512, 512, 1), plan.LayerShape(2048, 2048, 1)
     seconds = [plan.init_seconds([s], 32, "auto", 1e11) for s in (small, large)]
     assert seconds[0] < seconds[1]
     exact = plan.init_seconds([large], 32, "exact", 1e11)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
+from small_models import train
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,15 +29,6 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def attach(model, batch=None, **settings):
     settings = {"r": 6, "lora_alpha": 12, **settings}
     return attach_milora(model, MiloraConfig(**settings), batch=batch, progress=False)
-
-
-def train(peft_model, batch, steps=2):
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.05)
-    for _ in range(steps):
-        peft_model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def in_dtype(batch, dtype):

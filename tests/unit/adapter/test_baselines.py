@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from small_models import train
 from torch.testing import assert_close
 
 from milora_vl.adapter.attach import attach_milora, compute_logits
@@ -31,16 +32,6 @@ CLOSE = {"atol": 2e-4, "rtol": 0}
 def attach(model, batch, init, **settings):
     config = MiloraConfig(**{"r": 6, "lora_alpha": 12, "init": init, **settings})
     return attach_milora(model, config, batch, progress=False, calibration=[batch])
-
-
-def train(peft_model, batch, steps=2):
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.05)
-    for _ in range(steps):
-        peft_model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return peft_model
 
 
 @pytest.mark.parametrize("init", INITS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from small_models import train
 from torch.testing import assert_close
 
 from milora_vl.adapter.attach import attach_milora, compute_logits
@@ -23,16 +24,6 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 def attach(model, **settings):
     settings = {"r": 6, "lora_alpha": 12, **settings}
     return attach_milora(model, MiloraConfig(**settings), progress=False)[0]
-
-
-def train(peft_model, batch, steps=2):
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.05)
-    for _ in range(steps):
-        peft_model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return peft_model
 
 
 def trainable_names(model):

@@ -2,6 +2,7 @@
 
 # ruff: noqa: N806 - U, S, Vh as in the paper
 
+import json
 import logging
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from milora_vl.adapter import decompose as layer_file
+from milora_vl.adapter import factor_cache
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.factor_cache import FactorCache, FactorKey
 from milora_vl.adapter.minor_svd import minor_svd
@@ -43,9 +46,9 @@ def all_factors(peft_model):
 @pytest.mark.parametrize("slice_name", ["minor", "principal"])
 def test_a_larger_rank_serves_smaller_ones(tmp_path, slice_name):
     weight, cache = random_weight(), FactorCache(tmp_path)
-    cache.put(key_of(slice_name), minor_svd(weight, 8, slice=slice_name), {"a": 1})
+    cache.put(key_of(slice_name), minor_svd(weight, 8, slice=slice_name), {"exact": "a"})
     entry = cache.get(key_of(slice_name), 3)
-    assert (entry.stored_rank, entry.facts) == (8, {"a": 1})
+    assert entry.digests == {"exact": "a"}
     U, S, Vh = entry.triplets
     U3, S3, Vh3 = minor_svd(weight, 3, slice=slice_name)
     torch.testing.assert_close((U * S) @ Vh, (U3 * S3) @ Vh3, atol=1e-5, rtol=0)
@@ -56,14 +59,14 @@ def test_a_larger_rank_serves_smaller_ones(tmp_path, slice_name):
 @pytest.mark.parametrize("slice_name", ["middle", "random"])
 def test_other_slices_serve_their_own_rank_only(tmp_path, slice_name):
     cache = FactorCache(tmp_path)
-    cache.put(key_of(slice_name), minor_svd(random_weight(), 8, slice=slice_name), {})
+    cache.put(key_of(slice_name), minor_svd(random_weight(), 8, slice=slice_name))
     assert cache.get(key_of(slice_name), 8) is not None
     assert cache.get(key_of(slice_name), 3) is None
 
 
 def test_what_is_read_back_is_what_was_stored_bit_for_bit(tmp_path):
     triplets, cache = minor_svd(random_weight(), 8), FactorCache(tmp_path)
-    cache.put(key_of(), triplets, {})
+    cache.put(key_of(), triplets)
     read = cache.get(key_of(), 8).triplets
     assert all(torch.equal(a, b) for a, b in zip(triplets, read, strict=True))
 
@@ -71,7 +74,7 @@ def test_what_is_read_back_is_what_was_stored_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
 def test_damaged_entries_are_dropped_with_a_line_in_the_log(tmp_path, caplog, damage):
     cache = FactorCache(tmp_path)
-    cache.put(key_of(), minor_svd(random_weight(), 8), {})
+    cache.put(key_of(), minor_svd(random_weight(), 8))
     (file,) = tmp_path.glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
@@ -86,7 +89,6 @@ def test_second_start_decomposes_nothing_and_is_the_first_bit_for_bit(make_tiny_
     fresh, certificate = start(make_tiny_vlm(), factor_cache=False)
     first, first_certificate = start(make_tiny_vlm())
     monkeypatch.setattr(layer_file, "minor_svd", None)
-    monkeypatch.setattr(layer_file, "certify_layer", None)
     second, second_certificate = start(make_tiny_vlm())
     for one, two, three in zip(*map(all_factors, (fresh, first, second)), strict=True):
         assert torch.equal(one, two)
@@ -95,7 +97,7 @@ def test_second_start_decomposes_nothing_and_is_the_first_bit_for_bit(make_tiny_
     assert recall(fresh).fingerprint == recall(second).fingerprint
 
 
-def test_stored_numbers_are_used_for_the_same_settings_only(make_tiny_vlm):
+def test_the_certificate_of_cached_factors_is_that_of_the_present_settings(make_tiny_vlm):
     start(make_tiny_vlm(), residual="anchor")
     _, cached = start(make_tiny_vlm(), residual="subtract", lora_alpha=3)
     _, fresh = start(make_tiny_vlm(), residual="subtract", lora_alpha=3, factor_cache=False)
@@ -134,7 +136,7 @@ cache, key = FactorCache(Path(sys.argv[1])), FactorKey("0" * 64, (400, 240), "mi
 triplets = tuple(torch.full(shape, 1.0) for shape in ((400, 80), (80,), (80, 240)))
 seen = 0
 for i in range(150):
-    cache.put(key, triplets, {"i": i})
+    cache.put(key, triplets, {"exact": str(i)})
     entry = cache.get(key, 80)
     assert entry is not None
     assert all(torch.equal(a, b) for a, b in zip(entry.triplets, triplets))
@@ -170,7 +172,7 @@ def test_the_verb_shows_and_clears(tiny_vlm, monkeypatch, tmp_path, capsys):
 
 def test_damage_in_a_folder_that_is_not_ours_costs_a_line_only(tmp_path, monkeypatch, caplog):
     cache = FactorCache(tmp_path)
-    cache.put(key_of(), minor_svd(random_weight(), 4), {})
+    cache.put(key_of(), minor_svd(random_weight(), 4))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -183,26 +185,26 @@ def test_damage_in_a_folder_that_is_not_ours_costs_a_line_only(tmp_path, monkeyp
     assert "damaged entry" in caplog.text
 
 
-def test_numbers_of_another_version_are_measured_again(make_tiny_vlm, factors_of_this_test):
+def test_entries_with_certificates_as_earlier_versions_wrote_them_are_used(
+    make_tiny_vlm, factors_of_this_test, monkeypatch
+):
     _, first = start(make_tiny_vlm())
-    cache = FactorCache(factors_of_this_test)
-    keys = []
-    get = FactorCache.get
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FactorCache, "get", lambda s, key, r: keys.append(key) or get(s, key, r))
-        start(make_tiny_vlm())
-    for key in keys:
-        entry = cache.get(key, 6)
-        ((name, numbers),) = entry.facts["certificates"].items()
-        old = {"certificates": {name.replace("sigma_min", "was"): {**numbers, "was": 1}}}
-        cache.put(key, entry.triplets, {**entry.facts, **old})
+    for file in factors_of_this_test.iterdir():
+        tensors = load_file(file)
+        facts = json.loads(tensors["facts"].numpy().tobytes())
+        text = json.dumps({"certificates": {"[6, 1.0]": {"sigma_max": 1.0}}, **facts})
+        tensors["facts"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        digest = factor_cache._checksum(tensors)
+        tensors["checksum"] = torch.tensor(list(digest), dtype=torch.uint8)
+        save_file(tensors, file, {"slice": "minor", "svd": "auto"})
+    monkeypatch.setattr(layer_file, "minor_svd", None)  # nothing may be decomposed again
     _, again = start(make_tiny_vlm())
     assert again.layers == first.layers
 
 
 def test_entries_that_another_process_removes_are_passed_over(tmp_path):
     cache = FactorCache(tmp_path)
-    cache.put(key_of(), minor_svd(random_weight(), 4), {})
+    cache.put(key_of(), minor_svd(random_weight(), 4))
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")  # listed, but not there
     assert len(list(cache.entries())) == 1
     assert cache.clear() > 0

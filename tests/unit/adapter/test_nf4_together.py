@@ -6,7 +6,7 @@ import pytest
 import torch
 from chat_tokenizers import build_byte_level
 from quantized_models import build_whole_checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import build_llama
 
 from milora_vl.adapter import decompose as layer_file
 from milora_vl.adapter.attach import attach_milora, compute_logits
@@ -122,12 +122,8 @@ def test_exports_of_a_4_bit_residual(load, tmp_path: Path, correction: str) -> N
 def test_text_models_are_quantized_but_for_the_head(tmp_path: Path) -> None:
     tokenizer = build_byte_level()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    build_llama(tokenizer, **sizes, initializer_range=0.2).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     vlm = load_vlm(tmp_path, dtype=torch.float32, quantization="nf4", prompt_style="chatml")
     linears = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import train
 from torch.testing import assert_close
 
 from milora_vl.adapter.attach import attach_milora, compute_logits
@@ -37,15 +38,6 @@ def saved(make_tiny_vlm, batch, tmp_path):
         alone = load_adapter(make_tiny_vlm(), folder, residual="anchor")
         found[name] = folder, compute_logits(alone, batch)
     return found
-
-
-def train(peft_model, batch, steps=2):
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.05)
-    for _ in range(steps):
-        peft_model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def with_all(base, saved):

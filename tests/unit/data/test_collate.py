@@ -83,7 +83,7 @@ def test_tensors_and_lists_and_missing_labels():
 
 
 def test_samples_that_are_left_out_leave_no_trace():
-    gone = {"input_ids": [PAD], "labels": [IGNORE_INDEX], "left_out": True}
+    gone = {"input_ids": [PAD], "labels": [IGNORE_INDEX], "skipped": True}
     samples = [image_sample(5, 0), text_sample(7, 1)]
     for key, value in pad_batch([gone, samples[0], gone, samples[1]], PAD).items():
         assert torch.equal(value, pad_batch(samples, PAD)[key])

@@ -65,7 +65,7 @@ def test_what_headers_tell_is_left_out_and_counted_before_training(vlm, folder, 
     dataset = build(vlm, folder, TALKS, on_bad_image="skip")
     assert [one.id for one in dataset.conversations] == ["0", "2", "3", "4"]
     assert dataset.skipped == {"unreadable image": 2}
-    assert "2 records left out: unreadable image" in caplog.messages
+    assert "2 records skipped: unreadable image" in caplog.messages
     for where in ("made.json[1]", "made.json[5]"):
         assert any(where in message for message in caplog.messages)
     assert dataset.has_image == [True, False, True, True]
@@ -102,7 +102,7 @@ def test_a_shape_that_the_processor_refuses_is_left_out(vlm, folder):
     dataset = build(vlm, folder, talks, on_bad_image="skip")
     refused = len(dataset) == 1
     assert dataset.skipped == ({"unreadable image": 1} if refused else {})
-    assert not any(sample.get("left_out") for sample in dataset)
+    assert not any(sample.get("skipped") for sample in dataset)
     if refused:
         with pytest.raises(BadImageError, match=r"made\.json\[1\].*300 x 1 px"):
             _ = build(vlm, folder, talks).lengths

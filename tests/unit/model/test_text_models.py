@@ -8,7 +8,7 @@ import pytest
 import torch
 from chat_tokenizers import build_byte_level
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import build_llama
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import save_adapter
@@ -48,12 +48,7 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text") / "model"
     tokenizer = build_byte_level()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    build_llama(tokenizer, initializer_range=0.2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

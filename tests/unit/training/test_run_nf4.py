@@ -7,6 +7,7 @@ import pytest
 import torch
 from quantized_models import build_whole_checkpoint
 from safetensors.torch import load_file
+from small_models import bind
 
 from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.checkpoint import load_adapter
@@ -15,7 +16,6 @@ from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import lora_layer, recall
 from milora_vl.config import MiloraConfig, ModelSection, ProjectorSection, parse_config
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, LoadError, load_vlm
 from milora_vl.pipeline import run_pipeline
@@ -53,14 +53,7 @@ def dataset(load, tmp_path: Path) -> ConversationDataset:
         Image.new("RGB", (30, 30), (index * 30, 50, 90)).save(tmp_path / f"{index}.png")
         turns = (Turn("user", "<image>\nHow many?"), Turn("assistant", f"It is {index}."))
         conversations.append(Conversation(str(index), turns, (f"{index}.png",), f"made[{index}]"))
-    return ConversationDataset(
-        conversations,
-        tmp_path,
-        build_image_transform(vlm.processor.image_processor),
-        "chatml",
-        vlm.processor.tokenizer,
-        vlm.tokens_per_image,
-    )
+    return bind(vlm, conversations, tmp_path)
 
 
 def run(vlm: VLM, dataset: ConversationDataset, folder: Path, steps: int, **adapter: str) -> VLM:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import bind
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_utils import slice_logits_to_keep
@@ -18,7 +19,6 @@ from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, Turn
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.arguments import build_arguments
@@ -44,14 +44,7 @@ def dataset(tiny_checkpoint: Path, tmp_path: Path) -> ConversationDataset:
         )
         images = (f"{index}.png",) if has_image else ()
         conversations.append(Conversation(str(index), turns, images, f"made[{index}]"))
-    return ConversationDataset(
-        conversations,
-        tmp_path,
-        build_image_transform(vlm.processor.image_processor),
-        "chatml",
-        vlm.processor.tokenizer,
-        vlm.tokens_per_image,
-    )
+    return bind(vlm, conversations, tmp_path)
 
 
 def collate(dataset: ConversationDataset, indices: list[int]) -> dict[str, torch.Tensor]:
