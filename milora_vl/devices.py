@@ -67,7 +67,7 @@ class Machine:
 def parse_machine(text: str) -> Machine:
     """Read "8x80GB", "1x24GB", a name of ``GPUS``, or a number of them ("4xL40S").
 
-    Case, spaces, dashes and "NVIDIA" do not count; a name that fits several takes the smallest.
+    Case, spaces, dashes and "NVIDIA" do not matter; of several matches the smallest is taken.
 
     Raises:
         ValueError: If it is none of these; the message lists the names.
@@ -103,12 +103,12 @@ class Fit:
     """What of a run fits on a machine.
 
     Attributes:
-        fits: Whether the settings as they are do.
-        devices: How many there are.
-        batch: Batch per device to take: the configured one if it fits; 0: none does.
-        largest: The largest batch per device, a power of two, that fits.
-        accumulation: Micro-batches that make the global batch of ``batch``.
-        changes: Overrides that make it fit; empty: nothing is to be changed.
+        fits: Whether the present settings fit.
+        devices: Number of devices.
+        batch: Batch per device to use: the configured one if it fits; 0 if none fits.
+        largest: The largest batch per device that fits, a power of two.
+        accumulation: Micro-batches of ``batch`` in the global batch.
+        changes: Overrides that make it fit; empty if none are needed.
     """
 
     fits: bool
@@ -135,7 +135,7 @@ class Fit:
         return found + ([f"change: {' '.join(self.changes)}"] if self.changes else [])
 
 
-# Overrides in the order of what they cost: none of the first two changes what is learned by much.
+# Overrides, the cheapest first: the first two hardly change what is learned.
 REMEDIES = (
     "training.gradient_checkpointing=true",
     "training.optim=adamw_8bit",

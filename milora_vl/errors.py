@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend: its text says what, where and what to do."""
+"""Errors that a user can fix: their text says what, where and what to do."""
 
 
 class MiloraError(Exception):
@@ -10,7 +10,7 @@ class StoppedError(MiloraError):
 
 
 def explain_error(error: Exception) -> str:
-    """Return an error's text for a terminal; one of another kind says where more can be seen."""
+    """Return an error's text for a terminal; unexpected errors mention --debug."""
     if isinstance(error, MiloraError):
         return str(error)
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "

@@ -70,7 +70,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def check_new_folder(folder: Path | str) -> Path:
-    """Return the absolute path of a folder that is to be written, if nothing would be lost by it.
+    """Return the absolute path of a folder to be written, if nothing would be overwritten.
 
     Raises:
         FileExistsError: If it is a file, or a folder that holds something.

@@ -1,4 +1,4 @@
-"""How long a run will take on this computer: said before it starts, corrected after each stage."""
+"""How long a run will take on this computer: estimated at first, corrected after each stage."""
 
 import json
 import logging
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("data", "base", "before", "finetuning", "after")
 PRODUCT_STAGES = ("base", "before", "finetuning", "after")
-"""Stages whose time is that of matrix products: what one of them takes corrects the others."""
+"""Stages dominated by matrix products: the time of one corrects the estimates of the others."""
 
-# Share of the probed rate that a stage reaches: the faster the products, the more of the time goes
-# to attention, norms and the optimizer. docs/decisions.md says where the numbers come from.
+# Share of the probed rate that a stage reaches: the faster the products, the larger the share of
+# attention, norms and the optimizer. docs/decisions.md says where the numbers come from.
 EFFICIENCY = {"float32": 0.62, "bfloat16": 0.38}
 DATA_SECONDS = 120  # drawing the demo's images, on two cores
 COMPOSE_SECONDS = 40  # reading the demo's two models and joining them
 LOADING_SECONDS = 8  # a stage's start: model, records, decompositions
 TOKENS_PER_QUESTION = 45  # the image and a shared beginning are computed once
-QUESTIONS = 770  # of a bench whose files are not there yet, as in the demo
-TOKENS_SHARE = 0.6  # of the longest sequence, for samples that are not there yet
+QUESTIONS = 770  # of a bench whose files do not exist yet, as in the demo
+TOKENS_SHARE = 0.6  # of the longest sequence, for samples that do not exist yet
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def guess_seconds(
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of a stage: guessed at the start of the run, and taken so far."""
+    """Seconds of a stage: estimated at the start of the run, and measured so far."""
 
     guessed_s: float
     seconds: float = 0.0
@@ -106,7 +106,7 @@ class StageTime:
 
 
 class Schedule:
-    """The stages of a run with their times; kept in the run folder, so that calls add up.
+    """The times of a run's stages, kept in the run folder so that repeated calls add up.
 
     Args:
         guesses: Stage -> seconds.
@@ -120,13 +120,13 @@ class Schedule:
         self.remaining = dict(guesses)
         if file and file.exists():
             for name, kept in json.loads(file.read_text(encoding="utf-8")).items():
-                if name in self.times:  # the guess of the first call is the one to judge
+                if name in self.times:  # the first estimate is the one to compare with
                     is_done = self.times[name].is_done
                     self.times[name] = StageTime(kept["guessed_s"], kept["seconds"], is_done)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block; afterwards correct what is left and say so."""
+        """Time a block; afterwards correct the estimates of the other stages and log them."""
         started = time.perf_counter()
         try:
             yield
@@ -142,14 +142,14 @@ class Schedule:
         self.times[name] = replace(before, seconds=before.seconds + seconds, is_done=True)
         if guess and name in PRODUCT_STAGES:
             for other in set(PRODUCT_STAGES) & set(self.remaining):
-                # the same questions are asked again; other work is of another kind
+                # the same questions come again; other stages do other work
                 same = {name, other} == {"before", "after"}
                 self.remaining[other] *= seconds / guess if same else (seconds / guess) ** 0.5
         if self.file:
             write_json_atomic(self.file, self.to_json())
 
     def revise(self, guesses: Mapping[str, float]) -> None:
-        """Replace the guesses of stages to come, when more is known about their work."""
+        """Replace the estimates of later stages when more is known about their work."""
         self.remaining |= {name: s for name, s in guesses.items() if name in self.remaining}
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The main job: prepare data, base, evaluate, finetune, evaluate, report.
 
-The only place that takes the whole config apart; the stages get plain arguments.
+Only this file takes the whole config apart; the stages get plain arguments.
 """
 
 import json
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_names(config: Config) -> None:
-    """Check names that the config's own types do not know: benches, prompt style, attention.
+    """Check names that the config's types do not cover: benches, prompt style, attention.
 
     Raises:
         ConfigError: If one is unknown or does not fit; the message lists the known ones.
@@ -70,7 +70,7 @@ def check_names(config: Config) -> None:
 
 
 def check_training(config: Config) -> None:
-    """Refuse keys of both training stages that could not have their effect.
+    """Refuse keys of both training stages that would have no effect or a wrong one.
 
     Raises:
         ConfigError: Naming the key, the reason and what to do instead.
@@ -90,7 +90,7 @@ def check_training(config: Config) -> None:
 
 
 def decide_precisions(config: Config) -> dict[str, Precision]:
-    """Choose the precision of every stage that trains; both are timed where that is to be known."""
+    """Choose the precision of both training stages; a CPU is timed to choose."""
     device = resolve_device(config.model.device)
     model = cache(lambda: empty_model(config.model))
     weights = getattr(torch, config.model.dtype, None)  # "auto": as stored, float32 in most cases
@@ -115,7 +115,7 @@ def decide_precisions(config: Config) -> dict[str, Precision]:
 
 
 def with_precisions(config: Config, precisions: Mapping[str, Precision]) -> Config:
-    """Return the config with each ``bf16: auto`` replaced by what was decided."""
+    """Return the config with each ``bf16: auto`` replaced by the decision."""
     update: dict[str, Any] = {"training": _decided(config.training, precisions["training"])}
     if config.alignment is not None:
         training = _decided(config.alignment.training, precisions["alignment.training"])
@@ -128,12 +128,12 @@ def _decided(training: dict[str, Any], precision: Precision) -> dict[str, Any]:
 
 
 def record_environment(config: Config, file: Path) -> dict[str, Precision]:
-    """Write what the run depends on, its data apart.
+    """Write what the run depends on, except its data.
 
     Returns:
-        The precision of each stage: decided here, or by the call that began the run.
+        The precision of each stage: decided here, or by the call that started the run.
     """
-    if file.exists():  # a run keeps the arithmetic it began with
+    if file.exists():  # a run keeps the precision it started with
         return read_precisions(file) or decide_precisions(config)
     facts = describe_environment(config.seed)
     precisions = decide_precisions(config)
@@ -150,19 +150,19 @@ def read_precisions(file: Path) -> dict[str, Precision]:
 
 
 def with_prompt_day(config: Config, file: Path) -> Config:
-    """Return the config with the day that the run began on, for templates that write the date."""
+    """Return the config with the day the run started, for templates that write the date."""
     kept = json.loads(file.read_text(encoding="utf-8")).get("prompt_day")
-    if kept is None:  # begun by an older version
+    if kept is None:  # started by an older version
         return config
     model = config.model.model_copy(update={"prompt_day": date.fromisoformat(kept)})
     return config.model_copy(update={"model": model})
 
 
 def record_data(image_folder: str, file: Path) -> None:
-    """Add the data's manifest to the environment; a run that goes on must find it as it was.
+    """Add the data's manifest to the environment, or compare it when the run is resumed.
 
     Raises:
-        ConfigError: If the data set was built anew since the run began.
+        ConfigError: If the data set was rebuilt since the run started.
     """
     facts = json.loads(file.read_text(encoding="utf-8"))
     source = Path(image_folder) / "manifest.json"
@@ -171,7 +171,7 @@ def record_data(image_folder: str, file: Path) -> None:
     if facts.get("has_data"):
         if facts["data_manifest"] != manifest:
             raise ConfigError(
-                f"{file.parent} began with another data set than {image_folder} holds now; give "
+                f"{file.parent} started with another data set than {image_folder} holds now; give "
                 "another folder with --run-folder, or restore the data"
             )
         return
@@ -183,7 +183,7 @@ def record_data(image_folder: str, file: Path) -> None:
 
 
 def needed_files(config: Config) -> list[str | None]:
-    """Return the files and folders that the run reads; None for what it does without."""
+    """Return the files and folders that the run reads; None for those not configured."""
     files = [*config.data.train, config.data.validation]
     files += config.alignment.train if config.alignment else []
     folders = [config.data.image_folder, config.eval.data_dir if config.eval.benches else None]
@@ -206,7 +206,7 @@ def find_weights(model: nn.Module) -> forecast.ModelWeights:
 def guess_stages(
     config: Config, precision: Precision, done: Mapping[str, bool]
 ) -> dict[str, float]:
-    """Return the seconds of every stage on this computer, or nothing on a GPU."""
+    """Estimate the seconds of every stage on this CPU; empty on a GPU."""
     if resolve_device(config.model.device).type != "cpu":
         return {}
     model = empty_model(config.model)
@@ -261,12 +261,12 @@ def _count_questions(config: Config) -> int:
 
 
 def warn_of_memory(config: Config) -> None:
-    """Say before anything long starts if the run will not fit into this computer's memory."""
+    """Warn if the run will not fit into this computer's memory, before anything long starts."""
     if resolve_device(config.model.device).type != "cpu":
         return
     try:
         plan = plan_run(config)
-    except Exception as error:  # as above: what is really wrong shows when the model is loaded
+    except Exception as error:  # a plan must not end the run; loading shows what is wrong
         logger.debug("no plan: %s", error)
         return
     needed, there = max(plan.init_gib, plan.training_gib), memory_gib()
@@ -291,9 +291,9 @@ def warn_of_memory(config: Config) -> None:
 
 
 def run_comparison(config: Config, run_folder: Path) -> Path:
-    """Do the whole job once for every entry of ``compare``, and write a page that compares them.
+    """Run the job for every entry of ``compare``, and write a page that compares the runs.
 
-    They share seed, order of samples, base, precision and the evaluation of the base.
+    The runs share seed, order of samples, base, precision and the evaluation of the base.
 
     Args:
         config: The settings, with two entries or more in ``compare``.
@@ -322,12 +322,12 @@ def run_comparison(config: Config, run_folder: Path) -> Path:
 
 
 def run_pipeline(config: Config, run_folder: Path, *, shared: Path | None = None) -> dict[str, Any]:
-    """Do the whole job; what an interrupted earlier call finished is not done again.
+    """Run the whole job; what an interrupted call finished is not done again.
 
     Args:
         config: The settings of one run.
-        run_folder: Where everything goes; see docs/runs.md for its files.
-        shared: Folder that keeps the evaluation of the base for runs on the same base.
+        run_folder: For all files, see docs/runs.md.
+        shared: Folder that keeps the evaluation of the base for other runs on it.
 
     Returns:
         ``{"before": results, "after": results, "base": path or id, "timing": {...}}``, results as
@@ -343,7 +343,7 @@ def run_pipeline(config: Config, run_folder: Path, *, shared: Path | None = None
     sections = [(config.training, config.eval.every_steps)]
     sections += [(config.alignment.training, None)] if config.alignment else []
     for section, every_steps in sections:
-        # transformers refuses wrong values; done before the folder is claimed
+        # transformers checks the values: before the folder is claimed
         build_arguments(
             section | {"bf16": False} if section.get("bf16") == "auto" else section,
             run_folder / "checkpoints",
@@ -384,7 +384,7 @@ def _run_claimed(config: Config, run_folder: Path, shared: Path | None) -> dict[
         base = stages.prepare_base(
             config.model, config.alignment, config.data, config.seed, run_folder
         )
-    base_vlm = cache(lambda: load_model(config.model, base))  # a finished run loads none
+    base_vlm = cache(lambda: load_model(config.model, base))  # not called in a finished run
     with schedule.stage("before"):
         before = stages.evaluate_stage(
             base_vlm,
@@ -424,7 +424,7 @@ def _finetune(config: Config, vlm: VLM, arguments: TrainingArguments, run_folder
 
 
 def _guesses(config: Config, run_folder: Path, precision: Precision) -> dict[str, float]:
-    """Return the guessed seconds of every stage, 0 for those that are done; or nothing."""
+    """Return the estimated seconds of every stage, 0 for finished ones; empty if unknown."""
     no_benches = not config.eval.benches
     done = {
         "data": not stages.missing_files(needed_files(config)),
@@ -437,13 +437,13 @@ def _guesses(config: Config, run_folder: Path, precision: Precision) -> dict[str
         return {}
     try:
         return guess_stages(config, precision, done)
-    except Exception as error:  # a guess that fails must not end the run; the run itself will tell
-        logger.info("no time can be foretold: %s", error)
+    except Exception as error:  # an estimate that fails must not end the run
+        logger.info("the time cannot be estimated: %s", error)
         return {}
 
 
 def _schedule(config: Config, run_folder: Path, precision: Precision) -> forecast.Schedule:
-    """Guess the time of what is left to do, and say it with what will not fit."""
+    """Estimate the time of the stages that are left, and log it with a warning about memory."""
     guesses = _guesses(config, run_folder, precision)
     if not is_main_process():
         return forecast.Schedule({}, None)

@@ -1,8 +1,7 @@
-"""What a run would adapt, train, take and need, before any weight is read.
+"""What a run would adapt, train and need, before any weight is read.
 
-What starting and training an adapter will take: formulas, and one short measurement.
-
-What a training batch will hold, judged from the texts of the records.
+The estimates come from three parts: formulas for time and memory, with one short measurement; the
+size of a training batch, from the texts of the records; and the layers that the config selects.
 """
 
 import json
@@ -47,7 +46,7 @@ from milora_vl.runtime import LayerShape, choose_precision, count_layer_shapes, 
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
-LARGE = 10**9  # parameters above which a CPU is not where a model is trained
+LARGE = 10**9  # parameters above which nobody trains on a CPU
 MACHINE_NOTE = (
     "nothing was timed: rates are of data sheets, and training is assumed to reach 0.4 of them; "
     "memory is that of the longest batch; neither was compared with a GPU yet"
@@ -59,12 +58,12 @@ LIBRARIES_GIB = 0.7  # resident memory of Python with torch and transformers imp
 # Shares of the measured matrix-product rate, and seconds beside it: `scripts/bench/plan.py` prints
 # them as measured, docs/decisions.md says what was found.
 KRYLOV_EFFICIENCY = 0.65
-KRYLOV_SECONDS = 0.017  # a layer, whatever its size: many steps that are too small for the products
+KRYLOV_SECONDS = 0.017  # a layer of any size: many small steps besides the products
 EXACT_EFFICIENCY = 0.35
 CPU_TRAINING_EFFICIENCY = 0.35
 ACCELERATOR_TRAINING_EFFICIENCY = 0.4  # assumed: no GPU was at hand
 VALUE_SECONDS = 10e-9  # a weight: digests, certificate, copies
-ANSWER_RATIO = 0.25  # of the tokens, at most: those that are learned and have logits
+ANSWER_RATIO = 0.25  # largest share of answer tokens, which alone have logits
 NF4_SECONDS = 22e-9  # a weight: read, W_p, quantized
 
 
@@ -78,8 +77,8 @@ def measure_flops(
 
     ``packed``: of the product that decompositions use, see ``milora_vl.adapter.minor_svd``.
 
-    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, so
-    that other work on the machine disturbs little.
+    A product of side ``PROBE_SIDE`` is repeated for ``PROBE_SECONDS``; the best time counts, to
+    ignore other work on the machine.
     """
     left = torch.randn(PROBE_SIDE, PROBE_SIDE, device=device).to(dtype)
     right = pack(left) if packed else left
@@ -175,7 +174,7 @@ class ModelSize:
         tower: Parameters of the vision tower.
         total: All parameters.
         adapter: Trainable parameters of the adapter.
-        frozen: Those of an anchor that takes part.
+        frozen: Parameters of an active anchor.
         projector: Trainable parameters of the projector.
         layers: Decoder layers.
         hidden: Hidden size D.
@@ -219,7 +218,7 @@ def step_flops(size: ModelSize, load: TrainingLoad, *, checkpointing: bool = Fal
 
     A token costs 2 operations a parameter forward and 2 backward through frozen weights (the
     gradient of the input), 6 through trained ones; attention adds 6 T D a layer (causal, both
-    ways); the tower runs forward only. The output layer sees answer tokens alone and is left out.
+    ways); the tower runs forward only. The output layer sees only answer tokens and is ignored.
     Gradient checkpointing runs the decoder forward once more: 2 operations a parameter.
     """
     per_token = 4 * (size.language_model + size.frozen) + 6 * size.adapter
@@ -305,7 +304,7 @@ def guess_load(
     per_device = training.get("per_device_train_batch_size", 8)
     files = [Path(name) for name in data.train]
     if not all(file.exists() for file in files):
-        notes = [f"the records are not here: every sample counted as {data.max_length} tokens long"]
+        notes = [f"the record files do not exist: each sample counts as {data.max_length} tokens"]
         longest = data.max_length
         load = TrainingLoad(per_device, longest, float(bool(vision)), int(side**2), longest)
         return load, None, notes
@@ -378,7 +377,7 @@ class Plan:
 
     Attributes:
         groups: Layers that get adapters.
-        skipped: Full name -> reason, for layers of the language model left out.
+        skipped: Full name -> reason, for layers of the language model without an adapter.
         r: Adapter rank.
         init: Method.
         residual: "subtract" or "anchor".
@@ -432,7 +431,7 @@ class Plan:
             kind = name.rpartition(".")[2]
             lines.append(f"{'projector':<16}{kind:<34}  {parameters:>13,}  (in full)")
         for reason, count in Counter(self.skipped.values()).items():
-            lines.append(f"left out: {count} layers, because {reason}")
+            lines.append(f"skipped: {count} layers, because {reason}")
         share = 100 * self.trainable / self.total
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)")
         lines += self._costs()
@@ -506,13 +505,13 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
     work = step_flops(size, load, checkpointing=checkpointing)
     micro_step = rates and work / (rates[2] * rates[1])
     libraries = 0.0 if machine else LIBRARIES_GIB
-    if machine:  # the longest batch decides whether it fits, not the mean
+    if machine:  # the longest batch decides whether it fits
         load = replace(load, tokens=load.longest)
     in_4_bits = bytes_per_weight(size, weights.itemsize, in_4_bits=True)
     eager = config.model.attn_implementation == "eager"
 
     def gib(batch: int, changes: tuple[str, ...] = ()) -> float:
-        """Return a device's memory with a batch and with some of ``REMEDIES`` taken."""
+        """Return a device's memory for a batch with some of ``REMEDIES`` applied."""
         four = "model.quantization=nf4" in changes
         return training_gib(
             replace(size, frozen=0) if four else size,
@@ -626,9 +625,8 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
                     "and set model.path to its folder. "
                     f"{str(error).strip().splitlines()[0]}"
                 ) from error
-            logger.warning("%s is not here: planned by its name, as a model of 7B", section.path)
-    sees = has_vision(config)
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            logger.warning("%s does not exist: planned by its name, as a 7B model", section.path)
+    auto = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
     with init_empty_weights():
         model = auto.from_config(config, trust_remote_code=section.trust_remote_code)
     model.tie_weights()  # shared weights count once

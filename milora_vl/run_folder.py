@@ -1,4 +1,4 @@
-"""A run folder belongs to one set of settings, and to one command at a time."""
+"""A run folder belongs to one set of settings and to one command at a time."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 STARTED_BY = ("config.yaml", "environment.json")
-"""What a start leaves before any work: settings may still change then."""
+"""Files written before any work: with only these, all settings may still change."""
 
 FREE_SETTINGS = (
     "run_folder",
@@ -51,8 +51,8 @@ FREE_SETTINGS = (
         )
     ),
 )
-"""Settings that may change while a run goes on: how it is watched, saved and fed, and what to do
-about records that cannot be used. Every other one decides what is learned or how it is scored."""
+"""Settings that may change when a run is resumed: logging, saving, loading of data, and how bad
+records are handled. All others decide what is learned or how it is scored."""
 
 SHOWN_DIFFERENCES = 8
 
@@ -65,7 +65,7 @@ class RunBusyError(MiloraError, RuntimeError):
 def locked(folder: Path) -> Iterator[None]:
     """Keep other commands out of a run folder while the block runs.
 
-    The lock is the system's own on an open file: it ends with the process, however that ends.
+    It is a lock of the system on an open file, which ends with the process.
 
     Raises:
         RunBusyError: If another command holds it; the message names its process and its start.
@@ -85,7 +85,7 @@ def _lock(stream: IO[str], folder: Path) -> None:
         if os.name == "nt":
             import msvcrt
 
-            # far behind the text, which others must be able to read
+            # far beyond the text, which other processes must be able to read
             os.lseek(stream.fileno(), 1 << 20, os.SEEK_SET)
             msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
         else:
@@ -105,30 +105,34 @@ def _lock(stream: IO[str], folder: Path) -> None:
 
 
 def claim_run_folder(config: Config, folder: Path) -> None:
-    """Make the run folder, or check that the one there belongs to the same settings.
+    """Make the run folder, or check that the existing one has the same settings.
 
-    Settings that do not change the result may differ; so may any other before work has begun.
+    Settings that do not change the result may differ; before any work, all may.
 
     Raises:
         ConfigError: If it holds a run with other settings; each is named with both values.
     """
     file = folder / "config.yaml"
-    # names with a dot are the lock, and files that another process is just writing
+    # names with a dot: the lock, and files that another process is writing
     kept = [one.name for one in folder.iterdir()] if folder.exists() else []
     kept = [name for name in kept if not name.startswith(".")]
     if file.exists():
         differing = differing_settings(
             load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
         )
-        fixed = {key: both for key, both in differing.items() if not _is_free(key)}
+        fixed = {
+            key: both
+            for key, both in differing.items()
+            if not any(fnmatchcase(key, pattern) for pattern in FREE_SETTINGS)
+        }
         if fixed and set(kept) - set(STARTED_BY):
             raise ConfigError(
                 f"{folder} holds a run with other settings: {_describe(fixed)}. Give another "
                 "folder with --run-folder, or remove it"
             )
         if differing:
-            logger.info("%s goes on with other settings: %s", folder, _describe(differing))
-        if fixed:  # what the start found out belongs to the old settings
+            logger.info("%s: settings changed: %s", folder, _describe(differing))
+        if fixed:  # it was measured for the old settings
             (folder / "environment.json").unlink(missing_ok=True)
         if not differing:
             return
@@ -156,10 +160,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value != {}:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _is_free(key: str) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in FREE_SETTINGS)
 
 
 def _describe(differing: Mapping[str, tuple[Any, Any]]) -> str:

@@ -1,8 +1,8 @@
 """The stages of the main job: plain arguments in, files out, and nothing done twice.
 
-Each stage has a question beside it, ``..._is_done`` or ``..._is_trained``, that looks at the files
-alone. In a job of several processes all of them call every stage; what belongs to the whole job is
-written by the main process, while the others wait for it.
+For each stage a function ``..._is_done`` or ``..._is_trained`` looks whether its files exist. In a
+job of several processes all of them call every stage; the main process writes the job's files while
+the others wait.
 """
 
 import hashlib
@@ -59,16 +59,17 @@ logger = logging.getLogger(__name__)
 
 
 def missing_files(files: Sequence[str | None]) -> list[str]:
-    """Return those names that are given and not there."""
+    """Return the names of files that do not exist; None is skipped."""
     return [name for name in files if name and not Path(name).exists()]
 
 
 def prepare_data(command: str | None, files: Sequence[str | None]) -> None:
-    """Run the command that makes a config's files; it returns at once if they are made.
+    """Run the command that makes a config's files.
 
     Args:
-        command: As in a terminal, from the repository's folder; None: the files are the user's.
-        files: What must be there afterwards.
+        command: As in a terminal, run in the repository's folder; it returns at once if the files
+            exist. None: the user provides them.
+        files: What must exist afterwards.
 
     Raises:
         DataError: If the command fails, or a file is missing.
@@ -81,17 +82,17 @@ def prepare_data(command: str | None, files: Sequence[str | None]) -> None:
         made_by = f"`{command}` did not make it" if command else "no data.prepare makes it"
         raise DataError(
             f"{missing[0]}: not found, and {made_by}. Put it there, correct its path (data.train, "
-            "data.validation, data.image_folder, or eval.data_dir; eval.benches=[] goes without "
+            "data.validation, data.image_folder, or eval.data_dir; eval.benches=[] skips the "
             "benches), or set data.prepare to the command that makes it"
         )
 
 
 def prepare_model(command: str | None, path: str) -> None:
-    """Run the command that makes the folder of the base model, if that is not there.
+    """Run the command that makes the folder of the base model, if it does not exist.
 
     Args:
-        command: As in a terminal, from the current folder; None: ``path`` is loaded as it is.
-        path: What must be there afterwards.
+        command: As in a terminal, run in the current folder; None: ``path`` is loaded as it is.
+        path: What must exist afterwards.
 
     Raises:
         DataError: If the command fails or makes something else.
@@ -110,7 +111,7 @@ def _run_command(key: str, command: str, folder: Path) -> None:
     words = shlex.split(os.path.expandvars(command))
     if words[0] == "python":
         words[0] = sys.executable
-    elif words[0] == "milora-vl":  # may not be on the path of a batch job
+    elif words[0] == "milora-vl":  # a batch job may lack it on its PATH
         words[:1] = [sys.executable, "-m", "milora_vl"]
     done = subprocess.run(words, cwd=folder, check=False)
     if done.returncode != 0:
@@ -120,7 +121,7 @@ def _run_command(key: str, command: str, folder: Path) -> None:
 def base_is_done(
     model: ModelSection, alignment: AlignmentSection | None, data: DataSection, seed: int
 ) -> bool:
-    """Return whether the base model of stage 2 has only to be loaded."""
+    """Return whether the base model of stage 2 exists already."""
     if model.path == "demo":
         base = demo_base_folder(model.image_size_px, model.vision_feature_layer)
         if not (base / "config.json").exists():
@@ -150,13 +151,13 @@ def prepare_base(
     if alignment is None:
         return base
     folder = projector.aligned_base_folder(Path(base), model, alignment, data, seed)
-    # one answer for all: training needs every process, also those whose cache has the result
+    # all processes must agree: training needs every one, also those with the result in their cache
     if all(gather_json((folder / "config.json").exists())):
         logger.info("stage 1 is done: aligned base %s", folder)
         return folder
     logger.info("stage 1: aligning the projector of %s", base)
     style = alignment.prompt_style or model.prompt_style
-    # what is saved here is the base of stage 2, whose float weights QMiLoRA needs
+    # the result is the base of stage 2, and QMiLoRA needs its float weights
     update = {"prompt_style": style, "quantization": None}
     vlm = load_model(model.model_copy(update=update), base)
     files = alignment.train or data.train
@@ -176,7 +177,7 @@ def prepare_base(
 
 
 def evaluation_is_done(folder: Path) -> bool:
-    """Return whether an evaluation was written to its end."""
+    """Return whether an evaluation is complete."""
     return (folder / "results.json").exists()
 
 
@@ -192,10 +193,10 @@ def evaluate_stage(
     """Evaluate into ``folder``, or return the results that an earlier call left there.
 
     Args:
-        get_vlm: Returns the model; called only if there is something to ask.
+        get_vlm: Returns the model; called only if it is needed.
         section: Which benches, and how.
         folder: For ``results.json`` and ``predictions.jsonl``.
-        arguments: Say the mixed precision of training, which is kept here.
+        arguments: Of training, whose mixed precision is used.
         adapter_name: Recorded in the results.
         kept: Folder that keeps the results for other runs; see ``kept_evaluation``.
 
@@ -232,7 +233,7 @@ def kept_evaluation(
 ) -> Path | None:
     """Return the cache folder of a base's evaluation, or None for a base outside the cache.
 
-    The answers depend on base, benches and settings alone; the folder's name is a digest of these.
+    The answers depend only on base, benches and settings; the folder's name is a digest of these.
     """
     base, manifest = Path(base).resolve(), Path(section.data_dir) / "manifest.json"
     if not section.benches or not manifest.exists():
@@ -250,7 +251,7 @@ def kept_evaluation(
 
 
 def adapter_is_trained(run_folder: Path) -> bool:
-    """Return whether the final adapter was written to its end."""
+    """Return whether the final adapter is complete."""
     return (run_folder / "adapter" / "milora.json").exists()
 
 
@@ -277,7 +278,7 @@ def finetune_stage(
     """
     dataset, validation = build_training_data(vlm, data, arguments.seed)
     during = evaluation is not None and evaluation.every_steps and evaluation.benches
-    set_seed(arguments.seed)  # the same training whether or not the stages before were cached
+    set_seed(arguments.seed)  # so that cached earlier stages do not change the training
     return finetune(
         vlm,
         adapter,
@@ -293,9 +294,9 @@ def finetune_stage(
 
 
 def describe_files(data: DataSection) -> dict[str, Any]:
-    """Return what identifies the training data: the files' content, in order, and how many records.
+    """Return what identifies the training data: the content of its files, and the limit.
 
-    Records and images that are left out do not count: what is done about them may change.
+    Skipped records and images do not count, because their handling may change.
     """
     return {"sha256": [sha256_of(file) for file in data.train], "limit": data.limit}
 
@@ -303,7 +304,7 @@ def describe_files(data: DataSection) -> dict[str, Any]:
 def ask_during(
     vlm: VLM, section: EvalSection, run_folder: Path, model: PeftModel, step: int
 ) -> dict[str, float]:
-    """Return the benches' scores of a model in training, of few questions each, by bench name.
+    """Return the benches' scores of a model in training, on a few questions each.
 
     Every process of the job calls it and answers its share of the questions.
     """
@@ -322,7 +323,7 @@ def ask_during(
         progress=False,
     )
     found = {name: bench["score"] for name, bench in results.get("benches", {}).items()}
-    # the main process alone has the scores; a bench that a judge scores has none yet
+    # only the main process has the scores; benches with a judge have none yet
     return from_main_process({name: one for name, one in found.items() if one is not None})
 
 
@@ -339,12 +340,12 @@ def build_training_data(vlm: VLM, data: DataSection, seed: int) -> tuple[Dataset
 
 
 def report_stage(run_folder: Path, results: dict[str, Any]) -> None:
-    """Write ``results.json`` and the report; a report that cannot be drawn fails no run."""
+    """Write ``results.json`` and the report; a report that fails does not fail the run."""
     if is_main_process():
         write_json_atomic(run_folder / "results.json", results)
         try:
             write_report(run_folder)
-        except Exception as error:  # the run is whole without its page
+        except Exception as error:  # the run is complete without its page
             logger.warning("report.html was not written: %s: %s", type(error).__name__, error)
             logger.debug("report", exc_info=True)
     wait_for_all()

@@ -1,8 +1,7 @@
 """First values of the methods that start from no slice of the spectrum: PEFT's own, and LoRA-Null.
 
-PEFT's OLoRA writes into the base weights. Here PEFT initializes a copy of one layer at a time, and
-only its factors are used: the base keeps its weights, and the anchor or W_p does the rest, as for
-MiLoRA.
+PEFT's OLoRA changes the base weights. Here PEFT initializes a copy of one layer at a time, and only
+its factors are used: the start is subtracted by the anchor or in W_p, as for MiLoRA.
 
 "null_space" follows LoRA-Null (arXiv:2503.02659): the factors span the directions in which the
 inputs of calibration batches have the least energy. Early training steps then change little of
@@ -42,7 +41,7 @@ MOMENT_BYTES = 4 * 1024**3
 def null_space_triplets(
     weight: Tensor, moment: Tensor, r: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-    """Decompose the part of a weight that acts on the r quietest input directions.
+    """Decompose the part of a weight that acts on the r input directions of least energy.
 
     With N [d_in, r] the eigenvectors of the smallest eigenvalues of the inputs' second moment, the
     part is ``W N N^T``; its rank is at most r.
@@ -81,7 +80,7 @@ def input_moments(
     Args:
         model: Runs the batches, in eval mode and without gradients.
         layers: Full name -> linear layer inside ``model``.
-        batches: Model inputs on the right device; padded positions are left out.
+        batches: Model inputs on the right device; padded positions do not count.
         progress: Show a progress bar.
 
     Yields:
@@ -120,7 +119,7 @@ def _recording(
     def record(name: str, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
         x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
-        if mask is not None and len(x) == mask.numel():  # layers of experts see other tokens
+        if mask is not None and len(x) == mask.numel():  # layers of experts see only some tokens
             x = x[mask.reshape(-1)]
         x = x.to(torch.float32)
         if name not in moments:
@@ -139,10 +138,10 @@ def _recording(
 
 
 def real_positions(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which positions of a batch are no padding, bool [B, T]; None if all may be.
+    """Return which positions of a batch are not padding, bool [B, T]; None without a mask.
 
-    Where every token has a mask of its own ([B, 1, T, T], see ``milora_vl.data.encode``),
-    padding is what sees itself alone; so does the first token, which is real.
+    In a mask for every token ([B, 1, T, T], see ``milora_vl.data.encode``) padding sees only
+    itself. So does the first token, which is real.
     """
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim not in (2, 4):
@@ -252,7 +251,7 @@ def _moments(
         yield from ((name, None) for name in state.modules)
         return
     layers = {name: lora_layer(peft_model, name).get_base_layer() for name in state.modules}
-    # nothing is subtracted yet and the factors are arbitrary: measure with the adapters off
+    # nothing is subtracted yet and the factors are arbitrary, so measure with the adapters off
     remember(peft_model, replace(state, residual="anchor"))
     with pretrained_function(peft_model):
         yield from input_moments(peft_model, layers, calibration or (), progress=progress)

@@ -1,4 +1,4 @@
-"""What the initialization did to the model, per layer and as a whole, in numbers."""
+"""Measurements of what the initialization did to the model, per layer and as a whole."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +14,7 @@ from milora_vl.runtime import to_float64
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """Numbers of one layer; every ``_ratio`` is relative to the Frobenius norm of the weight.
+    """Measurements of one layer; ``_ratio`` is relative to the Frobenius norm of the weight.
 
     Attributes:
         name: Full module name in the base model.
@@ -27,17 +27,17 @@ class LayerCertificate:
         rounding_loss_ratio: ||W_p as stored - W_p|| / ||W||; 0 in anchor mode.
         rounding_loss_if_subtracted_ratio: The same, had W_p been stored in the dtype of the weight;
             None for quantized weights.
-        svd_residual_ratio: The larger of ||W V - U S|| and ||W^T U - V S||, over ||W||, of the
-            computed triplets. About 1e-6 if exact; up to 1e-2 from the Krylov method, whose slice
-            then mixes a little with its neighbours in the spectrum. 0 for methods without triplets
-            of the weight; their singular values below are those of s B0 A0.
+        svd_residual_ratio: The larger of ||W V - U S|| and ||W^T U - V S||, over ||W||. About 1e-6
+            if exact; up to 1e-2 from the Krylov method, whose slice then mixes a little with its
+            neighbors in the spectrum. 0 for methods that do not decompose the weight; their
+            singular values below are those of s B0 A0.
         sigma_max: Largest singular value in the slice.
         sigma_min: Smallest singular value in the slice.
-        zero_directions: Triplets whose factors are both zero; no gradient ever reaches them.
+        zero_directions: Triplets whose factors are both zero; they never get a gradient.
         input_energy_ratio: With init "null_space": share of the calibration inputs' energy inside
-            the adapter's subspace; of random inputs it would be r / d_in. None otherwise.
+            the adapter's subspace (r / d_in for random inputs). None for other methods.
         quantization_error_ratio: ||NF4(W_p) - W_p|| / ||W|| where W_p is kept in 4 bits, else None.
-            Beside ``minor_norm_ratio`` it tells whether the slice is louder than the noise.
+            Compare it with ``minor_norm_ratio``: is the slice larger than the noise?
     """
 
     name: str
@@ -57,7 +57,7 @@ class LayerCertificate:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "LayerCertificate":
-        """Read back what ``asdict`` returned, also under older spellings of the keys."""
+        """Read what ``asdict`` returned, also with older spellings of the keys."""
         names = {key.replace("quantisation", "quantization"): item for key, item in value.items()}
         return cls(**{**names, "shape": tuple(names["shape"])})
 
@@ -71,8 +71,8 @@ class Certificate:
         matched: Part of the model -> full names that train ("language_model", "projector").
         skipped: Full name -> reason, for language-model layers left without an adapter.
         residual: "subtract" or "anchor".
-        slice: Which part of the spectrum the adapter starts from; "none" if from no slice.
-        svd: SVD method asked for.
+        slice: Part of the spectrum the adapter starts from; "none" for other methods.
+        svd: Requested SVD method.
         r: Adapter rank.
         scaling: lora_alpha / r.
         seconds: Wall time of attaching, with the decompositions.
@@ -119,7 +119,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str) -> "Certificate":
-        """Read back what ``to_json`` returned."""
+        """Read what ``to_json`` returned."""
         value: dict[str, Any] = json.loads(text)
         layers = [LayerCertificate.from_dict(x) for x in value["layers"]]
         names = {item.name for item in fields(cls)}

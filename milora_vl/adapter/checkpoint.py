@@ -3,10 +3,9 @@
 With ``lora_A = [A; A0]``, ``lora_B = [B, -B0]`` and both r and lora_alpha doubled, the stock LoRA
 layer computes ``W x + s B A x - s B0 A0 x``, which is what training produced (drawn in attach.py).
 
-Loading checks files, base and shapes first, so a refused adapter leaves the model unchanged.
-One base can hold several adapters at a time: add, switch, remove. They all leave its weights alone
-(residual "anchor"), so none changes what another computes, and the base is bit for bit the same
-when they are gone.
+Loading checks files, base and shapes first, so a refused adapter leaves the model unchanged. One
+base can hold multiple adapters: add, switch, remove. All leave its weights alone (residual
+"anchor"), so they do not affect each other, and without them the base is bit for bit the same.
 """
 
 import logging
@@ -90,7 +89,7 @@ def check_adapter(
         together: As for ``load_adapter``.
 
     Returns:
-        What the model will have to remember of the adapter.
+        What the model has to remember of the adapter.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -156,7 +155,7 @@ def _check_base(
         logger.info("%s: same base, its weights rounded to %s", folder, match[0])
     if match:
         return weights
-    # trained in lower or another precision than this: the same rounding gives the same values
+    # trained in another precision: the same rounding gives the same values
     forms = read(weights)
     cast = [key for key in PRECISIONS if forms[key] == metadata.fingerprint["exact"]]
     if not cast and weights is None:
@@ -166,8 +165,8 @@ def _check_base(
         return weights
     if cast:
         logger.warning(
-            "%s: same base, which was rounded to %s in training and is not here; what the adapter "
-            "adds is exact, the base differs from the one of training by that rounding",
+            "%s: same base, which was rounded to %s in training and is not rounded here; what the "
+            "adapter adds is exact, the base differs from that of training by the rounding",
             folder,
             cast[0],
         )
@@ -185,8 +184,8 @@ def _check_base(
     )
     if strict_base:
         raise ValueError(
-            f"{message}; strict_base=False loads it all the same, and then the model computes "
-            "something else than it was trained to"
+            f"{message}; strict_base=False loads it anyway, and then the model does not compute "
+            "what it was trained to"
         )
     logger.warning(message)
     return weights
@@ -203,7 +202,7 @@ def _cast_of_checkpoint(
         name, revision = getattr(model, "name_or_path", "") or "-", metadata.base["revision"]
         folder = checkpoint_folder(name, revision, only_here=True)
         forms = read(ShardedWeights(folder, model))
-    except (OSError, ValueError, KeyError, AttributeError):  # none there that can be read
+    except (OSError, ValueError, KeyError, AttributeError):  # no readable checkpoint
         return []
     recorded = metadata.fingerprint["exact"]
     same = [key for key in PRECISIONS if found in forms.values() and forms[key] == recorded]
@@ -230,7 +229,7 @@ def add_adapter_from(
     strict_base: bool = True,
     weights: ShardedWeights | None = None,
 ) -> None:
-    """Load a saved adapter beside those a model already has, and make it the active one.
+    """Load a saved adapter beside those a model has, and make it the active one.
 
     Args:
         peft_model: From ``load_adapter`` or ``attach_milora`` with residual "anchor".
@@ -264,7 +263,7 @@ def add_adapter_from(
 
 
 def use_adapter(peft_model: PeftModel, adapter_name: str, *, trainable: bool = False) -> None:
-    """Make one of the adapters, with its projector, the active one; the others rest.
+    """Make one of the adapters active, with its projector, and all others inactive.
 
     Args:
         peft_model: A model with several adapters.
@@ -284,9 +283,9 @@ def use_adapter(peft_model: PeftModel, adapter_name: str, *, trainable: bool = F
 
 
 def remove_adapter(peft_model: PeftModel, adapter_name: str) -> None:
-    """Take one adapter off the model; if it was active, the oldest other one becomes active.
+    """Remove one adapter; if it was active, the oldest other one becomes active.
 
-    An active adapter that stays goes on training if it did.
+    An active adapter that stays keeps training if it did.
 
     Raises:
         ValueError: If there is no such adapter, or it is the last one.
@@ -295,7 +294,7 @@ def remove_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     others = [name for name in adapter_states(peft_model) if name != adapter_name]
     if not others:
         raise ValueError(
-            f"{adapter_name!r} is the last adapter; unload_adapters(peft_model) gives the base back"
+            f"{adapter_name!r} is the last adapter; unload_adapters(peft_model) returns the base"
         )
     current = current_adapter(peft_model)
     following = others[0] if current == adapter_name else current
@@ -305,7 +304,7 @@ def remove_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 
 
 def unload_adapters(peft_model: PeftModel) -> PreTrainedModel:
-    """Take all adapters off and return the base model, its projector included, as it was.
+    """Remove all adapters and return the original base model, its projector included.
 
     Raises:
         ValueError: If an adapter changed the base weights (residual "subtract").
@@ -319,7 +318,7 @@ def _delete(
 ) -> None:
     """Delete an adapter and its anchor, and make another one active."""
     restore_anchor_(peft_model, anchor_of(adapter_name))
-    peft_model.set_adapter(following, inference_mode=True)  # PEFT deletes beside a single one only
+    peft_model.set_adapter(following, inference_mode=True)  # PEFT deletes only if one is active
     for name in (anchor_of(adapter_name), adapter_name):
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)
@@ -366,7 +365,7 @@ def save_adapter(
         extra: More metadata to keep in ``milora.json``; must be JSON.
         processor: Processor of the base; a reference to it is kept in ``milora.json``.
         adapter_name: Which of several adapters; default: the active one.
-        inputs: What answers depend on beside the weights (``tuned.describe_inputs``).
+        inputs: What answers depend on besides the weights (``tuned.describe_inputs``).
 
     Returns:
         The folder.
@@ -438,7 +437,7 @@ def write_adapter(
     """Write an adapter folder whole, or leave what was there.
 
     Args:
-        folder: Where it goes; see ``check_writable``.
+        folder: Target; see ``check_writable``.
         tensors: As ``portable_tensors`` returns them.
         metadata: Content of ``milora.json``; the digest of the weights is filled in here.
         class_names: Class and library of the base model, for PEFT's own file.

@@ -1,4 +1,4 @@
-"""A digest of the weights an adapter was made on: on others it is not loaded unnoticed."""
+"""A digest of the weights an adapter was made on, to recognize them when it is loaded."""
 
 import hashlib
 import os

@@ -5,9 +5,9 @@ The smallest triplets of a large matrix T are found without its full decompositi
 1. The Gram matrix G = T^T T of the short side is factorized as ``G - shift I = L L^T``.
 2. A block Krylov space of the inverse holds the wanted directions after a few solves: the smallest
    eigenvalues of G are the largest of its inverse, which such a space finds first.
-3. The triplets are computed from T on the best directions of that space, not from G, whose small
-   eigenvalues drown in rounding (their squares are smaller than its last bit).
-4. Where rounding could have turned the directions too, residuals of T correct them.
+3. The triplets are computed from T on the best directions of that space, not from G: the squares of
+   small singular values are lost in the rounding of G.
+4. Where rounding could have changed the directions too, residuals of T correct them.
 
 Products run in blocks that suit the fastest kernels. Other slices, and matrices on which this does
 not converge, are decomposed exactly.
@@ -30,10 +30,10 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 def pack(rows: Tensor) -> Tensor:
-    """Return ``rows`` [m, k] in the layout that ``multiply`` is fastest on.
+    """Return ``rows`` [m, k] in the layout that is fastest for ``multiply``.
 
-    On the CPU that is oneDNN's: its float32 product uses the widest vectors of every make of CPU,
-    the default one of some makes only.
+    On the CPU that is oneDNN's, whose float32 product uses the widest vectors of every CPU; torch's
+    default product does so on some CPUs only.
     """
     fast = rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if fast and min(rows.shape) >= PACK_MIN:
@@ -44,7 +44,7 @@ def pack(rows: Tensor) -> Tensor:
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Return left right^T [m, n] of two matrices [m, k] and [n, k], packed or not.
 
-    Pack the larger one first: the right one is laid out anew in every call.
+    Pass the larger one as ``left``, packed: the right one is packed again in every call.
     """
     if left.is_mkldnn != right.is_mkldnn:
         left, right = (x if x.is_mkldnn else pack(x) for x in (left, right))
@@ -190,7 +190,7 @@ MAX_SHIFTS = 3
 MAX_CORRECTIONS = 3
 MAX_SPACE_RATIO = 2 / 3  # of the short side; beyond, the exact method is as fast
 NOISE_RATIO = 1e4  # eigenvalues of G below this many roundings of the largest are not trusted
-DROWNED_RATIO = 4  # below this many, they hold nothing of the matrix
+DROWNED_RATIO = 4  # below this many, they are only rounding
 CLUSTERED_RATIO = 0.05  # smallest over largest eigenvalue of the slice, from where shifting pays
 SINE2_TOLERANCE = 1e-4  # mean squared sine between slice and space, before the last improvements
 SINE2_BEFORE_CORRECTION = 1e-3
@@ -201,7 +201,7 @@ SMALLEST_SCALE = 1e-8
 
 
 class NotConvergedError(ArithmeticError):
-    """The Krylov method cannot reach its accuracy on this matrix; the exact method can."""
+    """The Krylov method does not reach its accuracy on this matrix; the exact method does."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def krylov_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tall_minor_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     columns = weight.shape[1]
-    width = r + max(16, r // 4)  # some more than wanted, for the edge of the slice
+    width = r + max(16, r // 4)  # a few more than wanted, so that the edge of the slice converges
     if FIRST_BLOCKS * width > columns * MAX_SPACE_RATIO:
         raise NotConvergedError(f"r={r} is too large for a Krylov space in {columns} dimensions")
     tall = Tall(weight)
@@ -282,7 +282,7 @@ def _locate(
     start = torch.linalg.qr(_random_block(gram, width)).Q
     space = expand(inverse, start, r, noise, least=FIRST_BLOCKS, shiftable=True)
     if float(space.values[r - 1]) < DROWNED_RATIO * EPSILON * largest:
-        # they drown in the rounding of G: a factor of G that never squares T
+        # they are lost in the rounding of G, so factorize G without squaring T
         del inverse
         inverse = factorize_finely(weight)
         space = expand(inverse, start, r, noise, least=FIRST_BLOCKS)
@@ -320,9 +320,9 @@ def factorize_finely(tall: Tensor) -> ShiftedGram:
 
 
 def is_clustered(values: Tensor, r: int) -> bool:
-    """Tell whether the r smallest eigenvalues lie far from zero and close to each other.
+    """Return whether the r smallest eigenvalues are far from zero and close to each other.
 
-    As in tall matrices. The unshifted inverse hardly tells them apart then.
+    So they are in tall matrices; the unshifted inverse then hardly separates them.
     """
     return float(values[0]) > CLUSTERED_RATIO * float(values[r - 1])
 
@@ -364,7 +364,8 @@ def expand(
         inverse: Applied once a block.
         block: [N, p] orthonormal, p > r: where to start.
         r: Number of wanted eigenvectors.
-        noise: Eigenvalues of G below it are not trusted; corrections follow, so less will do.
+        noise: Eigenvalues of G below it are not trusted; they are corrected later, so a coarser
+            space is enough.
         least: Blocks to build at least.
         shiftable: Return at once where a shift would speed up convergence.
     """
@@ -374,7 +375,7 @@ def expand(
     while True:
         d = basis.shape[1]
         following = inverse.solve(block)
-        for _ in range(2):  # once leaves float32 roundings of the old directions behind
+        for _ in range(2):  # after once, float32 rounding leaves parts of the old directions
             part = basis.T @ following  # [d, p]
             following -= basis @ part
             # what is removed is basis^T inverse block: the new columns of the projection
@@ -394,7 +395,7 @@ def expand(
             done = sine2 <= (SINE2_BEFORE_CORRECTION if corrected else SINE2_TOLERANCE)
             full = d + width > min(size * MAX_SPACE_RATIO, width * MAX_BLOCKS)
             if done or full or (shiftable and is_clustered(values, r)):
-                # one more inverse, for free: it damps what is left of the large eigenvalues
+                # one more inverse at no cost: it damps the remaining large eigenvalues
                 vectors = torch.linalg.qr(basis @ Y + block @ (outside / theta[:width])).Q
                 bound = float(inverse.shift + 1 / (theta[0] + residuals[0]))
                 return Space(vectors, values, bound, sine2)
@@ -406,9 +407,10 @@ def triplets_in(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the r smallest triplets of T from a space, and correct them until they are good.
 
-    A correction adds to the space what the inverse makes of the residuals ``T^T u - s v``, which
-    know nothing of the rounding of G. The same vectors remove from U what rounding in V left of
-    the large singular directions: ``u = T v / s`` enlarges it by ``largest / s``.
+    A correction applies the inverse to the residuals ``T^T u - s v``, which do not suffer from the
+    rounding of G, and adds the result to the space. The same vectors remove from U the parts of
+    large singular directions that rounding left in V: ``u = T v / s`` enlarges them by
+    ``largest / s``.
 
     Args:
         tall: T [M, N].
@@ -424,12 +426,12 @@ def triplets_in(
     Raises:
         NotConvergedError: If the space misses part of the slice, or residuals stay too large.
     """
-    if space.sine2 > SINE2_BEFORE_CORRECTION:  # as where some of the slice is 0 and some is not
+    if space.sine2 > SINE2_BEFORE_CORRECTION:  # for example if part of the slice is exactly 0
         raise NotConvergedError(f"the Krylov space misses {space.sine2:.1e} of the slice")
     basis, kept = space.vectors, space.vectors.shape[1]
     image = tall.times(basis)
     for done in range(MAX_CORRECTIONS + 1):
-        Q, R = torch.linalg.qr(image)  # by columns, so that small ones keep their accuracy
+        Q, R = torch.linalg.qr(image)  # column by column, so small columns keep their accuracy
         # R is small, so float64 costs nothing; float32 would lose values far below the largest
         left, S, right = torch.linalg.svd(to_float64(R))
         U, S, right = Q @ left[:, -r:].to(Q), S[-r:].to(Q), right[-kept:].T.to(Q)
@@ -455,7 +457,7 @@ def triplets_in(
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Return nearly orthonormal columns made orthonormal, none of them turned around."""
+    """Make nearly orthonormal columns orthonormal, without changing their signs."""
     Q, R = torch.linalg.qr(columns)
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
@@ -511,7 +513,7 @@ def minor_svd(
 
 
 def check_weight(weight: Tensor, r: int) -> None:
-    """Refuse what cannot be decomposed at rank r.
+    """Refuse a weight that cannot be decomposed at rank r.
 
     Args:
         weight: The matrix to check, [d_out, d_in].
@@ -524,9 +526,9 @@ def check_weight(weight: Tensor, r: int) -> None:
         raise ValueError(f"expected a matrix [d_out, d_in], got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise ValueError(f"expected float weights, got {weight.dtype}; dequantize them first")
-    if weight.element_size() < 2:  # the scales of such values are kept elsewhere
+    if weight.element_size() < 2:  # such values have separate scales
         raise ValueError(
-            f"its weights are stored as {weight.dtype}, which means nothing without their scales; "
+            f"its weights are stored as {weight.dtype}, which is useless without their scales; "
             "load the checkpoint in bfloat16, or in 4 bits from a float one (quantization='nf4')"
         )
     if not 1 <= r <= min(weight.shape):

@@ -1,12 +1,11 @@
-"""The frozen residual in 4 bits: NF4(W_p), what quantizing loses, and how that is corrected.
+"""The frozen residual in 4 bits: NF4(W_p), its quantization error, and how that is corrected.
 
-With correction "low_rank" a third, frozen adapter C of rank r makes up for part of the loss: the
-layer computes ``NF4(W_p - C) x + C x + s B A x``. C starts as the largest singular directions of
-W_p, which are then not quantized, and becomes those of what quantizing the rest has lost (the
-alternation of LoftQ, arXiv 2310.08659, with the principal start of PiSSA, arXiv 2404.02948; A and B
-stay in the minor directions). C belongs to the 4-bit base, not to the adapter: it is not saved but
-found again from W, A0 and B0, and the exported LoRA means the same on the float base with or
-without it.
+With correction "low_rank" a third, frozen adapter C of rank r corrects part of the error: the layer
+computes ``NF4(W_p - C) x + C x + s B A x``. C starts as the largest singular directions of W_p, and
+then becomes those of the error of quantizing the rest (the alternation of LoftQ, arXiv 2310.08659,
+with the principal start of PiSSA, arXiv 2404.02948; A and B stay in the minor directions). C
+belongs to the 4-bit base, not to the adapter: it is computed again from W, A0 and B0 instead of
+being saved, and the exported LoRA is the same with or without it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ ALTERNATIONS = 1
 
 @dataclass(frozen=True)
 class NoiseRatios:
-    """What 4 bits lose in one layer, relative to the norm of its weight.
+    """Errors of one layer in 4 bits, relative to the norm of its weight.
 
     Attributes:
         quantization: ||NF4(W_p) - W_p|| / ||W||.
@@ -52,8 +51,8 @@ def quantize_residual_(
 ) -> dict[str, NoiseRatios]:
     """Replace the 4-bit weights of the adapted layers by NF4(W - s B0 A0).
 
-    One float weight at a time is read and dropped again. The result depends on the float weights
-    and the start factors alone, so a saved adapter finds the same residual again.
+    One float weight at a time is in memory. The result depends on the float weights and the start
+    factors alone, so loading a saved adapter gives the same residual.
 
     Args:
         peft_model: Carries the filled anchor (A0, -B0) on layers in NF4.
@@ -63,10 +62,10 @@ def quantize_residual_(
         adapter_name: Whose start is subtracted.
 
     Returns:
-        Full name -> what was lost.
+        Full name -> errors.
     """
     noise = {}
-    corrected = state.quantization_correction == "low_rank"  # on a float base nothing is lost
+    corrected = state.quantization_correction == "low_rank"  # a float base has no error
     if corrected:
         settings = {"r": state.r, "lora_alpha": state.r, "init_lora_weights": False}
         config = LoraConfig(target_modules=list(state.modules), bias="none", **settings)
@@ -113,7 +112,7 @@ def correct_(layer: nn.Module, residual: Tensor, C_A: Tensor, C_B: Tensor) -> fl
 def largest_directions(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return factors [r, d_in] and [d_out, r] of the r largest singular directions, nearly.
 
-    The randomized method starts from the same directions in every process.
+    The random start of the method is the same in every process.
     """
     width = min(r + OVERSAMPLING, *matrix.shape)
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
@@ -152,7 +151,7 @@ def store_nf4_(layer: nn.Module, weight: Tensor) -> Tensor:
 def with_errors(
     layers: Iterable[LayerCertificate], noise: Mapping[str, NoiseRatios]
 ) -> list[LayerCertificate]:
-    """Return the layers' certificates with what the quantized residual loses."""
+    """Return the layers' certificates with the errors of the quantized residual."""
     return [
         replace(
             layer,
@@ -164,7 +163,7 @@ def with_errors(
 
 
 def noise_warnings(layers: Sequence[LayerCertificate]) -> list[str]:
-    """Return a warning if 4-bit noise is louder than the slice the adapter starts from."""
+    """Return a warning if 4-bit noise is larger than the slice the adapter starts from."""
     drowned = [
         layer
         for layer in layers

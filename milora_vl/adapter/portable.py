@@ -1,4 +1,4 @@
-"""The portable adapter folder: what its files hold, and the checks before they are believed."""
+"""The portable adapter folder: the content of its files, and the checks before they are used."""
 
 import contextlib
 import hashlib
@@ -57,11 +57,10 @@ class MiloraFile(BaseModel):
         processor: Where its processor is, its classes and a digest of its tokenizer, or None.
         fingerprint: Of the original weights of the adapted layers, per precision that is known.
         weights_sha256: Of the weights file beside it.
-        dtype: In which the base was held in training, for example "bfloat16"; None in files of
-            format 2.
+        dtype: Of the base in training, for example "bfloat16"; None in files of format 2.
         inputs: What answers depend on beside the weights, see ``tuned.describe_inputs``.
         packages: Package -> version at saving.
-        extra: What the caller added.
+        extra: Added by the caller.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -172,8 +171,8 @@ def check_finite(key: str, value: Tensor) -> None:
     bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
     if bad:
         raise ValueError(
-            f"{key}: {bad} of {value.numel()} values are NaN or infinite, so the training behind "
-            "them diverged; go back to an earlier checkpoint"
+            f"{key}: {bad} of {value.numel()} values are NaN or infinite, so the training "
+            "diverged; go back to an earlier checkpoint"
         )
 
 

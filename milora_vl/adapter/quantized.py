@@ -1,4 +1,4 @@
-"""Quantized weights: tell them apart, read their values, run them without changing them."""
+"""Quantized weights: recognize them, read their values, evaluate without repacking them."""
 
 import math
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ QUANTIZED_CLASSES: tuple[str, ...] = ("Params4bit", "Int8Params")
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Tell whether a weight is stored quantized, judged by its class.
+    """Return whether a weight is stored quantized, by its class.
 
-    The dtype does not tell: packed 4-bit values may be stored under a float dtype.
+    The dtype does not decide: packed 4-bit values may be stored under a float dtype.
     """
     return any(
         kind.__name__ in QUANTIZED_CLASSES or kind.__module__.startswith("torchao.")
@@ -38,8 +38,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
 def stored_values(layer: nn.Module) -> Tensor:
     """Return what identifies the weight of a layer: its values as held, or its codes.
 
-    The codes do not change when bitsandbytes re-packs a layer on the CPU; its scales, and with
-    them the dequantized values, are rounded then.
+    The codes stay the same when bitsandbytes repacks a layer on the CPU; its scales, and with them
+    the dequantized values, are rounded then.
     """
     if not is_quantized(layer.weight):
         return layer.weight.detach()
@@ -48,13 +48,13 @@ def stored_values(layer: nn.Module) -> Tensor:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return how many weights a model has; those packed in 4 bits count one by one."""
+    """Return the number of weights of a model; weights packed in 4 bits count one by one."""
     states = [(p.shape, getattr(p, "quant_state", None)) for p in model.parameters()]
     return sum(math.prod(getattr(state, "shape", shape)) for shape, state in states)
 
 
 def unpack_(layer: nn.Module) -> None:
-    """Bring a 4-bit weight that an eval forward on the CPU re-packed back to its storage layout."""
+    """Undo the repacking of a 4-bit weight that an eval-mode forward on the CPU does."""
     quant_state = getattr(layer.weight, "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
         layer.state_dict()  # bitsandbytes unpacks the layer when it collects its state
@@ -62,10 +62,10 @@ def unpack_(layer: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model in eval mode for a ``with`` block, its 4-bit layers excepted.
+    """Put a model in eval mode for a ``with`` block, except its 4-bit layers.
 
-    In eval mode on the CPU, bitsandbytes re-packs 4-bit weights for a kernel without a backward
-    pass: training afterwards would get no gradient through them. These layers have no dropout.
+    In eval mode on the CPU, bitsandbytes repacks 4-bit weights for a kernel without a backward
+    pass, and later training would get no gradient through them. These layers have no dropout.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

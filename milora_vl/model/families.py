@@ -54,16 +54,16 @@ class Family:
         language_model: Full name of the language model below the output head.
         image_wrap: Special tokens that the prompt holds around one image, beside those that the
             processor puts in itself.
-        token_types: What the model wants to know of each token: "mm_token_type_ids" and
+        token_types: What the model takes for each token: "mm_token_type_ids" and
             "token_type_ids": 1 at image tokens; "prefix": ``token_type_ids`` 0 for the prompt,
             1 from the first answer token on; "none": nothing.
         cross_attention: Images are no tokens: one mark each, read through a mask
             [T, images, tiles], and every sample of a batch has its row of images.
         max_images: Most images of one sample; None for any number.
         prefix_prompt: The prompt is images, BOS, question, line break (PaliGemma).
-        side_by_side: Exchanges about one image can be learnt side by side: attention is causal
+        side_by_side: Exchanges about one image can be learned side by side: attention is causal
             with one position a token, so that a mask and positions say all.
-        mean_padding: Images are padded to a square with the processor's mean colour, as LLaVA-1.5
+        mean_padding: Images are padded to a square with the processor's mean color, as LLaVA-1.5
             does; otherwise the processor alone decides.
     """
 
@@ -153,8 +153,8 @@ def has_vision(config: PreTrainedConfig) -> bool:
     kind = config.model_type
     if getattr(config, "vision_config", None) is not None or kind in FAMILIES:
         return True
-    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
-    return seeing is not None and seeing != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    vision_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    return vision_class is not None and vision_class != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
 
 
 def find_family(model: PreTrainedModel) -> Family:

@@ -1,4 +1,4 @@
-"""Hub id or folder -> model, processor and what the rest needs to know about them."""
+"""Hub id or folder -> model, processor and how both are used."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -87,19 +87,19 @@ class VLM:
 def _check_quantizable(path: str, stored_quantized: bool, allow_pickle: bool) -> None:
     if stored_quantized:
         raise LoadError(
-            f"{path} is stored quantized, its float weights are not there; leave quantization=None "
+            f"{path} is stored quantized, without float weights; leave quantization=None "
             "(the adapter then uses residual='anchor'), or give the float checkpoint"
         )
     if allow_pickle:
         raise LoadError(
-            f"{path}: quantization='nf4' reads safetensors alone, one tensor at a time, so "
-            "allow_pickle has no effect on it. Leave it out; if the checkpoint holds pickles, load "
-            "it once with allow_pickle and without quantization, and save it with save_pretrained"
+            f"{path}: quantization='nf4' reads only safetensors, so allow_pickle has no effect. "
+            "Remove it; if the checkpoint holds pickles, load it once with allow_pickle and "
+            "without quantization, and save it with save_pretrained"
         )
 
 
 def _check_complete(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights: transformers fills them at random."""
+    """Refuse a checkpoint that lacks weights, which transformers would fill at random."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise LoadError(
@@ -134,7 +134,7 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
         attn_implementation: Passed to transformers.
         prompt_style: A name in ``PROMPT_STYLES`` or "chat_template"; None: see
             ``choose_prompt_style``.
-        prompt_day: What a chat template that asks for the day is told; None: today.
+        prompt_day: The date for chat templates that write it; None: today.
         trust_remote_code: Run code that comes with the checkpoint.
         allow_pickle: Also read weights that are not safetensors, which can run code; not with
             ``quantization``.

@@ -1,4 +1,4 @@
-"""What can go wrong while a model is loaded, each with what to do about it."""
+"""Errors while a model is loaded, each with what to do about it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,10 @@ class LoadError(MiloraError, RuntimeError):
 def explain(path: str, error: Exception, revision: str | None = None) -> LoadError:
     """Return the error to raise for one that transformers or the hub client raised."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    chain = list(_causes(error))
+    chain, cause = [], error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(one) for one in chain).lower()
     if any(isinstance(one, GatedRepoError) for one in chain) or "gated" in text:
         return LoadError(
@@ -33,9 +36,9 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
         )
     if "trust_remote_code" in text:
         return LoadError(
-            f"{path}: this checkpoint brings code of its own, which is not run unasked. If you "
-            "have read and trust it: trust_remote_code=True (model.trust_remote_code in a config)."
-            f" Many such models also exist for transformers' own classes. {first}"
+            f"{path}: this checkpoint contains code, which does not run unless you allow it. If "
+            "you have read and trust it: trust_remote_code=True (model.trust_remote_code in a "
+            f"config). Many such models also exist for transformers' own classes. {first}"
         )
     if any(isinstance(one, RevisionNotFoundError) for one in chain):
         return LoadError(f"{path}: the hub has no revision {revision!r} of it. {first}")
@@ -57,7 +60,7 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
 
 @contextmanager
 def explained_memory(path: str) -> Iterator[None]:
-    """Turn running out of memory inside the block into a ``LoadError`` that says what to change."""
+    """Turn a lack of memory inside the block into a ``LoadError`` that says what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -71,9 +74,3 @@ def explained_memory(path: str) -> Iterator[None]:
             "per_device_train_batch_size and turn gradient_checkpointing on. "
             f"{next(iter(str(error).splitlines()), '')}"
         ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

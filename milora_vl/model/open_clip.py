@@ -45,7 +45,7 @@ _FOREIGN = {
 
 
 class TowerError(MiloraError, ValueError):
-    """A tower that no transformers class computes; the text says what stands in the way."""
+    """A tower that no transformers class computes; the text says why."""
 
 
 @dataclass(frozen=True)

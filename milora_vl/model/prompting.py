@@ -32,7 +32,7 @@ TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "pi
 
 
 def count_image_tokens(processor: ProcessorMixin) -> int:
-    """Compute how many image tokens a LLaVA processor puts in for one image.
+    """Return how many image tokens a LLaVA processor inserts for one image.
 
     Raises:
         LoadError: If the processor lacks the patch size.
@@ -51,7 +51,7 @@ def count_image_tokens(processor: ProcessorMixin) -> int:
 
 
 def guess_prompt_style(model: PreTrainedModel, processor: ProcessorMixin) -> str:
-    """Name the prompt style that a LLaVA checkpoint without one in its config most likely uses.
+    """Return the name of the prompt style that a LLaVA checkpoint most likely uses.
 
     ChatML when the chat template says so; its own template when its tokenizer cannot write the end
     token of LLaVA-1.5's ``vicuna_v1``; else that.
@@ -78,7 +78,7 @@ def choose_prompt_style(
         family: The model's row in the table of families.
         model: The model.
         processor: Its processor or tokenizer.
-        day: What a chat template that asks for the day is told; None: today.
+        day: The date for chat templates that write it; None: today.
 
     Raises:
         LoadError: If the name is unknown, or the template cannot be used and is needed.
@@ -117,7 +117,7 @@ def choose_prompt_style(
 
 
 def check_template_ids(style: ChatTemplate, reader: ImageReader | None = None) -> None:
-    """Check on conversations of all shapes that our ids are those of transformers, images included.
+    """Check on conversations of all shapes that our ids equal those of transformers.
 
     Raises:
         ChatTemplateError: If they differ; the message names the shape and shows both texts.
@@ -133,7 +133,7 @@ def check_template_ids(style: ChatTemplate, reader: ImageReader | None = None) -
             if "system" in name:  # refused when a record has such a turn
                 continue
             raise ChatTemplateError(f"with {name}: {error}") from error
-        # the prompt may go on with what the template puts before each answer, an empty think block
+        # our prompt may end with what the template puts before each answer: an empty think block
         if actual != expected and not (prompt and actual[: len(expected)] == expected):
             at = next(
                 (
@@ -192,7 +192,7 @@ def _stock_ids(style: ChatTemplate, turns: Sequence[Turn], prompt: bool) -> list
 
 
 def choose_image_reader(processor: Any, family: Family) -> ImageReader | None:
-    """Return how images are read; None for LLaVA-1.5's own fast way and for text models.
+    """Return the image reader; None for LLaVA-1.5's own fast way and for text models.
 
     Raises:
         LoadError: If the processor does not mark images with a token.
@@ -210,11 +210,10 @@ def choose_image_reader(processor: Any, family: Family) -> ImageReader | None:
 
 
 def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin, path: str) -> None:
-    """Check that the processor puts in as many image tokens as the tower gives features.
+    """Check that the processor inserts as many image tokens as the tower gives features.
 
-    For LLaVA's processor the number follows from tower and processor; for others the processor's
-    own number is compared with the model's, where both state one. (What neither states, the
-    model's first forward pass checks.)
+    For LLaVA's processor the number follows from tower and processor; for others the numbers that
+    processor and model state are compared. (Otherwise the model's first forward pass checks.)
 
     Raises:
         LoadError: If the numbers differ; both are named.

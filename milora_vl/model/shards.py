@@ -1,4 +1,4 @@
-"""The weights of a checkpoint on disk, read one at a time under the names the model gives them."""
+"""The weights of a checkpoint on disk, read one at a time by their names in the model."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class ShardedWeights:
 
     Names in the file may be those of older transformers versions
     (``language_model.model.layers...``): they are mapped as transformers maps them at loading.
-    Files are read, not memory-mapped, so what was read does not stay resident.
+    Files are read, not memory-mapped, so that they do not stay resident.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
