@@ -115,7 +115,7 @@ def test_a_template_that_cannot_be_used_is_refused_with_the_reason(
 
 
 def test_4_bits_and_pickles_exclude_each_other(tiny_checkpoint: Path) -> None:
-    with pytest.raises(LoadError, match=r"reads safetensors alone.*allow_pickle has no effect"):
+    with pytest.raises(LoadError, match=r"reads only safetensors.*allow_pickle has no effect"):
         load_vlm(tiny_checkpoint, quantization="nf4", allow_pickle=True)
 
 

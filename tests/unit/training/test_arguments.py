@@ -63,7 +63,7 @@ def test_every_key_is_refused_or_reaches_the_trainer(name: str, tmp_path: Path) 
         ({"train_sampling_strategy": "batch_rebalance"}, "group_by_length"),
         ({"dataloader_prefetch_factor": 2}, "dataloader_num_workers"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config"),
-        ({"resume_from_checkpoint": "/nowhere"}, "no folder"),
+        ({"resume_from_checkpoint": "/nowhere"}, "no checkpoint folder"),
         ({"max_steps": 0}, "max_steps"),
         ({"num_train_epochs": 0}, "num_train_epochs"),
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor"),
