@@ -242,6 +242,8 @@ class DataSection(Section):
         ignore_keys: Keys of records to ignore, even if docs/data.md says otherwise.
         special_tokens_in_answers: What a special token's name in an answer means: "literal", its
             characters; "token", the token, unless it stands for an image.
+        video_frames: Frames shown of a video, spread evenly; with ``video_fps`` the most.
+        video_fps: Frames shown for each second of a video; None: ``video_frames`` of any.
         limit, validation_limit: Use only the first records of each file.
     """
 
@@ -256,6 +258,8 @@ class DataSection(Section):
     on_bad_image: Literal["error", "skip"] = "error"
     ignore_keys: list[str] = []
     special_tokens_in_answers: Literal["literal", "token"] = "literal"
+    video_frames: int = Field(default=8, ge=1, le=4096)
+    video_fps: float | None = Field(default=None, gt=0)
     limit: int | None = Field(default=None, ge=1)
     validation_limit: int | None = Field(default=None, ge=1)
 

@@ -10,3 +10,8 @@ IMAGE_TEXT = f"{IMAGE_TOKEN[0]}\ufdd0{IMAGE_TOKEN[1:]}"
 
 U+FDD0 is set aside by Unicode for use inside a program, so no text of a record holds it.
 """
+
+VIDEO_TEXT = "<video>"
+"""Marks, in the text of a record that names videos, the place of one."""
+VIDEO_TOKEN = f"{VIDEO_TEXT[0]}\ufdd1{VIDEO_TEXT[1:]}"
+"""``VIDEO_TEXT`` where a question means a video; as such the characters mean themselves."""

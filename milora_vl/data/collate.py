@@ -90,6 +90,12 @@ def _join_images(rows: list[Mapping[str, Tensor]], fill_rows: bool) -> dict[str,
     for name in {name: None for row in rows for name in row}:  # in order, once
         present = [row[name] for row in rows if name in row]
         largest = [max(sizes) for sizes in zip(*(one.shape[1:] for one in present), strict=True)]
+        # [videos, frames, 3, H, W]: a model would take black frames for frames of the video
+        if name == "pixel_values_videos" and len({one.shape[1] for one in present}) > 1:
+            raise ValueError(
+                "videos of one batch have different numbers of frames, which this model cannot "
+                "take; leave data.video_fps unset, or train with batches of one"
+            )
         # Mllama cross-attends by row, so a row without images needs a place among those that have
         empty = present[0].new_zeros((1, *largest))
         parts = [_grown(row[name], largest) if name in row else empty for row in rows]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
+from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN
 from milora_vl.data.encode import Encoded, encode, encode_side_by_side
 from milora_vl.data.images import (
     BadImageError,
@@ -36,11 +36,13 @@ from milora_vl.data.images import (
 )
 from milora_vl.data.prompts import PromptStyle
 from milora_vl.data.records import Conversation, DataError, RecordError
+from milora_vl.data.videos import FrameSampling, Video, load_frames, read_video_shape
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 20
 _UNFIT = "does not fit max_length or style"
+_VISUALS = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)}")
 
 
 def group_by_length(
@@ -122,7 +124,8 @@ class ConversationDataset(Dataset):
             image or answer; or skip such records at construction.
         side_by_side: Learn every exchange as if it were the only one of its conversation; see
             ``encode_side_by_side``.
-        image_reader: Reads images in place of ``transform`` and ``tokens_per_image``.
+        image_reader: Reads images in place of ``transform`` and ``tokens_per_image``; videos need it.
+        video_sampling: Which frames of a video are shown.
         special_tokens_in_answers: Whether a special token's name in an answer is characters or the
             token; one that stands for an image is characters always.
         skipped: Number of skipped records (and samples, of this process) by reason.
@@ -139,8 +142,10 @@ class ConversationDataset(Dataset):
     on_bad_length: Literal["error", "skip"] = "error"
     side_by_side: bool = False
     image_reader: ImageReader | None = None
+    video_sampling: FrameSampling = field(default_factory=FrameSampling)
     special_tokens_in_answers: Literal["literal", "token"] = "literal"
     skipped: Counter[str] = field(default_factory=Counter)
+    _shapes: dict[Path, Video] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options and, if asked, skip records that cannot be used."""
@@ -151,6 +156,10 @@ class ConversationDataset(Dataset):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if not (self.image_reader and self.image_reader.takes_videos):
+            film = next((one for one in self.conversations if one.videos), None)
+            if film:
+                raise DataError(f"{_place(film)}: has a video, and this model takes none")
         if "skip" in (self.on_bad_image, self.on_bad_length):
             lengths = [self._length_if_usable(one) for one in self.conversations]
             kept = [length is not None for length in lengths]
@@ -179,7 +188,8 @@ class ConversationDataset(Dataset):
         index = range(len(self))[index]  # an index beyond the end must not wrap
         conversation = self.conversations[index]
         try:
-            images = self._read_images(conversation) if conversation.images else None
+            has_visuals = conversation.images or conversation.videos
+            images = self._read_images(conversation) if has_visuals else None
             encoded = self._encode(conversation)
         except BadImageError as error:
             if self.on_bad_image == "error":
@@ -211,8 +221,8 @@ class ConversationDataset(Dataset):
 
     @cached_property
     def has_image(self) -> list[bool]:
-        """Whether each sample holds an image."""
-        return [bool(conversation.images) for conversation in self.conversations]
+        """Whether each sample holds an image or a video."""
+        return [bool(one.images or one.videos) for one in self.conversations]
 
     @cached_property
     def _special_tokens(self) -> tuple[str, ...]:
@@ -284,14 +294,20 @@ class ConversationDataset(Dataset):
     def _count_image_tokens(
         self, conversation: Conversation, with_headers: bool = False
     ) -> list[int | str]:
-        """Return what ``encode`` needs for each image; headers are read if needed or asked for."""
+        """Return what ``encode`` needs for each mark; headers are read if needed or asked for."""
         counts: list[int | str] = [self.tokens_per_image] * len(conversation.images)
-        if not conversation.images or not (self.image_reader or with_headers):
+        has_visuals = conversation.images or conversation.videos
+        if not has_visuals or not (self.image_reader or with_headers):
             return counts
         try:
             sizes = [read_image_size(path) for path in self._paths(conversation)]
             if self.image_reader:
-                return list(self.image_reader.expand(sizes))
+                texts = {IMAGE_TOKEN: iter(self.image_reader.expand(sizes))}
+                shapes = self._video_shapes(conversation)
+                texts[VIDEO_TOKEN] = iter(self.image_reader.expand_videos(shapes))
+                asked = (turn.text for turn in conversation.turns if turn.role == "user")
+                marks = (mark for text in asked for mark in _VISUALS.findall(text))
+                return [next(texts[mark]) for mark in marks]
             for size in sizes:
                 self.transform.check_size(*size)
         except BadImageError as error:
@@ -327,21 +343,34 @@ class ConversationDataset(Dataset):
             sample |= {"image_inputs": {}, "token_inputs": tokens}
         return {**sample, "skipped": True}
 
-    def _paths(self, conversation: Conversation) -> list[Path]:
+    def _video_shapes(self, conversation: Conversation) -> list[Video]:
+        """Return blank videos of the record's shapes; a file is looked into once."""
+        shapes = []
+        for path in self._paths(conversation, conversation.videos):
+            if path not in self._shapes:
+                self._shapes[path] = read_video_shape(path, self.video_sampling)
+            shapes.append(self._shapes[path])
+        return shapes
+
+    def _paths(self, conversation: Conversation, names: Sequence[str] | None = None) -> list[Path]:
+        """Return the paths of files of a record, by default of its images."""
+        names = conversation.images if names is None else names
         if self.image_folder is None:
             raise RecordError(_place(conversation), "no image folder", "set data.image_folder")
         try:
-            return [resolve_image(self.image_folder, name) for name in conversation.images]
+            return [resolve_image(self.image_folder, name) for name in names]
         except ImagePathError as error:
             raise RecordError(_place(conversation), "bad image path", str(error)) from error
 
     def _read_images(self, conversation: Conversation) -> Tensor | dict[str, Tensor]:
-        """Decode the images of a record and turn them into the model's inputs."""
+        """Decode the images and videos of a record and turn them into the model's inputs."""
         paths = self._paths(conversation)
         try:
             images = [load_image(path) for path in paths]
             if self.image_reader:
-                return self.image_reader.read(images)
+                films = self._paths(conversation, conversation.videos)
+                videos = [load_frames(path, self.video_sampling) for path in films]
+                return self.image_reader.read(images, videos)
             # sizes are equal: the transform gives every image the shape that the tower takes
             return torch.stack([self.transform(one) for one in images])  # [n, 3, H, W]
         except BadImageError as error:
@@ -356,7 +385,8 @@ def _place(conversation: Conversation) -> str:
 
 def _named(error: BadImageError, conversation: Conversation) -> BadImageError:
     """Return the error with the place of the record and the names of its images in front."""
-    return BadImageError(f"{_place(conversation)}: {', '.join(conversation.images)}: {error}")
+    names = ", ".join((*conversation.images, *conversation.videos))
+    return BadImageError(f"{_place(conversation)}: {names}: {error}")
 
 
 @dataclass(eq=False)

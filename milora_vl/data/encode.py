@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from milora_vl.constants import IGNORE_INDEX, IMAGE_TEXT, IMAGE_TOKEN
+from milora_vl.constants import IGNORE_INDEX, IMAGE_TEXT, IMAGE_TOKEN, VIDEO_TOKEN
 from milora_vl.data.prompts import PromptStyle, Segment, get_style, render_segments
 from milora_vl.data.records import Turn
 
 _ANCHORS = ("a", "1", "\n")
 _SPACE_MARKS = ("▁", "Ġ")
+_MARKS = (IMAGE_TOKEN, VIDEO_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def encode(
         turns: Alternating user and assistant turns, an optional system turn first.
         style: A prompt style or its name.
         tokenizer: Holds the image token and the style's special tokens.
-        image_token_counts: For each image mark, in order, the number of its image tokens; or the
-            text it becomes, as the model's processor writes it, special tokens included.
+        image_token_counts: For each image or video mark, in order, the number of its image tokens;
+            or the text it becomes, as the model's processor writes it, special tokens
+            included.
         max_length: Longest allowed result in tokens, image tokens included; None for no limit.
             Whole exchanges at the end are dropped first; when that would leave no answer or lose an
             image, the last answer is cut instead. What is kept is always a prefix of the full ids.
@@ -182,7 +184,8 @@ def _build_runs(
     answer_tokens: tuple[str, ...],
 ) -> list[_Run]:
     """Split segments at special tokens and image marks, and join neighboring text."""
-    marks = sum(part.text.count(IMAGE_TOKEN) for part in segments if part.has_images)
+    marked = [part.text for part in segments if part.has_images]
+    marks = sum(text.count(mark) for text in marked for mark in _MARKS)
     if marks != len(image_token_counts):
         raise ValueError(f"{marks} {IMAGE_TOKEN} marks but {len(image_token_counts)} images")
     counts = iter(image_token_counts)
@@ -192,7 +195,7 @@ def _build_runs(
         splitters = style.special_tokens
         if segment.literal:
             splitters = answer_tokens if segment.supervised else ()
-            splitters = (IMAGE_TOKEN,) if segment.has_images else splitters
+            splitters = _MARKS if segment.has_images else splitters
         for piece in _split_keeping(segment.text, splitters):
             if piece not in splitters:
                 # the images are placed: an escaped mark is ordinary text from here on
@@ -386,7 +389,7 @@ def encode_side_by_side(
     rests = [question.text for question, _ in pairs]
     if pairs:
         rests[0] = rests[0].removeprefix(opening)
-    if len(pairs) < 2 or any(IMAGE_TOKEN in rest for rest in rests):
+    if len(pairs) < 2 or any(mark in rest for rest in rests for mark in _MARKS):
         return encode(
             turns, style, tokenizer, image_token_counts, max_length, answer_tokens=answer_tokens
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
@@ -27,6 +27,9 @@ from transformers import ProcessorMixin
 
 from milora_vl.constants import IGNORE_INDEX
 from milora_vl.errors import MiloraError
+
+if TYPE_CHECKING:
+    from milora_vl.data.videos import Video
 
 _TEXT_FIELDS = (
     "input_ids",
@@ -69,7 +72,7 @@ class ImageReader:
     token_types: Literal["none", "mm_token_type_ids", "token_type_ids", "prefix"] = "none"
     cross_attention: bool = False
     max_images: int | None = None
-    _texts: dict[tuple[Size, ...], list[str]] = field(default_factory=dict, repr=False)
+    _texts: dict[Any, list[str]] = field(default_factory=dict, repr=False)
 
     def expand(self, sizes: Sequence[Size]) -> list[str]:
         """Return the text that each image of one sample becomes in the prompt.
@@ -89,9 +92,29 @@ class ImageReader:
             self._texts[key] = self._process(blanks)[0] if blanks else []
         return self._texts[key]
 
-    def read(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return the tensors of one sample's images, by the names of the model's arguments."""
-        return self._process(images)[1]
+    def expand_videos(self, videos: Sequence["Video"]) -> list[str]:
+        """Return what stands in the prompt for each video of one sample; frames are not looked at.
+
+        Raises:
+            ImageProcessorError: If the family takes no videos.
+            BadImageError: If the processor refuses a video of such a shape.
+        """
+        key = ("videos", *(video.shape() for video in videos))
+        if videos and key not in self._texts:
+            self._texts[key] = self._process([], [video.blank() for video in videos])[0]
+        return self._texts[key] if videos else []
+
+    def read(
+        self, images: Sequence[Image.Image], videos: Sequence["Video"] = ()
+    ) -> dict[str, Tensor]:
+        """Return the tensors of one sample's images and videos, by the model's argument names."""
+        return self._process(images, videos)[1]
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the processor has a mark and a reader for videos."""
+        names = ("video_token", "video_processor")
+        return all(getattr(self.processor, name, None) is not None for name in names)
 
     def token_inputs(
         self, input_ids: Sequence[int], labels: Sequence[int] | None, images: dict[str, Tensor]
@@ -112,8 +135,11 @@ class ImageReader:
             first = next(learned, len(input_ids))
             return {"token_type_ids": (torch.arange(len(input_ids)) >= first).long()}
         if self.token_types != "none":
-            is_image = torch.isin(torch.tensor(input_ids), torch.tensor(self._image_ids()))
-            return {self.token_types: is_image.long()}
+            ids = torch.tensor(input_ids)
+            types = torch.isin(ids, torch.tensor(self._image_ids())).long()
+            if self.takes_videos and self.token_types == "mm_token_type_ids":
+                types[torch.isin(ids, torch.tensor(self._video_ids()))] = 2
+            return {self.token_types: types}
         if self.cross_attention and images:
             return {"cross_attention_mask": self._cross_attention_mask(input_ids, images)}
         return {}
@@ -126,6 +152,9 @@ class ImageReader:
 
     def _image_ids(self) -> list[int]:
         return [token for token in self.processor.image_token_ids if token is not None]
+
+    def _video_ids(self) -> list[int]:
+        return [token for token in self.processor.video_token_ids if token is not None]
 
     def _cross_attention_mask(self, input_ids: Sequence[int], images: dict[str, Tensor]) -> Tensor:
         """Return which tiles each token sees: int64 [T, images, tiles]; Mllama's own rule."""
@@ -141,24 +170,32 @@ class ImageReader:
         )
         return torch.as_tensor(dense[0])
 
-    def _process(self, images: Sequence[Image.Image]) -> tuple[list[str], dict[str, Tensor]]:
+    def _process(
+        self, images: Sequence[Image.Image], videos: Sequence["Video"] = ()
+    ) -> tuple[list[str], dict[str, Tensor]]:
         if self.max_images is not None and len(images) > self.max_images:
             raise ImageProcessorError(
                 f"{len(images)} images in one sample, but "
                 f"{type(self.processor).__name__} takes {self.max_images}"
             )
+        if videos and not self.takes_videos:
+            raise ImageProcessorError(f"{type(self.processor).__name__} takes no videos")
         token = self.processor.image_token
+        text = token * len(images) + (self.processor.video_token * len(videos) if videos else "")
+        media: dict[str, Any] = {"images": [list(images)]} if images else {}
+        if videos:
+            media["videos"] = [np.ascontiguousarray(video.frames) for video in videos]
+            media["video_metadata"] = [video.metadata() for video in videos]
+            media["do_sample_frames"] = False  # ``FrameSampling`` has chosen them
         try:
             output = self.processor(
-                text=[token * len(images)],
-                images=[list(images)],
-                return_text_replacement_offsets=True,
-                return_tensors="pt",
+                text=[text], **media, return_text_replacement_offsets=True, return_tensors="pt"
             )
         except MemoryError:
             raise
         except Exception as error:  # each processor refuses a shape with an error of its own
-            sizes = ", ".join(f"{one.width} x {one.height} px" for one in images)
+            sizes = [f"{one.width} x {one.height} px" for one in images]
+            sizes = ", ".join(sizes + [f"frames of {video.frames.shape}" for video in videos])
             raise BadImageError(
                 f"{type(self.processor).__name__} refuses {sizes}: {type(error).__name__}: {error}"
             ) from error

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.constants import IMAGE_TOKEN, VIDEO_TOKEN
 from milora_vl.data.records import Turn
 from milora_vl.errors import MiloraError
 
@@ -220,6 +220,11 @@ def render_segments(
     """
     style = get_style(style)
     plain = style if isinstance(style, PromptStyle) else _ANY_TURNS
+    if isinstance(style, PromptStyle) and any(VIDEO_TOKEN in turn.text for turn in turns):
+        raise ValueError(
+            f"prompt style {style.name!r} has no place for a video; set "
+            "model.prompt_style: chat_template"
+        )
     system, exchanges = _split_turns(turns, plain)
     last_is_open = bool(exchanges) and exchanges[-1][1] is None
     if add_generation_prompt and not last_is_open:
@@ -317,6 +322,8 @@ _ANY_TURNS = PromptStyle(STYLE_NAME)
 _CORE = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without its outer spaces
 _THINK = re.compile(r"(</?think>)")
 _HOLE = "\0"
+_MARKS = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})")
+_PART_TYPES = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
 _WORD = re.compile(r"Probe(\d+)eborP")  # of both cases, so that a template that changes case shows
 _CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
@@ -339,6 +346,7 @@ class ChatTemplate:
         processor: A processor or tokenizer of transformers.
         template: The template's source, with the day written out.
         image_token: What it writes for an image; None for a text model.
+        video_token: What it writes for a video; None where the model takes none.
         day: The day that stands in its prompts, as ISO date; None when it names no day.
         bos: Whether the processor puts BOS before a text that does not begin with it.
         assistant_suffix: The special tokens that end an answer.
@@ -348,6 +356,7 @@ class ChatTemplate:
     processor: Any = field(repr=False)
     template: str = field(repr=False)
     image_token: str | None = None
+    video_token: str | None = None
     day: str | None = None
     bos: bool = False
     assistant_suffix: str = ""
@@ -416,18 +425,16 @@ class ChatTemplate:
         """Return roles and parts with holes for words, the words' texts, and the turn of each."""
         shape, texts, owners = [], [], []
         for number, turn in enumerate(turns):
-            parts: list[str | None] = [turn.text]
+            parts = [turn.text]
             if turn.role == "user" and self.image_token is not None:
-                first, *rest = turn.text.split(IMAGE_TOKEN)
                 # an image stands in the prompt in place of its mark and the line break after it
-                parts = [first] if first else []
-                for text in rest:
-                    parts += [None, text.removeprefix("\n")]
-                parts = [part for part in parts if part != ""] or [""]
+                parts = _MARKS.split(turn.text)
+                parts[2::2] = [text.removeprefix("\n") for text in parts[2::2]]
+                parts = [part for part in parts if part] or [""]
             holes = []
             for part in parts:
-                if part is None:
-                    holes.append(None)
+                if part in _PART_TYPES:
+                    holes.append(part)
                     continue
                 pieces = _THINK.split(part) if turn.role == "assistant" else [part]
                 for at in range(0, len(pieces), 2):
@@ -447,8 +454,8 @@ class ChatTemplate:
             messages = []
             for role, holes in shape:
                 content: Any = [
-                    {"type": "image"}
-                    if hole is None
+                    {"type": _PART_TYPES[hole]}
+                    if hole in _PART_TYPES
                     else {
                         "type": "text",
                         "text": re.sub(_HOLE, lambda _: f"Probe{next(numbers)}eborP", hole),
@@ -505,13 +512,16 @@ class ChatTemplate:
         return static[:start], static[start:] + kept
 
     def _with_images(self, static: str) -> list[Segment]:
-        if not self.image_token:
+        """Cut the template's text at what it writes for images and videos."""
+        marks = {self.image_token: IMAGE_TOKEN, self.video_token: VIDEO_TOKEN}
+        names = [re.escape(name) for name in marks if name]
+        if not names:
             return [Segment(static)]
-        first, *rest = static.split(self.image_token)
-        segments = [Segment(first)]
-        for text in rest:
-            segments += [Segment(IMAGE_TOKEN, literal=True, has_images=True), Segment(text)]
-        return segments
+        pieces = re.split(f"({'|'.join(names)})", static)
+        return [
+            Segment(marks[piece], literal=True, has_images=True) if at % 2 else Segment(piece)
+            for at, piece in enumerate(pieces)
+        ]
 
     def _check_words(
         self, turns: Sequence[Turn], owners: Sequence[int], present: Sequence[int]
@@ -531,12 +541,12 @@ class ChatTemplate:
     def _check_images(self, turns: Sequence[Turn], segments: Sequence[Segment]) -> None:
         if self.image_token is None:
             return
-        expected = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "user")
-        actual = sum(part.has_images for part in segments)
-        if actual != expected:
-            raise ChatTemplateError(
-                f"it writes {self.image_token!r} {actual} times for {expected} images"
-            )
+        for mark, kind in _PART_TYPES.items():
+            expected = sum(turn.text.count(mark) for turn in turns if turn.role == "user")
+            actual = sum(part.has_images and part.text == mark for part in segments)
+            if actual != expected:
+                detail = f"it writes {actual} {kind}s where the turns have {expected}"
+                raise ChatTemplateError(detail)
 
 
 _QUESTION, _ANSWER = "Is it <b>A & B</b>?\n\n- {{ x }} 'q'", 'Two.\n\nOr "three" {% y %}'
@@ -602,7 +612,8 @@ def derive_style(
         _CLOCK.sub(lambda found: json.dumps(one.strftime(found[2])), source)  # noqa: B023
         for one in (day, date(1987, 12, 31))
     )
-    style = ChatTemplate(processor, template, image_token)
+    video_token = getattr(processor, "video_token", None) if image_token else None
+    style = ChatTemplate(processor, template, image_token, video_token)
     turns = [Turn("user", "question"), Turn("assistant", "answer")]
     shape, _, owners = style._take_apart(turns)
     pieces = style._render(shape)

@@ -34,9 +34,11 @@ TURN_LISTS = ("conversations", "messages")
 QUESTIONS = ("instruction", "query", "prompt")
 ANSWERS = ("output", "response", "completion")
 IMAGES = ("image", "images", "img", "imgs", "image_path", "image_paths", "img_path")
+VIDEOS = ("video", "videos", "video_path")
 SYSTEMS = ("system", "system_prompt")
 LOSS_SWITCHES = ("loss", "weight", "train")
 IMAGE_SOURCES = ("image", "image_url", "url", "path")
+VIDEO_SOURCES = ("url", "path", "video", "video_url")
 
 _ANNOTATIONS = Key(
     (
@@ -51,11 +53,11 @@ _ANNOTATIONS = Key(
     "many",
     "says where a record comes from or how it was made, or repeats a part of it",
 )  # fmt: skip
-_MEDIA = Key(
-    ("video", "videos", "audio", "audios", "speech", "input_audio"),
+_SOUND = Key(
+    ("audio", "audios", "speech", "input_audio"),
     "refused",
-    "ms-swift, LLaMA-Factory, LLaVA-NeXT",
-    "only still images are read; an answer about anything else would be learned blind",
+    "ms-swift, LLaMA-Factory",
+    "only images and videos are read; an answer about anything else would be learned blind",
 )
 _TOOLS = Key(
     ("tools", "tool_calls", "tool_call_id", "tool_choice", "functions", "function_call"),
@@ -81,6 +83,14 @@ RECORD_KEYS = _by_name(
         "LLaVA (`image`), TRL, ms-swift, LLaMA-Factory (`images`)",
         "file names below the image folder, one or a list, in the order of the image marks; a name "
         'may be written as `{"path": ...}` or `{"url": ...}`; one of these keys at most',
+    ),
+    Key(
+        VIDEOS,
+        "read",
+        "LLaVA-NeXT (`video`), ms-swift, LLaMA-Factory (`videos`)",
+        "file names below the image folder, one or a list, in the order of the marks `<video>`; "
+        "in a record without images `<image>` marks may stand for them, as in LLaVA-NeXT; a text "
+        "of a record without videos means the characters `<video>`",
     ),
     Key(
         SYSTEMS,
@@ -117,7 +127,7 @@ RECORD_KEYS = _by_name(
         "`objects` of ms-swift (`ref`, `bbox`) are refused",
     ),
     _ANNOTATIONS,
-    _MEDIA,
+    _SOUND,
     _TOOLS,
     _REASONING,
     Key(
@@ -177,8 +187,14 @@ TURN_KEYS = _by_name(
         "weights are refused",
     ),
     Key(("name",), "ignored", "OpenAI", "name of a speaker"),
+    Key(
+        ("video", "videos"),
+        "refused",
+        "Ollama, ms-swift",
+        "videos are named in the record or in a part of the content, not beside a text",
+    ),
     _ANNOTATIONS,
-    _MEDIA,
+    _SOUND,
     _TOOLS,
     _REASONING,
     Key(
@@ -190,13 +206,19 @@ TURN_KEYS = _by_name(
 )
 
 PART_KEYS = _by_name(
-    Key(("type",), "read", "all", "`text`, `image` or `image_url`"),
+    Key(("type",), "read", "all", "`text`, `image`, `image_url`, `video` or `video_url`"),
     Key(("text",), "read", "all", "text; `<image>` in it is text as well"),
     Key(
         IMAGE_SOURCES,
         "read",
         "OpenAI, TRL, transformers",
         "name of the image; without one the record's `images` give it",
+    ),
+    Key(
+        ("video", "video_url"),
+        "read",
+        "TRL, transformers, ms-swift",
+        "name of the video; without one the record's `videos` give it",
     ),
     Key(("detail", "cache_control", "index"), "ignored", "OpenAI, Anthropic", "notes for a server"),
     Key(
@@ -211,7 +233,13 @@ PART_KEYS = _by_name(
         "Qwen-VL",
         "the model's processor decides how large an image is",
     ),
-    _MEDIA,
+    Key(
+        ("fps", "nframes", "num_frames", "max_frames", "video_start", "video_end"),
+        "refused",
+        "Qwen-VL",
+        "all videos are sampled alike, see `data.video_frames`",
+    ),
+    _SOUND,
 )
 
 UNREAD_ROLES = (

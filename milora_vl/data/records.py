@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_vl.config import nearest
-from milora_vl.constants import IMAGE_TEXT, IMAGE_TOKEN
+from milora_vl.constants import IMAGE_TEXT, IMAGE_TOKEN, VIDEO_TEXT, VIDEO_TOKEN
 from milora_vl.data.images import ImagePathError, resolve_image
 from milora_vl.data.record_keys import (
     ANSWERS,
@@ -36,6 +36,8 @@ from milora_vl.data.record_keys import (
     TURN_KEYS,
     TURN_LISTS,
     UNREAD_ROLES,
+    VIDEO_SOURCES,
+    VIDEOS,
     Key,
     find_key,
 )
@@ -54,6 +56,13 @@ _ROLES: dict[str, Role] = {
     "model": "assistant",
     "system": "system",
     "developer": "system",
+}
+_PART_TYPES = {
+    "text": ("", ()),
+    "image": (IMAGE_TOKEN, IMAGE_SOURCES),
+    "image_url": (IMAGE_TOKEN, IMAGE_SOURCES),
+    "video": (VIDEO_TOKEN, VIDEO_SOURCES),
+    "video_url": (VIDEO_TOKEN, VIDEO_SOURCES),
 }
 _WAYS_OUT = (
     "remove or rename the key, list it in data.ignore_keys to ignore it in all records, or "
@@ -86,8 +95,9 @@ class Turn:
 
     Attributes:
         role: Who speaks.
-        text: In a question ``IMAGE_TOKEN`` stands where an image belongs and ``IMAGE_TEXT`` where
-            the record means these characters; in other turns all text is text.
+        text: In a question ``IMAGE_TOKEN`` stands where an image belongs, ``VIDEO_TOKEN`` where a
+            video does and ``IMAGE_TEXT`` where the record means the characters of the image mark;
+            in other turns all text is text.
         supervised: Whether an answer is learned; its text is context either way.
     """
 
@@ -104,6 +114,7 @@ class Conversation:
         id: The record's id, or its position.
         turns: An optional system turn, then user and assistant in alternation, an answer last.
         images: Names relative to the image folder, one for each image mark, in order.
+        videos: The same for videos.
         where: File and record, for messages: ``train.json[17]`` or ``train.jsonl line 18``.
     """
 
@@ -111,6 +122,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     where: str = ""
+    videos: tuple[str, ...] = ()
 
 
 class _TwiceWritten(dict):
@@ -247,10 +259,11 @@ def _is_absent(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Message:
-    """A turn together with the images that it names itself."""
+    """A turn together with the images and videos that it names itself."""
 
     turn: Turn
     names: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
 
 
 class _Reader:
@@ -275,18 +288,26 @@ class _Reader:
         if not isinstance(fields.get("objects", []), list):
             detail = f"'objects' as ms-swift writes them (ref, bbox) are not read; {_WAYS_OUT}"
             raise RecordError(self.where, "unsupported key", detail)
-        outer_names = self._record_images(fields)
-        messages = self._messages(fields, bool(outer_names))
-        inner_names = [name for message in messages for name in message.names]
-        if outer_names and inner_names:
-            raise RecordError(
-                self.where, "bad image field", "images are named in the record and in a turn"
-            )
-        images = outer_names or inner_names
+        outer_images = self._record_files(fields, IMAGES)
+        outer_videos = self._record_files(fields, VIDEOS)
+        messages = self._messages(fields, bool(outer_images), bool(outer_videos))
+        images = self._one_level(outer_images, [name for one in messages for name in one.names])
+        videos = self._one_level(outer_videos, [name for one in messages for name in one.videos])
         turns = self._with_system(fields, [message.turn for message in messages])
-        _check_turns(turns, len(images), self.where)
+        if outer_videos:
+            turns = _mark_videos(turns, bool(images))
+        _check_turns(turns, self.where)
+        _check_marks(turns, IMAGE_TOKEN, len(images), "image", self.where)
+        _check_marks(turns, VIDEO_TOKEN, len(videos), "video", self.where)
         name = self._id(fields.get("id", default_id))
-        return Conversation(name, tuple(turns), tuple(images), self.where)
+        return Conversation(name, tuple(turns), tuple(images), self.where, tuple(videos))
+
+    def _one_level(self, outer: list[str], inner: list[str]) -> list[str]:
+        if outer and inner:
+            raise RecordError(
+                self.where, "bad image field", "files are named in the record and in a turn"
+            )
+        return outer or inner
 
     # --- keys and values --------------------------------------------------------------------------
 
@@ -325,8 +346,8 @@ class _Reader:
         except UnicodeEncodeError as error:
             detail = f"half of a character (a lone surrogate) at position {error.start}"
             raise RecordError(at, "not Unicode text", detail) from error
-        if IMAGE_TEXT in value:  # ours for a literal <image>; it would turn into that
-            raise RecordError(at, "not Unicode text", "U+FDD0 inside an image mark")
+        if IMAGE_TEXT in value or VIDEO_TOKEN in value:  # ours: they would turn into marks
+            raise RecordError(at, "not Unicode text", "U+FDD0 or U+FDD1 inside a mark")
         return value if has_marks else value.replace(IMAGE_TOKEN, IMAGE_TEXT)
 
     def _one_of(self, fields: dict[str, Any], names: tuple[str, ...], reason: str, at: str) -> Any:
@@ -346,8 +367,8 @@ class _Reader:
 
     # --- images -----------------------------------------------------------------------------------
 
-    def _record_images(self, fields: dict[str, Any]) -> list[str]:
-        found = [name for name in IMAGES if name in fields]
+    def _record_files(self, fields: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+        found = [name for name in keys if name in fields]
         if len(found) > 1:
             raise RecordError(
                 self.where, "bad image field", f"both {found[0]!r} and {found[1]!r} are given"
@@ -370,7 +391,9 @@ class _Reader:
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _messages(self, fields: dict[str, Any], has_images: bool) -> list[_Message]:
+    def _messages(
+        self, fields: dict[str, Any], has_images: bool, has_videos: bool
+    ) -> list[_Message]:
         """Return all turns but the record's own system text, whatever the format."""
         lists = [name for name in TURN_LISTS if name in fields]
         single = [name for name in (*QUESTIONS, *ANSWERS, "input", "history") if name in fields]
@@ -382,7 +405,7 @@ class _Reader:
             # TRL writes texts or lists of messages under the same two names
             if any(isinstance(fields.get(name), list) for name in ("prompt", "completion")):
                 return self._prompt_and_completion(fields)
-            return self._one_exchange(fields, has_images)
+            return self._one_exchange(fields, has_images, has_videos)
         entries = fields.get(lists[0]) if lists else None
         if not isinstance(entries, list):
             raise RecordError(
@@ -412,9 +435,9 @@ class _Reader:
         if content is None:  # an empty text counts as absent above, but here it is a text
             content = next((entry.get(k) for k in ("value", "content") if entry.get(k) == ""), None)
         if isinstance(content, list):
-            text, names = self._parts(content, role, at)
+            text, names, videos = self._parts(content, role, at)
         else:
-            text, names = _move_one_mark(self._text(content, at), role), []
+            text, names, videos = _move_one_mark(self._text(content, at), role), [], []
         # images that the turn names beside its text: at its marks, or in front
         own = self._image_names(fields.get("image", []), at)
         own += self._image_names(fields.get("images", []), at)
@@ -424,7 +447,8 @@ class _Reader:
             text = f"{IMAGE_TOKEN}\n" * len(own) + text
         if own and (role != "user" or text.count(IMAGE_TOKEN) != len(own)):
             raise RecordError(at, "bad image field", f"{len(own)} images do not fit into its text")
-        return _Message(Turn(role, text, self._is_learned(fields, role, at)), (*names, *own))
+        turn = Turn(role, text, self._is_learned(fields, role, at))
+        return _Message(turn, (*names, *own), tuple(videos))
 
     def _role(self, fields: dict[str, Any], at: str) -> Role:
         roles = set()
@@ -459,34 +483,37 @@ class _Reader:
             )
         return role != "assistant" or all(values.values())
 
-    def _parts(self, parts: list[Any], role: Role, at: str) -> tuple[str, list[str]]:
-        """Join a content list: texts as they are, a mark for each image."""
+    def _parts(self, parts: list[Any], role: Role, at: str) -> tuple[str, list[str], list[str]]:
+        """Join a content list: texts as they are, a mark for each image and video, their names."""
         texts: list[str] = []
-        names: list[str] = []
+        names: dict[str, list[str]] = {IMAGE_TOKEN: [], VIDEO_TOKEN: []}
         present = [part for part in parts if not _is_absent(part)]
         for position, part in enumerate(present):
             if not isinstance(part, dict):
                 raise RecordError(at, "bad turn", f"cannot read the content part {_show(part)}")
             fields = self._fields(part, PART_KEYS, at)
-            sources = [name for name in IMAGE_SOURCES if name in fields]
-            kind = fields.get("type", "image" if sources else "text")
-            if kind == "text" and not sources:
-                texts.append(self._text(fields.get("text", ""), at, has_marks=role != "user"))
-            elif kind in ("image", "image_url") and "text" not in fields:
-                if role != "user":
-                    raise RecordError(at, "image mark outside a question", f"an image in a {role}")
-                # the line break belongs to the mark, as in LLaVA; styles replace both
-                texts.append(f"{IMAGE_TOKEN}\n" if position + 1 < len(present) else IMAGE_TOKEN)
-                if sources:
-                    source = self._one_of(fields, IMAGE_SOURCES, "bad turn", at)
-                    names.append(self._image_name(source, at, "bad turn"))
-            else:
+            named = [name for name in (*IMAGE_SOURCES, *VIDEO_SOURCES) if name in fields]
+            kind = "text" if not named else "video" if "video" in named[-1] else "image"
+            mark, sources = _PART_TYPES.get(fields.get("type", kind), (None, ()))
+            if mark is None or not {*named} <= {*sources} or (mark and "text" in fields):
                 raise RecordError(at, "bad turn", f"cannot read the content part {_show(part)}")
-        return "".join(texts), names
+            if not mark:
+                texts.append(self._text(fields.get("text", ""), at, has_marks=role != "user"))
+                continue
+            if role != "user":
+                raise RecordError(at, "image mark outside a question", f"{kind} in a {role} turn")
+            # the line break is part of the mark, as in LLaVA; styles put their own frame there
+            texts.append(f"{mark}\n" if position + 1 < len(present) else mark)
+            if named:
+                source = self._one_of(fields, sources, "bad turn", at)
+                names[mark].append(self._image_name(source, at, "bad turn"))
+        return "".join(texts), names[IMAGE_TOKEN], names[VIDEO_TOKEN]
 
     # --- records with one exchange ----------------------------------------------------------------
 
-    def _one_exchange(self, fields: dict[str, Any], has_images: bool) -> list[_Message]:
+    def _one_exchange(
+        self, fields: dict[str, Any], has_images: bool, has_videos: bool
+    ) -> list[_Message]:
         """Return the turns of an instruction record, those of its history first.
 
         Its texts hold image marks only if the record names images; else they stand for themselves.
@@ -511,8 +538,12 @@ class _Reader:
         exchanges.append((asked, text(self._only(fields, ANSWERS) or "", True)))
         if has_images and not any(IMAGE_TOKEN in question for question, _ in exchanges):
             question, answer = exchanges[0]
-            count = len(self._record_images(fields))
+            count = len(self._record_files(fields, IMAGES))
             exchanges[0] = (f"{IMAGE_TOKEN}\n" * count + question, answer)
+        if has_videos and not any(VIDEO_TEXT in question for question, _ in exchanges):
+            question, answer = exchanges[0]
+            count = len(self._record_files(fields, VIDEOS))
+            exchanges[0] = (f"{VIDEO_TEXT}\n" * count + question, answer)
         turns = [
             turn
             for question, answer in exchanges
@@ -579,7 +610,20 @@ def _move_one_mark(text: str, role: Role) -> str:
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
-def _check_turns(turns: list[Turn], n_images: int, where: str) -> None:
+def _mark_videos(turns: list[Turn], has_images: bool) -> list[Turn]:
+    """Turn the marks of a record that names videos into ``VIDEO_TOKEN``."""
+    asked = [turn.text for turn in turns if turn.role == "user"]
+    if any(VIDEO_TOKEN in text for text in asked):  # content parts have said where they belong
+        return turns
+    # LLaVA-NeXT writes <image> for its videos
+    mark = VIDEO_TEXT if has_images or any(VIDEO_TEXT in text for text in asked) else IMAGE_TOKEN
+    return [
+        replace(turn, text=turn.text.replace(mark, VIDEO_TOKEN)) if turn.role == "user" else turn
+        for turn in turns
+    ]
+
+
+def _check_turns(turns: list[Turn], where: str) -> None:
     dialogue = turns[1:] if turns and turns[0].role == "system" else turns
     for position, turn in enumerate(dialogue):
         expected = "user" if position % 2 == 0 else "assistant"
@@ -595,21 +639,20 @@ def _check_turns(turns: list[Turn], n_images: int, where: str) -> None:
         raise RecordError(
             where, "no answer", "every answer is switched off (loss, weight or train)"
         )
-    marks = sum(turn.text.count(IMAGE_TOKEN) for turn in dialogue if turn.role == "user")
-    if marks > n_images:
-        raise RecordError(
-            where, "more image marks than images", f"{marks} {IMAGE_TOKEN} marks, {n_images} images"
-        )
-    if marks < n_images:
-        raise RecordError(
-            where,
-            "more images than image marks",
-            f"{n_images} images, {marks} {IMAGE_TOKEN} marks; put one mark for each image",
-        )
+
+
+def _check_marks(turns: list[Turn], mark: str, n_files: int, kind: str, where: str) -> None:
+    marks = sum(turn.text.count(mark) for turn in turns if turn.role == "user")
+    detail = f"{marks} <{kind}> marks, {n_files} {kind}s"
+    if marks > n_files:
+        raise RecordError(where, f"more {kind} marks than {kind}s", detail)
+    if marks < n_files:
+        detail += f"; put one mark for each {kind}"
+        raise RecordError(where, f"more {kind}s than {kind} marks", detail)
 
 
 def _check_images(conversation: Conversation, folder: Path | None, must_exist: bool) -> None:
-    for name in conversation.images:
+    for name in (*conversation.images, *conversation.videos):
         try:
             image_path = resolve_image(folder or Path(), name)
             is_missing = folder is not None and must_exist and not image_path.is_file()

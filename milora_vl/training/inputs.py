@@ -13,6 +13,7 @@ from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import build_image_transform
 from milora_vl.data.records import Conversation, DataError, read_records
+from milora_vl.data.videos import FrameSampling
 from milora_vl.model.families import check_side_by_side
 from milora_vl.model.load import VLM, load_vlm
 
@@ -69,7 +70,7 @@ def build_dataset(
     """
     if section.turns == "side_by_side":
         check_side_by_side(vlm.model, section.max_length)
-    with_image = next((one for one in conversations if one.images), None)
+    with_image = next((one for one in conversations if one.images or one.videos), None)
     if with_image and not vlm.has_vision:
         raise DataError(f"{with_image.where}: has images, but {vlm.path} is a text model")
     plain = vlm.has_vision and not vlm.image_reader
@@ -84,6 +85,7 @@ def build_dataset(
         vlm.tokens_per_image,
         section.max_length,
         image_reader=vlm.image_reader,
+        video_sampling=FrameSampling(section.video_frames, section.video_fps),
         on_bad_image=section.on_bad_image,
         on_bad_length=section.on_bad_record,
         special_tokens_in_answers=section.special_tokens_in_answers,

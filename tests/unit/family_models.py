@@ -83,7 +83,9 @@ def idefics3(smol: bool = False) -> tuple[Any, Any]:
         processor = tf.SmolVLMProcessor(
             tf.SmolVLMImageProcessor(**pictures),
             tokenizer,
-            tf.SmolVLMVideoProcessor(size={"longest_edge": 56}),
+            tf.SmolVLMVideoProcessor(
+                size={"longest_edge": 56}, max_image_size={"longest_edge": 56}
+            ),
             image_seq_len=4,
             chat_template=template,
         )

@@ -6,14 +6,14 @@ trimming, system texts that move, think blocks. Wording that changes no rule is 
 
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
-PARTS = (  # a message's parts in their order, TEXT and IMAGE to be replaced
-    "{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}TEXT{% endif %}"
-    "{% endfor %}"
+PARTS = (  # a message's parts in their order, TEXT, IMAGE and VIDEO to be replaced
+    "{% for part in message.content %}{% if part.type == 'image' %}IMAGE"
+    "{% elif part.type == 'video' %}VIDEO{% else %}TEXT{% endif %}{% endfor %}"
 )
 
 
-def parts(image: str, text: str = "{{ part.text }}") -> str:
-    return PARTS.replace("IMAGE", image).replace("TEXT", text)
+def parts(image: str, text: str = "{{ part.text }}", video: str = "") -> str:
+    return PARTS.replace("IMAGE", image).replace("VIDEO", video).replace("TEXT", text)
 
 
 SMOLVLM = DEFAULT_CHAT_TEMPLATE  # Idefics3's is the same
@@ -21,20 +21,25 @@ SMOLVLM = DEFAULT_CHAT_TEMPLATE  # Idefics3's is the same
 LLAVA_ONEVISION = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + ' ' }}"
     "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
+    "{% for part in message.content if part.type == 'video' %}<video>{% endfor %}"
     "{% for part in message.content if part.type == 'text' %}{{ '\\n' + part.text }}{% endfor %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CHATML = (
-    "<|im_start|>{{ message.role }}\n" + parts("MARK") + "<|im_end|>\n{% endfor %}"
+    "<|im_start|>{{ message.role }}\n" + parts("MARK", video="FILM") + "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _VISION = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN3_VL = "{% for message in messages %}" + _CHATML.replace("MARK", _VISION)
+_FILM = _VISION.replace("image", "video")
+QWEN3_VL = "{% for message in messages %}" + _CHATML.replace("MARK", _VISION).replace("FILM", _FILM)
 QWEN2_VL = (  # Qwen2.5-VL's is the same: a default system text
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>"
-    "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + _CHATML.replace("MARK", _VISION)
+    "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    + _CHATML.replace("MARK", _VISION).replace("FILM", _FILM)
 )
-INTERNVL = "{% for message in messages %}" + _CHATML.replace("MARK", "<IMG_CONTEXT>\n")
+INTERNVL = "{% for message in messages %}" + _CHATML.replace("MARK", "<IMG_CONTEXT>\n").replace(
+    "FILM", "<video>\n"
+)
 # the system text opens the first question; texts are trimmed; the assistant is called model
 GEMMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}"
