@@ -124,7 +124,7 @@ class ConversationDataset(Dataset):
             image or answer; or skip such records at construction.
         side_by_side: Learn every exchange as if it were the only one of its conversation; see
             ``encode_side_by_side``.
-        image_reader: Reads images in place of ``transform`` and ``tokens_per_image``; videos need it.
+        image_reader: Reads images and videos in place of ``transform`` and ``tokens_per_image``.
         video_sampling: Which frames of a video are shown.
         special_tokens_in_answers: Whether a special token's name in an answer is characters or the
             token; one that stands for an image is characters always.

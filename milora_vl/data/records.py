@@ -494,7 +494,7 @@ class _Reader:
             fields = self._fields(part, PART_KEYS, at)
             named = [name for name in (*IMAGE_SOURCES, *VIDEO_SOURCES) if name in fields]
             kind = "text" if not named else "video" if "video" in named[-1] else "image"
-            mark, sources = _PART_TYPES.get(fields.get("type", kind), (None, ()))
+            mark, sources = _PART_TYPES.get(str(fields.get("type", kind)), (None, ()))
             if mark is None or not {*named} <= {*sources} or (mark and "text" in fields):
                 raise RecordError(at, "bad turn", f"cannot read the content part {_show(part)}")
             if not mark:

@@ -126,7 +126,7 @@ BAD = {
     "bad turn": [
         {"conversations": ["hi"]},
         with_turns(("human", 3)),
-        with_turns(("human", [{"type": "video"}])),
+        with_turns(("human", [{"type": "sound"}])),
         with_turns(("human", [{"type": "image", "image": 7}])),
         with_turns(("human", ["hi"])),
     ],
@@ -174,8 +174,8 @@ BAD = {
         with_turns(("human", [{"type": "text", "text": "q", "style": "bold"}])),
     ],
     "unsupported key": [
-        llava("hi", video="v.mp4"),
-        llava("hi", videos=["v.mp4"]),
+        llava("hi", audio="v.wav"),
+        llava("hi", audios=["v.wav"]),
         llava("hi", audios=["v.wav"]),
         llava("hi", tools="[{}]"),
         llava("hi", chosen="a", rejected="b"),
@@ -185,7 +185,7 @@ BAD = {
         llava(image={"path": "a.png", "bytes": "iVBORw0KGgo="}),
         {"messages": [{"role": "assistant", "content": "42", "reasoning_content": "6*7"}]},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [1]}]},
-        with_turns(("human", [{"type": "video", "video": "v.mp4"}])),
+        with_turns(("human", [{"type": "audio", "audio": "v.wav"}])),
         with_turns(("human", [{"type": "image", "image": "a.png", "max_pixels": 5}])),
     ],
     "unsupported role": [
