@@ -109,6 +109,7 @@ def export(arguments: argparse.Namespace) -> int:
         dtype=dtype,
         picture=load_image(arguments.image) if arguments.image else None,
         question=arguments.question,
+        strength=arguments.strength,
     )
     for line in (*exported.notes, *exported.checks):
         print(line)
@@ -257,6 +258,12 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     verb.add_argument("--image", type=Path, help="picture for the check (default: from the run)")
     verb.add_argument("--question", help="question for the check")
+    verb.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="of what training added: 0 is the base, 1 (default) the trained model",
+    )
     verb.set_defaults(run_verb=export)
 
 

@@ -139,6 +139,9 @@ class MiloraConfig(Section):
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
         quantization_correction: How the quantization error of NF4 is corrected, see
             ``milora_vl.adapter.nf4``.
+        decay_to_start: Decoupled weight decay of the factors toward their start; 0 for none.
+            ``training.weight_decay`` goes toward zero instead, and removes with the factors the
+            part of the pretrained weights that they began with.
     """
 
     r: int = Field(default=128, ge=1)
@@ -154,6 +157,7 @@ class MiloraConfig(Section):
     allow_outside_language_model: bool = False
     factor_cache: bool = True
     quantization_correction: Correction = "none"
+    decay_to_start: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @field_validator("target_modules")
     @classmethod
@@ -168,6 +172,15 @@ class MiloraConfig(Section):
                     f"{value!r} is no regular expression: {error}; use all-linear, attention or mlp"
                 ) from error
         return value
+
+    @model_validator(mode="after")
+    def _decay_has_a_start(self) -> "MiloraConfig":
+        if self.decay_to_start and self.init in ("lora", "rslora", "dora", "mica"):
+            raise ValueError(
+                f"decay_to_start: with init={self.init} the update starts at zero, so plain weight "
+                "decay is the same; use training.weight_decay"
+            )
+        return self
 
     @model_validator(mode="after")
     def _slice_fits_init(self) -> "MiloraConfig":

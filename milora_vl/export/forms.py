@@ -159,6 +159,11 @@ def _metadata_table(metadata: MiloraFile, shown: str, r: int, lora_alpha: float)
         f"{metadata.lora_alpha:g})",
         "Adapted layers": f"{len(metadata.modules)}: "
         + ", ".join(sorted({name.rpartition(".")[2] for name in metadata.modules})),
+        **(
+            {"Strength": f"{metadata.extra['strength']:g} of what was trained"}
+            if "strength" in metadata.extra
+            else {}
+        ),
         "Projector": "trained in full" if metadata.projector else "as in the base",
         "Made with": ", ".join(f"{name} {found}" for name, found in metadata.packages.items()),
     }
@@ -201,6 +206,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     dtype: torch.dtype | str = "auto",
     picture: Image.Image | None = None,
     question: str | None = None,
+    strength: float = 1.0,
 ) -> Exported:
     """Export a saved adapter, check it against the live model and write a model card.
 
@@ -217,6 +223,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
         dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
         picture: For the check; default: the run's first validation picture, else a drawn one.
         question: For the check; default: the one that goes with the picture.
+        strength: Export W + strength * (what training added to W); 0 is the base.
 
     Raises:
         ExportError: If the export does not compute what the live model computes.
@@ -227,7 +234,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     """
     if merge_onto == "dequantised":  # the older spelling
         merge_onto = "dequantized"
-    out, source = Path(out), read_source(path, base, device, dtype)
+    out, source = Path(out), read_source(path, base, device, dtype, strength)
     is_earlier_merge = (out / "config.json").exists() and (out / "README.md").exists()
     if not is_earlier_merge:
         check_writable(out)
@@ -296,7 +303,9 @@ def _write_lora(
         report = truncation_report(losses, state.r, before)
         notes.append(summarize(report))
         kept = {key: value for key, value in vars(state).items() if key != "modules"}
-        metadata = metadata.model_copy(update={**kept, "extra": {"recompressed_from": before}})
+        metadata = metadata.model_copy(
+            update={**kept, "extra": {**metadata.extra, "recompressed_from": before}}
+        )
     write_adapter(draft, tensors, metadata, class_names=class_names)
     if report:
         write_json_atomic(draft / "truncation.json", report)

@@ -1,6 +1,7 @@
 """A saved adapter together with the base model it goes on."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from milora_vl.config import load_config
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.images import load_image
 from milora_vl.data.records import read_records
+from milora_vl.export.strength import scale_update_
 from milora_vl.model.load import VLM, load_vlm
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Source:
         base: Id or path of the base model.
         device: Where models run.
         dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
+        strength: Of what training added, see ``strength.py``; 1 is what was trained.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class Source:
     base: str
     device: str
     dtype: torch.dtype | str
+    strength: float = 1.0
 
     def load(self, *, quantized: bool) -> VLM:
         """Load the base, in 4 bits if the adapter was trained so and ``quantized`` says so."""
@@ -70,17 +74,23 @@ class Source:
         self, vlm: VLM, *, residual: Residual | None = "anchor", strict_base: bool = True
     ) -> PeftModel:
         """Put the adapter on a loaded base, whose weights stay as they are with "anchor"."""
-        return load_adapter(
+        peft_model = load_adapter(
             vlm.model,
             self.folder,
             residual=residual,
             strict_base=strict_base,
             weights=vlm.float_weights,
         )
+        scale_update_(peft_model, self.strength)
+        return peft_model
 
 
 def read_source(
-    path: Path | str, base: str | None, device: str, dtype: torch.dtype | str
+    path: Path | str,
+    base: str | None,
+    device: str,
+    dtype: torch.dtype | str,
+    strength: float = 1.0,
 ) -> Source:
     """Read what a run, checkpoint or adapter folder says of itself.
 
@@ -89,11 +99,14 @@ def read_source(
         base: Id or path of the base model; default: as recorded.
         device: Where models will run.
         dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
+        strength: Of what training added; 1 is what was trained.
 
     Raises:
         FileNotFoundError: If there is no adapter.
-        ValueError: If its description is damaged, or no base is known.
+        ValueError: If its description is damaged, no base is known, or the strength is not finite.
     """
+    if not math.isfinite(strength):
+        raise ValueError(f"--strength {strength}: a finite number is needed; 1 is what was trained")
     folder = find_adapter(path)
     if not (folder / MILORA_FILE).exists():
         raise ValueError(
@@ -106,7 +119,10 @@ def read_source(
         raise ValueError(f"{folder} does not say which base it was made on; pass --model")
     if Path(base).exists():
         base = str(Path(base).resolve())  # a relative path means nothing elsewhere
-    return Source(folder, metadata, base, device, dtype)
+    if strength != 1:
+        extra = {**metadata.extra, "strength": strength * metadata.extra.get("strength", 1.0)}
+        metadata = metadata.model_copy(update={"extra": extra})
+    return Source(folder, metadata, base, device, dtype, strength)
 
 
 def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:

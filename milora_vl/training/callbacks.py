@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ class MetricsWriter(TrainerCallback):
 
     NAMES = {"loss": "loss_nats_per_token", "eval_loss": "validation_loss_nats_per_token"}  # noqa: RUF012
 
-    def __init__(self, path: Path, stage: str) -> None:
-        """Write to ``path``; ``stage`` goes into every line."""
-        self.path, self.stage = path, stage
+    def __init__(
+        self, path: Path, stage: str, details: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
+        """Write to ``path``; ``stage`` and what ``details`` measures go into every line."""
+        self.path, self.stage, self.details = path, stage, details
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,6 +75,8 @@ class MetricsWriter(TrainerCallback):
             for name, value in logs.items():
                 is_number = isinstance(value, float) and not math.isfinite(value)
                 entry[self.NAMES.get(name, name)] = None if is_number else value
+            if self.details and ("loss" in logs or "train_runtime" in logs):
+                entry |= self.details()
             if "train_runtime" in logs:  # the last line of a training
                 entry |= peak_memory()
             self.write(entry)

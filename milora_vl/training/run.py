@@ -3,7 +3,7 @@
 import gc
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from milora_vl.adapter.attach import attach_milora
@@ -22,6 +22,7 @@ from milora_vl.adapter.checkpoint import load_adapter, save_adapter
 from milora_vl.adapter.portable import WEIGHTS_FILE, check_files, read_milora_file, read_tensors_
 from milora_vl.adapter.state import recall
 from milora_vl.adapter.tuned import describe_inputs
+from milora_vl.adapter.update_size import UpdateMeter
 from milora_vl.config import ConfigError, MiloraConfig, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.records import DataError
@@ -37,6 +38,7 @@ from milora_vl.training.callbacks import (
     SkippedSteps,
     WholeParameters,
 )
+from milora_vl.training.decay import DecayToStart, check_decay
 from milora_vl.training.inputs import build_collate
 from milora_vl.training.resume import (
     FACTS_FILE,
@@ -68,6 +70,8 @@ def train(  # noqa: PLR0913  settings by keyword
     checkpoint: Path | None = None,
     measure: Callable[[int], Mapping[str, float]] | None = None,
     measure_every: int | None = None,
+    details: Callable[[], Mapping[str, Any]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train what requires a gradient, from its present values on.
 
@@ -85,6 +89,8 @@ def train(  # noqa: PLR0913  settings by keyword
         checkpoint: The one the model's weights are from; optimizer and step are restored from it.
         measure: Scores at a step, name -> score; written to the metrics as ``eval_`` and name.
         measure_every: Steps between two calls of ``measure``.
+        details: Measured by the main process at every logged loss, for the metrics file.
+        callbacks: More of them.
 
     Raises:
         StoppedError: After SIGTERM, when a checkpoint of the last step is written.
@@ -99,7 +105,7 @@ def train(  # noqa: PLR0913  settings by keyword
         )
     if checkpoint:
         logger.info("%s: going on from %s", stage, checkpoint)
-    metrics = MetricsWriter(metrics_file, stage)
+    metrics = MetricsWriter(metrics_file, stage, details)
     best = BestStep(getattr(arguments, "early_stopping_patience", None))
 
     def run_once() -> VlmTrainer:
@@ -114,7 +120,7 @@ def train(  # noqa: PLR0913  settings by keyword
             projector_learning_rate=projector.learning_rate,
             measure=measure,
             measure_every=measure_every,
-            callbacks=[metrics, best, AlreadyDone(best)],
+            callbacks=[metrics, best, AlreadyDone(best), *callbacks],
         )
         trainer.add_callback(CheckpointKeeper(limit))
         trainer.add_callback(SkippedSteps(trainer.watch))
@@ -241,6 +247,8 @@ def finetune(  # noqa: PLR0913  settings by keyword
         logger.info("the adapter is trained: %s", final)
         trained = load_adapter(vlm.model, final, weights=vlm.float_weights, together=True)
         return vlm.with_model(trained.eval())
+    if adapter.decay_to_start:
+        check_decay(arguments)
     check_some_steps(len(dataset), arguments)  # before minutes of decompositions
     regardless = getattr(arguments, "resume_regardless", False)
     checkpoint = choose_checkpoint(
@@ -269,7 +277,8 @@ def finetune(  # noqa: PLR0913  settings by keyword
     if arguments.weight_decay and recall(peft_model).has_anchor:
         logger.warning(
             "training.weight_decay: %g pulls the factors to zero, and with them the part of the "
-            "pretrained weights that they started from; the published method has 0",
+            "pretrained weights that they started from; the published method has 0, and "
+            "adapter.decay_to_start lets them decay to their start",
             arguments.weight_decay,
         )
     pads = None if dataset.transform is None else dataset.transform.background is not None
@@ -294,6 +303,8 @@ def finetune(  # noqa: PLR0913  settings by keyword
         checkpoint=checkpoint,
         measure=measure and partial(measure, peft_model),
         measure_every=measure_every,
+        details=UpdateMeter(peft_model).measure if is_main_process() else None,
+        callbacks=[DecayToStart(adapter.decay_to_start)] if adapter.decay_to_start else (),
     )
     if is_main_process():  # all processes hold the same weights
         save(final)
