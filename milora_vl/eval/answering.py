@@ -46,7 +46,7 @@ class Question:
 
     Attributes:
         digest: Identifies image, prompt and length of the answer.
-        key: Hash of the image, or None.
+        key: Hash of the image or images, or None.
         requests: All that ask it.
     """
 
@@ -143,14 +143,15 @@ def _distinct(
     asking: dict[str, tuple[str | None, list[Request]]] = {}
     failed = {}
     for request in requests:
-        key = None
-        if (image := request.image) is not None:
-            same = image.same_as()  # rows that share a file or a text share its hash
-            try:
-                key = keys[same] if same in keys else keys.setdefault(same, image.key())
-            except (ValueError, OSError) as error:
-                failed[request.id] = Answer(None, error=str(error))
-                continue
+        found = []
+        try:
+            for image in request.images:
+                same = image.same_as()  # rows that share a file or a text share its hash
+                found.append(keys[same] if same in keys else keys.setdefault(same, image.key()))
+        except (ValueError, OSError) as error:
+            failed[request.id] = Answer(None, error=str(error))
+            continue
+        key = "+".join(found) or None
         facts = json.dumps([key, request.prompt, max_new_tokens])
         digest = hashlib.sha256(facts.encode()).hexdigest()
         asking.setdefault(digest, (key, []))[1].append(request)

@@ -122,7 +122,7 @@ def run_bench(
 
 
 def _requests(items: Sequence[Item]) -> list[Request]:
-    return [Request(item.id, item.prompt, item.image) for item in items]
+    return [Request(item.id, item.prompt, item.image, item.more_images) for item in items]
 
 
 def _how_it_went(

@@ -187,10 +187,10 @@ class PlainAnswerer:
 
     def _prompt(self, request: Request) -> dict[str, Any]:
         images = []
-        if request.image is not None:
+        for source in request.images:
             try:
-                images = [load_image(io.BytesIO(request.image.read()))]
+                images.append(load_image(io.BytesIO(source.read())))
             except ValueError as error:
-                raise ValueError(f"{request.image.where}: {error}") from error
+                raise ValueError(f"{source.where}: {error}") from error
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
         return build_prompt(self.vlm, question, images)

@@ -112,8 +112,8 @@ class SharedAnswerer:
             for request in requests:
                 ids = torch.tensor([self.encode(request)], device=self.model.device)
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                if request.image is not None:
-                    pixels = self._read_pixels(request.image)[None]
+                if request.images:
+                    pixels = torch.stack([self._read_pixels(one) for one in request.images])
                     inputs["pixel_values"] = pixels.to(self.model.device, self.model.dtype)
                 output = self.vlm.model.generate(**inputs, generation_config=config)
                 answers[request.id] = read_answer(self, output[0, ids.shape[1] :].tolist())
@@ -122,11 +122,8 @@ class SharedAnswerer:
     def encode(self, request: Request) -> list[int]:
         """Return the prompt's token ids, made exactly as for training."""
         text = request.prompt.replace(IMAGE_TOKEN, "").strip()
-        counts = []
-        if request.image is not None:
-            text = f"{IMAGE_TOKEN}\n{text}"
-            counts = [self.n_image_tokens]
-        turns = [Turn("user", text)]
+        counts = [self.n_image_tokens] * len(request.images)
+        turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(counts) + text)]
         return encode(
             turns, self.style, self.tokenizer, counts, add_generation_prompt=True
         ).input_ids
@@ -159,7 +156,7 @@ class SharedAnswerer:
         """Return the new tokens of each answer, its end token included."""
         ids = [self._ids[one.digest] for one in batch]
         planned = self._plan(ids, batch)
-        features = self._encode_images({one.key: one.requests[0].image for one in batch})
+        features = self._encode_images({one.key: one.requests[0].images for one in batch})
         tokens = generate_over_trees(
             self.model,
             [build_tree(ids, rows, share=self.share_prefix) for rows in planned],
@@ -209,21 +206,25 @@ class SharedAnswerer:
         )
 
     def _encode_images(
-        self, sources: dict[str | None, ImageSource | None]
+        self, sources: dict[str | None, tuple[ImageSource, ...]]
     ) -> dict[str | None, Tensor | None]:
-        """Return features [P, D] by key; None for the key None."""
+        """Return the features of all images of a key, in order [n P, D]; None for the key None."""
+        # a key of several images is that of each, joined
+        parts = {key: key.split("+") for key in sources if key is not None}
         new = {
-            key: self._read_pixels(source)
-            for key, source in sources.items()
-            if key is not None and source is not None and key not in self._features
+            part: self._read_pixels(source)
+            for key, names in parts.items()
+            for part, source in zip(names, sources[key], strict=True)
+            if part not in self._features
         }
         if new:
             self._features |= encode_images(self.model, new)
         result: dict[str | None, Tensor | None] = {None: None}
-        for key in sources:
-            if key is not None:
-                self._features.move_to_end(key)
-                result[key] = self._features[key]
+        for key, names in parts.items():
+            for part in names:
+                self._features.move_to_end(part)
+            found = [self._features[part] for part in names]
+            result[key] = found[0] if len(found) == 1 else torch.cat(found)
         while sum(one.nbytes for one in self._features.values()) > _FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)
         return result

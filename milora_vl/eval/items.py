@@ -94,6 +94,7 @@ class Item:
         question: The bare question, for reports.
         details: Further columns of the official file that the scoring needs.
         choices: Answers that are expected as a single token, such as "A" or "Yes".
+        more_images: Further images, in order after ``image``.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Item:
     question: str = ""
     details: dict[str, Any] = field(default_factory=dict, hash=False)
     choices: tuple[str, ...] = ()
+    more_images: tuple[ImageSource, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,18 @@ class Request:
         id: Unique within one call.
         prompt: What the user says, without the image marker.
         image: The image, or None.
+        more_images: Further images, in order after ``image``.
     """
 
     id: str
     prompt: str
     image: ImageSource | None = None
+    more_images: tuple[ImageSource, ...] = ()
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """All images, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 @dataclass(frozen=True)

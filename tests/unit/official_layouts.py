@@ -132,6 +132,7 @@ def mmmu(folder):
         {
             **{"id": "validation_Math_2", "question": "How many?", **shared, "options": "[]"},
             **{"question_type": "open", "answer": "['3', 'three']"},
+            "image_2": {"bytes": picture_bytes(12), "path": None},
         },
     ]
     path = folder / "mmmu/Mixed/validation-00000-of-00001.parquet"

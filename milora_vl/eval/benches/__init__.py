@@ -55,6 +55,7 @@ BENCHES: dict[str, Bench] = {
         seed, load=seed.load_images, summarize=seed.summarize_images, METRIC=seed.METRIC_IMAGE
     ),
     "mmmu": mmmu,
+    "mmmu-first": variant(mmmu, load=mmmu.load_first),
     "mmvet": mmvet,
     "llava-w": llava_w,
     "custom": custom,

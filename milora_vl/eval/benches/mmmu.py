@@ -1,13 +1,15 @@
 """MMMU: college questions of 30 subjects, lettered or open.
 
 Official layout: parquet files with ``validation`` (or ``test``) in their names, one folder a
-subject or all in one. Only the first image of a question is shown, as its authors did for
-LLaVA; marks such as "<image 1>" stay in the text. Options are written "A. text" as in LLaVA's other
-prompts, where the authors' own has "(A) text".
+subject or all in one. ``mmmu`` shows all images of a question, in order before its text, where
+marks such as "<image 1>" stay. ``mmmu-first`` shows the first alone, as its authors did for LLaVA.
+Options are written "A. text" as in LLaVA's other prompts, where the authors' own has "(A) text".
 """
 
 import ast
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from milora_vl.eval.bench_files import (
 )
 from milora_vl.eval.items import Item, Row, take_sample
 
-VERSION = 1
+VERSION = 2
 METRIC = "accuracy"
 MAX_NEW_TOKENS = 32
 MIRRORS = (Mirror("MMMU", None, "validation"),)
@@ -38,6 +40,11 @@ _NOT_PUBLISHED = "?"
 
 headline_sums = scoring.mean_sums
 headline = statistics.ratio
+
+
+def load_first(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the questions, each with its first image alone."""
+    return [replace(item, more_images=()) for item in load(data_dir, limit=limit)]
 
 
 def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
@@ -53,10 +60,11 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     else:
         table, label = _open_files(data_dir)
     items = []
+    has = _find_images(table)
     for place, values in enumerate(rows_without(table, *_IMAGES)):
         row = Record(values, f"{label} row {place} ({values.get('id')})")
         row.reject_other_images((), has_image=True)
-        items.append(_item(row, table, place))
+        items.append(_item(row, table, place, [name for name in _IMAGES if has[name][place]]))
     reject_duplicates((item.id for item in items), label)
     return take_sample(items, limit)
 
@@ -82,7 +90,27 @@ def _open_files(data_dir: Path) -> tuple[Any, str]:
     return table, label
 
 
-def _item(row: Record, table: Any, place: int) -> Item:
+def _find_images(table: Any) -> dict[str, list[bool]]:
+    """Return, for each image column, which rows hold an image; no image is read.
+
+    The first is taken to be there: a row without it is an error when it is asked.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    has = {}
+    for name in _IMAGES:
+        column = table.data.column(name) if name in table.column_names else None
+        if column is None or not pa.types.is_struct(column.type):  # null if no row has an image
+            has[name] = [False] * len(table)
+            continue
+        parts = [pc.is_valid(pc.struct_field(column, part)) for part in ("bytes", "path")]
+        has[name] = pc.and_(pc.is_valid(column), pc.or_(*parts)).to_pylist()
+    has[_IMAGES[0]] = [True] * len(table)
+    return has
+
+
+def _item(row: Record, table: Any, place: int, names: Sequence[str]) -> Item:
     question = row.text("question")
     options = _read_list(row, "options") if row.has("options") else ()
     kind = row.text("question_type")
@@ -94,9 +122,10 @@ def _item(row: Record, table: Any, place: int) -> Item:
     lines.append(scoring.LETTER_ANSWER if is_lettered else scoring.SHORT_ANSWER)
     key = row.text("id")
     answers = _read_answers(row)
+    image, *more = (table_image(table, place, row.where, itemgetter(name)) for name in names)
     return Item(
         id=key,
-        image=table_image(table, place, row.where, lambda full: full["image_1"]),
+        image=image,
         prompt="\n".join(lines),
         answers=tuple(gold_letter(one, options, row) for one in answers) if options else answers,
         group=key,
@@ -105,6 +134,7 @@ def _item(row: Record, table: Any, place: int) -> Item:
         question=question,
         details={"question_type": "lettered" if is_lettered else "open"},
         choices=tuple(scoring.LETTERS[: len(options)]),
+        more_images=tuple(more),
     )
 
 

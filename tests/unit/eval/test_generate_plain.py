@@ -53,6 +53,21 @@ def test_every_question_is_answered_when_memory_runs_out_on_the_way(vlm, calls):
     assert max(calls) == 2
 
 
+def test_all_images_of_a_question_are_shown_in_their_order(vlm):
+    orders = {"ab": (0, 1), "ba": (1, 0), "aab": (0, 0, 1), "a": (0,)}
+    requests = [
+        Request(name, "Why?", picture(first), tuple(picture(one) for one in rest))
+        for name, (first, *rest) in orders.items()
+    ]
+    answerer = build_answerer(vlm)
+    image = vlm.model.config.image_token_id
+    counts = {one.id: answerer.encode(one).count(image) for one in requests}
+    assert counts == {name: counts["a"] * len(order) for name, order in orders.items()}
+    answers = answerer.answer(requests, max_new_tokens=6, progress=False)
+    assert answers == answerer.answer_one_by_one(requests, max_new_tokens=6)
+    assert len({answers[name].text for name in orders}) == len(orders)
+
+
 def test_the_same_question_about_the_same_picture_is_asked_once(vlm, calls):
     twice = [*questions(3), *(Request(f"{one.id}b", one.prompt, one.image) for one in questions(3))]
     answers = build_answerer(vlm).answer(twice, **OPTIONS)

@@ -67,6 +67,24 @@ def test_batched_answers_equal_plain_generation_one_by_one(kind, style, tower):
     assert len({answer.n_tokens for answer in single.values()}) > 2, "all end at the same step"
 
 
+def test_questions_about_several_images_are_answered_as_by_plain_generation():
+    vlm = build_vlm()
+    requests = [
+        Request("one", "Which?", picture(1)),
+        Request("two", "Which?", picture(1), (picture(2),)),
+        Request("turned", "Which?", picture(2), (picture(1),)),
+        Request("three", "Which?", picture(1), (picture(2), picture(3))),
+        Request("longer", "Which one is it?", picture(1), (picture(2), picture(3))),
+        Request("again", "Which?", picture(1), (picture(2),)),
+    ]
+    single = SharedAnswerer(vlm).answer_one_by_one(requests, max_new_tokens=7)
+    assert SharedAnswerer(vlm).answer(requests, max_new_tokens=7, progress=False) == single
+    assert len(set(texts(single).values())) > 3, "the images make no difference"
+    assert SharedAnswerer(vlm).encode(requests[3]).count(vlm.model.config.image_token_id) == (
+        3 * SharedAnswerer(vlm).n_image_tokens
+    )
+
+
 @pytest.mark.parametrize("family", ["llava", "bakllava", "vipllava"])
 def test_every_family_that_is_asked_over_trees_equals_plain_generation(family, tmp_path):
     vlm = load_vlm(build_checkpoint(family, tmp_path / "model"), dtype=torch.float32)

@@ -212,7 +212,7 @@ def test_mme_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatc
 
 
 def test_mmmu_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatch):
-    row = {"image_1": encoded(8), "image_2": encoded(3), "explanation": "", "subfield": "s"}
+    row = {"image_1": encoded(8), "image_2": None, "explanation": "", "subfield": "s"}
     rows = [
         {
             **{"id": "validation_Art_Theory_1", "question": "Which <image 1>?", **row},
@@ -222,6 +222,7 @@ def test_mmmu_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypat
         {
             **{"id": "validation_Math_2", "question": "How many?", **row, "options": "[]"},
             **{"question_type": "open", "answer": "['3', 'three']"},
+            "image_2": encoded(12),
         },
     ]
     mirror = save_mirror(tmp_path / "m", rows, "image_1", "image_2")
@@ -229,6 +230,10 @@ def test_mmmu_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypat
     mirrored, official = mmmu.load(None), mmmu.load(data)
     assert facts(mirrored) == facts(official)
     assert mirrored[0].image.read() == official[0].image.read()
+    for items in (mirrored, official):
+        assert [len(item.more_images) for item in items] == [0, 1]
+        assert items[1].more_images[0].read() == picture_bytes(12)
+    assert all(item.more_images == () for item in BENCHES["mmmu-first"].load(data))
 
 
 def test_mmvet_mirror_gives_the_same_items_as_the_files(data, tmp_path, monkeypatch):
