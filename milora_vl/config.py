@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -117,6 +117,12 @@ class MiloraConfig(Section):
     Attributes:
         r: Adapter rank, at most the smaller side of every adapted weight.
         lora_alpha: The scaling is lora_alpha / r; None means r, as in the paper.
+        rank_pattern: Name ending or regular expression for it -> r of those layers, as in PEFT.
+        alpha_pattern: The same for lora_alpha.
+        fused: A layer that holds several projections by rows (``qkv_proj``, ``gate_up_proj``,
+            ``in_proj_qkv``): "blocks" starts each projection in its own slice, with r directions
+            each; "whole" starts in the slice of the whole matrix. See
+            ``milora_vl.adapter.fused``.
         init: Method that gives the first values: "milora"; "pissa", "slice:middle" and
             "slice:random" (other parts of the spectrum); PEFT's "lora", "rslora", "dora", "olora"
             and "mica"; "null_space" (see ``milora_vl.adapter.baselines``).
@@ -146,6 +152,9 @@ class MiloraConfig(Section):
 
     r: int = Field(default=128, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    fused: Literal["blocks", "whole"] = "blocks"
     init: Init = "milora"
     slice: Slice = "minor"
     residual: Residual = "auto"
@@ -194,6 +203,11 @@ class MiloraConfig(Section):
     def spectrum(self) -> Slice | None:
         """The slice the adapter starts from; None for methods that start from no slice."""
         return self.slice if self.init == "milora" else INIT_SLICES.get(self.init)
+
+    @property
+    def fused_rows(self) -> Literal["blocks", "whole"]:
+        """``fused`` where the method takes a slice of the spectrum; the others take no blocks."""
+        return self.fused if self.spectrum else "whole"
 
     @property
     def scaling(self) -> float:

@@ -28,7 +28,7 @@ from transformers import (
 from milora_vl.adapter.baselines import MOMENT_BYTES
 from milora_vl.adapter.minor_svd import multiply, pack, uses_krylov
 from milora_vl.adapter.state import PLAIN_INITS
-from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets
+from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets, match_pattern
 from milora_vl.config import (
     Config,
     DataSection,
@@ -478,7 +478,10 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
     model, adapter = empty_model(config.model), config.adapter
     training = arguments_for(config.training, machine.count if machine else 1)
     targets = find_targets(
-        model, adapter.target_modules, allow_outside=adapter.allow_outside_language_model
+        model,
+        adapter.target_modules,
+        allow_outside=adapter.allow_outside_language_model,
+        fused=adapter.fused_rows,
     )
     groups = _groups(model, targets, adapter)
     shapes = [group.shape for group in groups]
@@ -634,22 +637,25 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
 
 
 def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[Group, ...]:
-    counted: Counter[tuple[str, str, int, int]] = Counter()
+    counted: Counter[tuple[str, str, int, int, int]] = Counter()
+    ranks = match_pattern("rank_pattern", adapter.rank_pattern, targets.modules)
     for name in targets.modules:
         layer, parts = model.get_submodule(name), name.split(".")
-        if adapter.r > min(layer.in_features, layer.out_features):
+        rows, r = targets.rows.get(name), ranks.get(name, adapter.r)
+        narrowest = rows.groups * min(rows.sizes) if rows else layer.out_features
+        if r > min(layer.in_features, narrowest):
             raise ValueError(
-                f"{name}: r={adapter.r} is out of range for shape "
-                f"({layer.out_features}, {layer.in_features}); use 1 to "
-                f"{min(layer.in_features, layer.out_features)}"
+                f"{name}: r={r} is out of range for shape ({narrowest}, {layer.in_features}); use "
+                f"1 to {min(layer.in_features, narrowest)}"
             )
+        rank = r * (rows.count if rows else 1)
         is_tower = any(part in TOWER_NAMES for part in parts)
         part = "output head" if parts[-1] == "lm_head" else "language model"
         key = ("vision tower" if is_tower else part, parts[-1])
-        counted[(*key, layer.out_features, layer.in_features)] += 1
+        counted[(*key, layer.out_features, layer.in_features, rank)] += 1
     groups = []
-    for (part, kind, d_out, d_in), count in counted.items():
-        each = adapter.r * (d_in if adapter.init == "mica" else d_out + d_in)
+    for (part, kind, d_out, d_in, rank), count in counted.items():
+        each = rank * (d_in if adapter.init == "mica" else d_out + d_in)
         each += d_out if adapter.init == "dora" else 0
         groups.append(Group(part, kind, LayerShape(d_out, d_in, count), count * each))
     return tuple(groups)

@@ -17,6 +17,7 @@ holds one plain LoRA of rank 2r for the original W: lora_A = [A; A0], lora_B = [
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -43,7 +44,13 @@ from milora_vl.adapter.state import (
     subtract_anchor_,
     unload_,
 )
-from milora_vl.adapter.targets import Targets, check_layers, find_targets, resolve_residual
+from milora_vl.adapter.targets import (
+    Targets,
+    check_layers,
+    find_targets,
+    match_pattern,
+    resolve_residual,
+)
 from milora_vl.config import MiloraConfig
 from milora_vl.model.shards import ShardedWeights
 from milora_vl.runtime import full_precision
@@ -89,9 +96,13 @@ def attach_milora(
     if isinstance(model, PeftModel):
         raise ValueError("the model already carries a PEFT adapter; merge or unload it first")
     targets = find_targets(
-        model, config.target_modules, allow_outside=config.allow_outside_language_model
+        model,
+        config.target_modules,
+        allow_outside=config.allow_outside_language_model,
+        fused=config.fused_rows,
     )
-    check_layers(model, targets.modules, config.r)
+    ranks = match_pattern("rank_pattern", config.rank_pattern, targets.modules)
+    check_layers(model, targets.modules, config.r, ranks, targets.rows)
     plain = config.init in PLAIN_INITS
     wanted = "anchor" if plain else config.residual
     residual = resolve_residual(model, targets.modules, wanted, weights is not None)
@@ -112,6 +123,9 @@ def attach_milora(
         fingerprint={},
         init=config.init,
         quantization_correction=_correction(config, residual, weights),
+        rank_pattern=ranks,
+        alpha_pattern=match_pattern("alpha_pattern", config.alpha_pattern, targets.modules),
+        blocks={name: (rows.groups, *rows.sizes) for name, rows in targets.rows.items()},
     )
     peft_model = add_adapters(model, state)
     try:
@@ -197,9 +211,18 @@ def _init_factors(
     recipe = Recipe(
         state.r, state.slice, state.svd, state.scaling, subtracted=state.residual == "subtract"
     )
+    own = {
+        name: replace(
+            recipe,
+            r=state.rank_pattern.get(name, state.r),
+            scaling=state.scaling_of(name),
+            rows=state.rows_of(name),
+        )
+        for name in state.modules
+    }
     certificates, digests, peak_bytes = {}, {}, 0
     process = psutil.Process()
-    for done in decompose_layers(layers, recipe, cache, progress=progress, read=read):
+    for done in decompose_layers(layers, recipe, cache, progress=progress, read=read, own=own):
         write_start_(peft_model, done.name, state, *done.factors)
         digests[done.name] = done.digests
         certificates[done.name] = done.certificate

@@ -204,13 +204,14 @@ def init_baseline(
         # [d_out, d_in] float32
         weight = read(name).float() if read is not None else dense_weight(base_layer)
         with naming(name):
-            check_weight(weight, state.r)
+            check_weight(weight, state.rank_of(name))
         energy = None
         if moment is not None:
-            (U, S, Vh), energy = null_space_triplets(weight, moment, state.r)
-            write_start_(peft_model, name, state, *lora_factors(U, S, Vh, scaling=state.scaling))
+            (U, S, Vh), energy = null_space_triplets(weight, moment, state.rank_of(name))
+            both = lora_factors(U, S, Vh, scaling=state.scaling_of(name))
+            write_start_(peft_model, name, state, *both)
         elif state.init in PEFT_FACTORS:
-            write_start_(peft_model, name, state, *peft_factors(weight, state))
+            write_start_(peft_model, name, state, *peft_factors(weight, state, name))
         digests[name] = weight_digests(weight if read is not None else stored_values(base_layer))
         layer = _certify(peft_model, name, state, weight)
         layers.append(replace(layer, input_energy_ratio=energy))
@@ -218,12 +219,13 @@ def init_baseline(
     return layers, digests, peak_bytes
 
 
-def peft_factors(weight: Tensor, state: MiloraState) -> tuple[Tensor, Tensor]:
+def peft_factors(weight: Tensor, state: MiloraState, name: str) -> tuple[Tensor, Tensor]:
     """Let PEFT initialize a layer that holds a copy of ``weight``, and return its factors.
 
     Args:
         weight: [d_out, d_in], float32; not modified.
         state: Names the method, r and lora_alpha.
+        name: Full name of the layer.
 
     Returns:
         lora_A [r, d_in] and lora_B [d_out, r], float32.
@@ -231,8 +233,8 @@ def peft_factors(weight: Tensor, state: MiloraState) -> tuple[Tensor, Tensor]:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
     layer.weight.data.copy_(weight)
     config = LoraConfig(
-        r=state.r,
-        lora_alpha=state.lora_alpha,
+        r=state.rank_of(name),
+        lora_alpha=state.alpha_pattern.get(name, state.lora_alpha),
         target_modules=["layer"],
         init_lora_weights=state.init,
     )
@@ -274,17 +276,21 @@ def _certify(
     """Measure one layer; the singular values are those of scaling * B A, not of the weight."""
     base_weight = lora_layer(peft_model, name).get_base_layer().weight
     lora_A, lora_B = (factor.detach() for factor in factors(peft_model, name, MILORA))
-    no_triplets = torch.zeros_like(lora_B), lora_A.new_zeros(state.r), torch.zeros_like(lora_A)
+    no_triplets = (
+        torch.zeros_like(lora_B),
+        lora_A.new_zeros(lora_A.shape[0]),
+        torch.zeros_like(lora_A),
+    )
     layer = certify_layer(
         name,
         weight,
         no_triplets,
-        (state.scaling * lora_B, lora_A),
+        (state.scaling_of(name) * lora_B, lora_A),
         stored_dtype=None if is_quantized(base_weight) else base_weight.dtype,
         subtracted=state.residual == "subtract",
     )
     core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
-    S = state.scaling * torch.linalg.svdvals(core)
+    S = state.scaling_of(name) * torch.linalg.svdvals(core)
     dead = (lora_A == 0).all(dim=1) & (lora_B == 0).all(dim=0)
     return replace(
         layer,

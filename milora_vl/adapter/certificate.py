@@ -177,6 +177,7 @@ def certify_layer(
     *,
     stored_dtype: torch.dtype | None,
     subtracted: bool,
+    support: Tensor | None = None,
 ) -> LayerCertificate:
     """Measure what initializing one layer does.
 
@@ -187,10 +188,13 @@ def certify_layer(
         start: scaling * lora_B0 [d_out, r] and lora_A0 [r, d_in], float32.
         stored_dtype: dtype in which W_p is (or would be) kept; None for quantized weights.
         subtracted: Whether W_p replaces the weight (else the weight stays).
+        support: Where U may differ from 0, [d_out, r] of 0 and 1, if each column belongs to some
+            of the rows alone.
     """
     U, S, Vh = triplets
     norm, minor_norm = float(weight.norm()), product_norm(*start)
-    right = float((weight @ Vh.T - U * S).norm())
+    seen = weight @ Vh.T  # [d_out, r]
+    right = float(((seen if support is None else seen * support) - U * S).norm())
     left = float((weight.T @ U - Vh.T * S).norm())
     rounding = error = None
     if stored_dtype is not None:

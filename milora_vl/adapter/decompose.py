@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from milora_vl.adapter.certificate import LayerCertificate, certify_layer
 from milora_vl.adapter.factor_cache import FactorCache, FactorEntry, FactorKey
 from milora_vl.adapter.fingerprint import digest_of, is_wide, weight_digests
+from milora_vl.adapter.fused import Rows
 from milora_vl.adapter.minor_svd import minor_svd
 from milora_vl.adapter.quantized import dense_weight, is_quantized, stored_values
 from milora_vl.runtime import give_back_memory, one_ahead, threads_of_one_core
@@ -28,14 +29,15 @@ from milora_vl.runtime import give_back_memory, one_ahead, threads_of_one_core
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every layer is decomposed and certified.
+    """How a layer is decomposed and certified.
 
     Attributes:
-        r: Rank.
+        r: Rank, of each block of rows if there are several.
         slice: Part of the spectrum.
         svd: Method, see ``minor_svd``.
         scaling: lora_alpha / r.
         subtracted: Whether W_p will replace the weights.
+        rows: Of a fused layer whose projections are decomposed one by one.
     """
 
     r: int
@@ -43,6 +45,16 @@ class Recipe:
     svd: str
     scaling: float
     subtracted: bool
+    rows: Rows | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the layer's factors."""
+        return self.r * (self.rows.count if self.rows else 1)
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """Return the matrices that are decomposed one by one."""
+        return self.rows.split(weight) if self.rows else [weight]
 
 
 @dataclass
@@ -54,18 +66,18 @@ class Prepared:
         weight: [d_out, d_in] float; None once it is decomposed.
         stored_dtype: In which the layer holds it; None if quantized.
         from_codes: Whether it was dequantized from what the layer holds.
-        key: Of the factor cache.
+        keys: Of the factor cache, one a block.
         digests: See ``fingerprint.py``.
-        entry: What the cache holds.
+        entries: What the cache holds, one a block.
     """
 
     name: str
     weight: Tensor | None
     stored_dtype: torch.dtype | None
     from_codes: bool
-    key: FactorKey
+    keys: list[FactorKey]
     digests: dict[str, str]
-    entry: FactorEntry | None
+    entries: list[FactorEntry | None]
 
 
 @dataclass(frozen=True)
@@ -98,10 +110,9 @@ def prepare_layer(
     weight = dense_weight(layer) if quantized else None  # [d_out, d_in] float32
     values = read(name) if read is not None else stored_values(layer)
     exact = digest_of(weight if quantized else values)
-    shape = tuple((weight if quantized else values).shape)
-    key = FactorKey(exact, (shape[0], shape[1]), recipe.slice, recipe.svd)
-    entry = cache.get(key, recipe.r) if cache is not None else None
-    digests = entry.digests if entry is not None and not quantized else None
+    keys = _keys(exact, weight if quantized else values, recipe)
+    entries = [cache.get(key, recipe.r) if cache is not None else None for key in keys]
+    digests = entries[0].digests if entries[0] is not None and not quantized else None
     # of wide values an entry may lack the rounded forms
     if not digests or (len(digests) == 1 and is_wide(values)):
         digests = weight_digests(values, exact=None if quantized else exact)
@@ -110,10 +121,19 @@ def prepare_layer(
         weight=values if weight is None else weight,
         stored_dtype=None if is_quantized(layer.weight) else layer.weight.dtype,
         from_codes=quantized,
-        key=key,
+        keys=keys,
         digests=digests,
-        entry=entry,
+        entries=entries,
     )
+
+
+def _keys(digest: str, weight: Tensor, recipe: Recipe) -> list[FactorKey]:
+    """Return the cache key of each block: a block is found by the whole weight and its rows."""
+    keys = []
+    for index, block in enumerate(recipe.split(weight)):
+        part = f"{digest} block {index} of {recipe.rows}" if recipe.rows else digest
+        keys.append(FactorKey(part, (block.shape[0], block.shape[1]), recipe.slice, recipe.svd))
+    return keys
 
 
 def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | None) -> Decomposition:
@@ -123,14 +143,18 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
         ValueError: If the weight is not finite or too small for the rank.
     """
     weight, prepared.weight = prepared.weight.to(torch.float32), None  # held once from here on
-    digests = prepared.digests
-    if prepared.entry is not None:
-        U, S, Vh = (x.to(weight.device) for x in prepared.entry.triplets)
-    else:
-        U, S, Vh = minor_svd(weight, recipe.r, method=recipe.svd, slice=recipe.slice)
+    digests, parts = prepared.digests, []
+    blocks = zip(recipe.split(weight), prepared.keys, prepared.entries, strict=True)
+    for block, key, entry in blocks:
+        if entry is not None:
+            parts.append(tuple(x.to(weight.device) for x in entry.triplets))
+            continue
+        parts.append(minor_svd(block, recipe.r, method=recipe.svd, slice=recipe.slice))
         if cache is not None:  # digests of packed codes belong to the layer, not to these values
-            cache.put(prepared.key, (U, S, Vh), None if prepared.from_codes else digests)
+            cache.put(key, parts[-1], None if prepared.from_codes else digests)
+    U, S, Vh = _stack(parts, recipe.rows)
     lora_A, lora_B = lora_factors(U, S, Vh, scaling=recipe.scaling)
+    ones = [torch.ones_like(part[0]) for part in parts]
     certificate = certify_layer(
         prepared.name,
         weight,
@@ -138,8 +162,19 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
         (recipe.scaling * lora_B, lora_A),
         stored_dtype=prepared.stored_dtype,
         subtracted=recipe.subtracted,
+        support=recipe.rows.place(ones) if recipe.rows else None,
     )
     return Decomposition(prepared.name, (lora_A, lora_B), digests, certificate)
+
+
+def _stack(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]], rows: Rows | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U [d_out, n r], S [n r] and Vh [n r, d_in] of n blocks, each in its own rows."""
+    if rows is None:
+        return parts[0]
+    U, S, Vh = zip(*parts, strict=True)
+    return rows.place(U), torch.cat(S), torch.cat(Vh)
 
 
 def lora_factors(U: Tensor, S: Tensor, Vh: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
@@ -170,6 +205,7 @@ def decompose_layers(
     *,
     progress: bool = True,
     read: Callable[[str], Tensor] | None = None,
+    own: Mapping[str, Recipe] | None = None,
 ) -> Iterator[Decomposition]:
     """Yield the decomposition of every layer, each as soon as it is done.
 
@@ -182,6 +218,7 @@ def decompose_layers(
         cache: Where factors are looked up and kept; None: decompose all.
         progress: Show a progress bar with rate and remaining time.
         read: Full name -> float weight [d_out, d_in], in place of what the layers hold.
+        own: Full name -> recipe, of layers with their own rank or blocks of rows.
 
     Raises:
         ValueError: Naming the layer, if one cannot be decomposed; in every process.
@@ -194,14 +231,15 @@ def decompose_layers(
     }
     shares = share_out(costs, ranks)
     names = shares[own_rank]
+    recipes = {name: (own or {}).get(name, recipe) for name in layers}
 
     def prepare(name: str) -> Prepared:
         with naming(name):
-            return prepare_layer(name, layers[name], recipe, cache, read)
+            return prepare_layer(name, layers[name], recipes[name], cache, read)
 
     def decompose(prepared: Prepared) -> Decomposition:
         with naming(prepared.name):
-            return decompose_layer(prepared, recipe, cache)
+            return decompose_layer(prepared, recipes[prepared.name], cache)
 
     title = f"SVD ({recipe.slice}, r={recipe.r})"
     bar = tqdm(total=len(names), desc=title, disable=not progress or own_rank > 0)
@@ -212,16 +250,16 @@ def decompose_layers(
                 bar.update()
                 yield result
             return
-        own, failure = {}, ""
+        results_here, failure = {}, ""
         try:
             for result in results:
                 bar.update()
-                own[result.name] = result
+                results_here[result.name] = result
         except (
             Exception
         ) as error:  # the other processes must hear of it, or they would wait forever
             failure = str(error) or type(error).__name__
-    yield from _exchange(layers, recipe.r, shares, own, failure)
+    yield from _exchange(layers, recipes, shares, results_here, failure)
 
 
 def share_out(costs: Mapping[str, int], n_shares: int) -> list[list[str]]:
@@ -269,7 +307,7 @@ def _run(
 
 def _exchange(
     layers: Mapping[str, nn.Module],
-    r: int,
+    recipes: Mapping[str, Recipe],
     shares: Sequence[Sequence[str]],
     own: Mapping[str, Decomposition],
     failure: str,
@@ -285,6 +323,7 @@ def _exchange(
     for name, layer in layers.items():
         mine = own.get(name)
         empty = partial(torch.empty, dtype=torch.float32, device=device)
+        r = recipes[name].rank
         lora_A, lora_B = empty(r, layer.in_features), empty(layer.out_features, r)
         text = ""
         if mine is not None:

@@ -78,7 +78,7 @@ def quantize_residual_(
         norm = float(residual.norm())
         lora_A, negative_lora_B = factors(peft_model, name, anchor_of(adapter_name))
         with full_precision(), torch.no_grad():
-            residual.addmm_(negative_lora_B, lora_A, alpha=state.scaling)  # W_p
+            residual.addmm_(negative_lora_B, lora_A, alpha=state.scaling_of(name))  # W_p
             stored = store_nf4_(base_layer, residual)
             lost = left = float(stored.sub_(residual).norm())
             del stored

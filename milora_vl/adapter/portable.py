@@ -79,6 +79,9 @@ class MiloraFile(BaseModel):
     processor: dict[str, str | None] | None = None
     fingerprint: dict[Literal["exact", "bfloat16", "float16"], str]
     quantization_correction: str = "none"
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    blocks: dict[str, tuple[int, ...]] = {}
     weights_sha256: str
     packages: dict[str, str]
     dtype: str | None = None
@@ -213,10 +216,8 @@ def portable_config(state: MiloraState, base: str | None, revision: str | None) 
     rsLoRA is written as plain scaling: alpha / r with alpha = lora_alpha * sqrt(r) is the same
     factor, and readers that do not know ``use_rslora`` (SGLang, llama.cpp) do not get it wrong.
     """
-    rank = state.widening * state.r
     return LoraConfig(
-        r=rank,
-        lora_alpha=whole_number(_plain_alpha(state)),
+        **state.peft_ranks(state.widening, plain=True),
         use_dora=state.init == "dora",
         target_modules=list(state.modules),
         modules_to_save=[state.projector] if state.projector else None,
@@ -226,17 +227,6 @@ def portable_config(state: MiloraState, base: str | None, revision: str | None) 
         revision=revision,
         inference_mode=True,
     )
-
-
-def _plain_alpha(state: MiloraState) -> float:
-    """Return the alpha whose alpha / rank is the scaling, doubled where the rank is."""
-    alpha = state.lora_alpha * (state.r**0.5 if state.init == "rslora" else 1)
-    return state.widening * alpha
-
-
-def whole_number(value: float) -> float:
-    """Return a whole value as an integer: readers in Go refuse 8.0 where they expect 8."""
-    return int(value) if float(value).is_integer() else value
 
 
 def write_peft_config(
@@ -344,7 +334,7 @@ def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
     """
     expected: dict[str, list[int]] = {}
     for name in state.modules:
-        layer, rank = model.get_submodule(name), state.widening * state.r
+        layer, rank = model.get_submodule(name), state.widening * state.rank_of(name)
         expected[f"{PREFIX}{name}.lora_A.weight"] = [rank, layer.in_features]
         expected[f"{PREFIX}{name}.lora_B.weight"] = [layer.out_features, rank]
         if state.init == "dora":
@@ -369,11 +359,12 @@ def read_tensors_(
     peft_model: PeftModel, state: MiloraState, folder: Path, adapter_name: str = MILORA
 ) -> None:
     """Fill the adapters of one name and its projector from the stored tensors."""
-    r, parts = state.r, [adapter_name]
+    parts = [adapter_name]
     if state.has_anchor:
         parts.append(anchor_of(adapter_name))
     with _open(folder) as file:
         for name in state.modules:
+            r = state.rank_of(name)
             both_A = file.get_tensor(f"{PREFIX}{name}.lora_A.weight")  # [2r, d_in]
             both_B = file.get_tensor(f"{PREFIX}{name}.lora_B.weight")  # [d_out, 2r]
             for index, part in enumerate(parts):

@@ -5,10 +5,11 @@ keeps 8 bits, so an optimizer step of a thousandth of its size would be rounded 
 moves the float32 values; the module computes with the same values rounded to its own dtype.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.fused import Rows
 from milora_vl.runtime import full_precision
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -91,7 +93,7 @@ class MiloraState:
     """Metadata of an attached adapter, which its tensors do not show.
 
     Attributes:
-        r: Adapter rank.
+        r: Adapter rank of one projection.
         lora_alpha: LoRA alpha; the scaling is lora_alpha / r.
         slice: Part of the spectrum the adapter started from; "none" if from no slice.
         svd: Requested SVD method.
@@ -103,6 +105,10 @@ class MiloraState:
         fingerprint: Of the original weights of ``modules``, see ``fingerprint.py``.
         init: Method that gave the first values, see ``milora_vl.config.MiloraConfig``.
         quantization_correction: "low_rank" if a 4-bit residual has a frozen correction.
+        rank_pattern: Full name -> r, for layers with another one.
+        alpha_pattern: Full name -> lora_alpha, for layers with another one.
+        blocks: Full name -> (groups, *sizes) of ``Rows``, for fused layers whose projections have
+            r directions each.
     """
 
     r: int
@@ -116,11 +122,60 @@ class MiloraState:
     fingerprint: dict[str, str]
     init: str = "milora"
     quantization_correction: str = "none"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
-        """Factor before B A: lora_alpha / r, for rsLoRA lora_alpha / sqrt(r); dimensionless."""
-        return self.lora_alpha / (self.r**0.5 if self.init == "rslora" else self.r)
+        """Factor before B A of most layers, see ``scaling_of``."""
+        return self._scaling(self.lora_alpha, self.r)
+
+    def scaling_of(self, name: str) -> float:
+        """Factor before B A of one layer: lora_alpha / r, for rsLoRA lora_alpha / sqrt(r)."""
+        alpha = self.alpha_pattern.get(name, self.lora_alpha)
+        return self._scaling(alpha, self.rank_pattern.get(name, self.r))
+
+    def _scaling(self, alpha: float, r: int) -> float:
+        return alpha / (r**0.5 if self.init == "rslora" else r)
+
+    def rows_of(self, name: str) -> Rows | None:
+        """Return how the projections of a fused layer share its rows; None if it is one block."""
+        if name not in self.blocks:
+            return None
+        groups, *sizes = self.blocks[name]
+        return Rows(groups, tuple(sizes))
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the trainable adapter on one layer: r a block."""
+        rows = self.rows_of(name)
+        return self.rank_pattern.get(name, self.r) * (rows.count if rows else 1)
+
+    def peft_ranks(self, widening: int = 1, *, plain: bool = False) -> dict[str, Any]:
+        """Return PEFT's keys for rank and alpha, of all layers and of those that differ.
+
+        The scaling of a layer does not depend on ``widening`` or on its number of blocks, so a
+        reader that takes ``lora_alpha / r`` for all layers scales fused ones rightly too.
+
+        Args:
+            widening: Factor on all ranks: 2 for [A; A0].
+            plain: Write rsLoRA's scaling as alpha / r.
+        """
+        rooted = plain and self.init == "rslora"
+        ranks, alphas = {}, {}
+        for name in self.modules:
+            r = self.rank_pattern.get(name, self.r)
+            times = widening * (self.rank_of(name) // r)
+            alpha = self.alpha_pattern.get(name, self.lora_alpha) * (r**0.5 if rooted else 1)
+            ranks[name], alphas[name] = times * r, whole_number(times * alpha)
+        r = widening * self.r
+        alpha = whole_number(widening * self.lora_alpha * (self.r**0.5 if rooted else 1))
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": _by_ending(ranks, r),
+            "alpha_pattern": _by_ending(alphas, alpha),
+        }
 
     @property
     def has_anchor(self) -> bool:
@@ -131,6 +186,26 @@ class MiloraState:
     def widening(self) -> int:
         """Rank of the plain LoRA that does the same on the original base, over r."""
         return 2 if self.has_anchor else 1
+
+
+def whole_number(value: float) -> float:
+    """Return a whole value as an integer: readers in Go refuse 8.0 where they expect 8."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _by_ending(values: dict[str, float], default: float) -> dict[str, Any]:
+    """Return what differs from the default as patterns of PEFT: by last name where that tells."""
+    endings = defaultdict(set)
+    for name, value in values.items():
+        endings[name.rpartition(".")[2]].add(value)
+    patterns = {}
+    for name, value in values.items():
+        last = name.rpartition(".")[2]
+        if len(endings[last]) == 1 and value != default:
+            patterns[last] = value
+        elif value != default:
+            patterns[name] = value
+    return patterns
 
 
 def anchor_of(adapter_name: str) -> str:
@@ -212,8 +287,7 @@ def add_more_adapters_(peft_model: PeftModel, state: MiloraState, adapter_name: 
 def trainable_config(state: MiloraState) -> LoraConfig:
     """Return PEFT's configuration of the adapter that trains."""
     return LoraConfig(
-        r=state.r,
-        lora_alpha=state.lora_alpha,
+        **state.peft_ranks(),
         target_modules=list(state.modules),
         bias="none",
         init_lora_weights=state.init in ("lora", "rslora", "dora"),
@@ -227,8 +301,7 @@ def trainable_config(state: MiloraState) -> LoraConfig:
 def _complete(peft_model: PeftModel, state: MiloraState, adapter_name: str) -> None:
     if state.has_anchor:
         anchor = LoraConfig(
-            r=state.r,
-            lora_alpha=state.lora_alpha,
+            **state.peft_ranks(),
             target_modules=list(state.modules),
             bias="none",
             init_lora_weights=False,

@@ -2,36 +2,36 @@
 
 A preset such as "all-linear" tells projections by the names that model authors give them, and
 takes known names only. Routers, gates and the index of sparse attention are skipped and reported.
-A layer that fuses several projections or experts, and a model without known projections, is
-refused. Patterns and lists of names are matched as in PEFT, inside the language model only.
+A layer that fuses several projections is one target, whose blocks of rows ``fused.py`` tells.
+Experts kept in one tensor, and a model without known projections, are refused. Patterns and lists
+of names are matched as in PEFT, inside the language model only.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.fused import GATE_UP_NAMES, Rows, is_fused, rows_of
 from milora_vl.adapter.minor_svd import check_weight
 from milora_vl.adapter.quantized import is_quantized
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES, find_family
 
+V = TypeVar("V")
+
 _ATTENTION_NAME = re.compile(
     r"[qkvo]_proj|out_proj|[qk]_[ab]_proj|kv_b_proj|kv_a_proj_with_mqa|query|key|value|[qkvo]|"
-    r"w[qkvo]|attn_out"
+    r"w[qkvo]|attn_out|in_proj_z"
 )
 _MLP_NAME = re.compile(
     r"(gate|up|down)_proj|fc[12]|fc_(in|out)|w[123]|c_fc(_[01])?|wi(_[01])?|dense_h_to_4h|"
     r"dense_4h_to_h|linear_[12v]|lin[12]"
 )
 _EITHER_NAME = re.compile(r"dense|c_proj|proj|linear|output|wo")  # told by the block around it
-_FUSED_NAME = re.compile(
-    r"\w*qkv\w*|query_key_value|c_attn|kv_proj|(gate_up|up_gate|gate_and_up)_proj|in_proj_ba",
-    re.IGNORECASE,
-)
 _ROUTER_NAME = re.compile(r"gate|router|shared_expert_gate")
 _ATTENTION_BLOCK = re.compile(r"attn|attention", re.IGNORECASE)
 _OTHER_BLOCK = re.compile(r"gate$|indexer|conv|mamba|ssm", re.IGNORECASE)
@@ -41,20 +41,20 @@ _MLP_BLOCK = re.compile(
 
 
 def kind_of(name: str) -> str | None:
-    """Tell what a linear layer of a decoder is: "attention", "mlp", "fused", "router" or None.
+    """Tell what a linear layer of a decoder is: "attention", "mlp", "router" or None.
 
     Args:
         name: Its full name. Layers outside a numbered decoder layer are None.
     """
     *blocks, last = name.split(".")
     numbers = [place for place, block in enumerate(blocks) if block.isdigit()]
-    if _FUSED_NAME.fullmatch(last):
-        return "fused"
     if _ROUTER_NAME.fullmatch(last):
         return "router"
     around = blocks[numbers[0] + 1 :] if numbers else []
     if not numbers or any(_OTHER_BLOCK.search(block) for block in around):
         return None
+    if is_fused(last):
+        return "mlp" if last in GATE_UP_NAMES else "attention"
     in_attention = any(_ATTENTION_BLOCK.search(block) for block in around)
     in_mlp = not in_attention and any(_MLP_BLOCK.search(block) for block in around)
     if _EITHER_NAME.fullmatch(last):
@@ -76,7 +76,7 @@ PRESETS = {
     "all-linear": re.compile(r"attention .*|mlp .*"),
     "attention": re.compile(r"attention .*"),
     "mlp": re.compile(r"mlp .*"),
-    "gate_up": re.compile(r"mlp (gate_proj|up_proj|w1|w3)"),
+    "gate_up": re.compile(rf"mlp (gate_proj|up_proj|w1|w3|{'|'.join(GATE_UP_NAMES)})"),
 }
 """Named choices of ``target_modules``: patterns of "kind last-name" of a layer."""
 
@@ -89,15 +89,21 @@ class Targets:
         modules: Full names of the linear layers that get an adapter, in model order.
         skipped: Full name -> reason, for layers inside the language model that were left out.
         projector: Full name of the vision-language projector, or None in a text model.
+        rows: Full name -> how its projections share its rows, for fused layers.
     """
 
     modules: tuple[str, ...]
     skipped: dict[str, str] = field(default_factory=dict)
     projector: str | None = None
+    rows: dict[str, Rows] = field(default_factory=dict)
 
 
 def find_targets(
-    model: PreTrainedModel, target_modules: str | Sequence[str], *, allow_outside: bool = False
+    model: PreTrainedModel,
+    target_modules: str | Sequence[str],
+    *,
+    allow_outside: bool = False,
+    fused: Literal["blocks", "whole"] = "blocks",
 ) -> Targets:
     """Resolve ``target_modules`` to full names of linear layers of the language model.
 
@@ -107,11 +113,13 @@ def find_targets(
         target_modules: a name in ``PRESETS``; or a regular expression that must match a full module
             name; or a list of full names or name endings (``q_proj``), as in PEFT.
         allow_outside: Accept linear layers of the vision tower and the output head as well.
+        fused: Whether the projections of a fused layer are told apart ("blocks") or not ("whole").
 
     Raises:
         ValueError: If a pattern is no regular expression, matches nothing, or reaches the vision
-            tower, the projector, the output head or a layer that cannot be decomposed. The message
-            ends with a choice that this model accepts.
+            tower, the projector, the output head or a layer that cannot be decomposed; the message
+            ends with a choice that this model accepts. Or if the rows of a fused layer cannot be
+            told apart.
     """
     family = find_family(model)
     language_model, projector = family.language_model, family.projector
@@ -125,7 +133,13 @@ def find_targets(
             f"target_modules={target_modules!r} matches no linear layer of the language model "
             f"({language_model or 'the whole model'}); {_tip(model, language_model, ())}"
         )
-    return Targets(tuple(modules), skipped, projector)
+    rows = {}
+    if fused == "blocks":
+        inside = {name for name, _ in _inside(model, language_model)}
+        for name in modules:
+            if name in inside and (shared := rows_of(model, name, model.get_submodule(name))):
+                rows[name] = shared
+    return Targets(tuple(modules), skipped, projector, rows)
 
 
 def find_projector(model: PreTrainedModel) -> str | None:
@@ -167,8 +181,21 @@ def resolve_residual(
     return "subtract" if exact and not quantized else "anchor"
 
 
-def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
+def check_layers(
+    model: nn.Module,
+    modules: Sequence[str],
+    r: int,
+    ranks: Mapping[str, int] | None = None,
+    rows: Mapping[str, Rows] | None = None,
+) -> None:
     """Refuse layers that cannot be decomposed, before anything is decomposed.
+
+    Args:
+        model: The base model.
+        modules: Full names of its layers.
+        r: Rank.
+        ranks: Full name -> rank, of layers with another one.
+        rows: Full name -> blocks of rows, of layers that get the rank once a block.
 
     Raises:
         ValueError: Naming the layer, if its weight is not finite or too small for r.
@@ -182,10 +209,39 @@ def check_layers(model: nn.Module, modules: Sequence[str], r: int) -> None:
         weight = layer.weight
         if is_quantized(weight):  # its values are checked when it is decomposed
             weight = torch.zeros(()).expand(layer.out_features, layer.in_features)
+        blocks = rows[name].split(weight) if rows and name in rows else [weight]
         try:
-            check_weight(weight, r)
+            for block in blocks:
+                check_weight(block, (ranks or {}).get(name, r))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def match_pattern(key: str, pattern: Mapping[str, V], modules: Sequence[str]) -> dict[str, V]:
+    """Return full name -> value for the layers that a pattern of ranks or alphas names.
+
+    Args:
+        key: Of the config, for messages.
+        pattern: Name ending, or regular expression for one, -> value; the first that fits counts.
+        modules: Full names of the adapted layers.
+
+    Raises:
+        ValueError: If an entry is no regular expression or names no adapted layer.
+    """
+    found: dict[str, V] = {}
+    for ending, value in pattern.items():
+        try:
+            named = [name for name in modules if re.fullmatch(rf"(.*\.)?({ending})", name)]
+        except re.error as error:
+            raise ValueError(
+                f"{key}: {ending!r} is no regular expression ({error}); write a name ending such "
+                f"as {modules[0].rpartition('.')[2]!r}"
+            ) from error
+        if not named:
+            endings = sorted({name.rpartition(".")[2] for name in modules})
+            raise ValueError(f"{key}: {ending!r} names no adapted layer; they end in {endings}")
+        found = {**dict.fromkeys(named, value), **found}
+    return {name: found[name] for name in modules if name in found}
 
 
 def refusal(name: str, module: nn.Module) -> str | None:
@@ -219,7 +275,7 @@ def _preset(model: nn.Module, language_model: str, preset: str) -> tuple[list[st
     problems: list[str] = []
     for name, module in _inside(model, language_model):
         kind = kind_of(name)
-        problem = _problem(name, module, kind)
+        problem = _problem(name, module)
         if problem:
             problems.append(f"{name}: {problem}")
         elif not isinstance(module, nn.Linear):
@@ -257,15 +313,13 @@ _LEFT_OUT = {
 }
 
 
-def _problem(name: str, module: nn.Module, kind: str | None) -> str | None:
+def _problem(name: str, module: nn.Module) -> str | None:
     """Return why a module of the language model stands in the way of a preset, or None."""
     if holds_experts(name, module):
         kept = f"{type(module).__name__} keeps the weights of all experts in one tensor"
         return f"{kept}, not in linear layers"
     if type(module).__name__ == "Conv1D":
         return refusal(name, module)
-    if isinstance(module, nn.Linear) and kind == "fused":
-        return "it fuses several projections, whose minor components would mix"
     return None
 
 
@@ -275,8 +329,7 @@ def _alternative(language_model: str, modules: Sequence[str]) -> str:
         return "list the layers to adapt in target_modules"
     return (
         "list the layers to adapt in target_modules, for example those that can be adapted as "
-        f"they are: target_modules={_ending_in(language_model, names)!r} (naming a fused layer "
-        "there decomposes it as one matrix)"
+        f"they are: target_modules={_ending_in(language_model, names)!r}"
     )
 
 

@@ -298,7 +298,7 @@ def _write_lora(
     metadata = metadata.model_copy(update={"base": reference})
     report = None
     if form == "lora-small":
-        before = state.widening * state.r
+        before = state.widening * max(map(state.rank_of, state.modules))
         tensors, state, losses = recompress_tensors(tensors, state, r or state.r)
         report = truncation_report(losses, state.r, before)
         notes.append(summarize(report))

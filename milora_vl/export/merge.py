@@ -100,17 +100,18 @@ def recompress_tensors(
             "DoRA also rescales the rows of the weights, which no LoRA of small rank does; export "
             "it as it is (--form lora) or merged (--form merged)"
         )
-    largest = state.widening * state.r
+    largest = state.widening * max(map(state.rank_of, state.modules))
     if not 1 <= r <= largest:
         raise ValueError(f"--rank {r} is out of range: this adapter has rank {largest}")
     small, losses = dict(tensors), []
     for name in state.modules:
         key_A, key_B = (f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
-        A, B, S = recompress(tensors[key_A], tensors[key_B], state.scaling, r)
+        A, B, S = recompress(tensors[key_A], tensors[key_B], state.scaling_of(name), r)
         small[key_A], small[key_B] = A.contiguous(), B.contiguous()
         norm, error = float(S.norm()), float(S[r:].norm())
         losses.append(Truncation(name, norm, error, error / norm if norm > 0 else 0.0))
     changes = {"r": r, "lora_alpha": float(r), "init": "lora", "slice": "none"}
+    changes |= {"rank_pattern": {}, "alpha_pattern": {}, "blocks": {}}
     return small, MiloraState(**{**vars(state), **changes, "residual": "anchor"}), losses
 
 
