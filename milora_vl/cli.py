@@ -68,14 +68,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def ask(arguments: argparse.Namespace) -> int:
-    """Answer one question about one picture."""
+    """Answer one question about one image or video."""
     from milora_vl import inference
     from milora_vl.runtime import prefer_faster_weights_
 
     settings = (arguments.adapter, arguments.device, arguments.quantization)
     vlm = inference.load_for_inference(arguments.model, *settings)
     prefer_faster_weights_(vlm.model)
-    print(inference.ask(vlm, arguments.image, arguments.question, arguments.max_new_tokens))
+    limits = (arguments.max_new_tokens, arguments.video_frames)
+    print(inference.ask(vlm, arguments.image, arguments.question, *limits))
     return 0
 
 
@@ -355,14 +356,17 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or evaluation folder")
     verb.add_argument("--out", type=Path, default=Path("comparison.html"), help="the HTML page")
     verb.set_defaults(run_verb=compare)
-    verb = verbs.add_parser("ask", help="ask a question about a picture", description=ask.__doc__)
-    verb.add_argument("image", type=Path, help="picture file")
+    verb = verbs.add_parser("ask", help="ask a question about an image", description=ask.__doc__)
+    verb.add_argument(
+        "image", type=Path, help="file of an image, or of a video for a model that takes videos"
+    )
     verb.add_argument("question")
     verb.add_argument("--model", help="hub id or folder (default: the base the adapter names)")
     verb.add_argument("--adapter", type=Path, help="adapter folder of a run")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--quantization", choices=["nf4"], help="language model in 4 bits")
     verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.add_argument("--video-frames", type=int, default=8, help="frames shown of a video (8)")
     verb.set_defaults(run_verb=ask)
     add_model_verbs(verbs)
     return parser

@@ -8,6 +8,7 @@ from PIL import Image
 
 from milora_vl.adapter.tuned import load_tuned
 from milora_vl.data.images import load_image, to_rgb
+from milora_vl.data.videos import VIDEO_SUFFIXES, FrameSampling, load_frames
 from milora_vl.eval.generate_plain import build_prompt, generate
 from milora_vl.model.load import VLM
 
@@ -43,24 +44,32 @@ def load_for_inference(
 
 @torch.inference_mode()
 def ask(
-    vlm: VLM, image: Path | str | Image.Image | None, question: str, max_new_tokens: int = 128
+    vlm: VLM,
+    image: Path | str | Image.Image | None,
+    question: str,
+    max_new_tokens: int = 128,
+    video_frames: int = 8,
 ) -> str:
     """Answer a question by greedy decoding.
 
     Args:
         vlm: From ``load_for_inference`` or ``load_vlm``.
-        image: An image or its file; None for a question without one.
+        image: An image or its file, or a video's file; None for a question without one.
         question: Plain text; the image comes first.
         max_new_tokens: Longest answer in tokens.
+        video_frames: Frames shown of a video, spread evenly.
 
     Returns:
         The answer without special tokens.
 
     Raises:
-        milora_vl.data.images.BadImageError: If the file is no readable image.
+        milora_vl.data.images.BadImageError: If the file is no readable image or video.
+        ValueError: If the model takes no images, or no videos.
     """
-    images = []
-    if image is not None:
+    images, videos = [], []
+    if isinstance(image, Path | str) and Path(image).suffix.lower() in VIDEO_SUFFIXES:
+        videos = [load_frames(image, FrameSampling(video_frames))]
+    elif image is not None:
         images = [to_rgb(image) if isinstance(image, Image.Image) else load_image(image)]
-    (tokens,) = generate(vlm, [build_prompt(vlm, question, images)], max_new_tokens)
+    (tokens,) = generate(vlm, [build_prompt(vlm, question, images, videos=videos)], max_new_tokens)
     return vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -16,6 +16,9 @@ from transformers.video_utils import VideoMetadata, load_video
 from milora_vl.data.images import MAX_IMAGE_PIXELS, BadImageError
 from milora_vl.errors import MiloraError
 
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".3gp",
+)  # fmt: skip
 # lists of other files and addresses, which a decoder would open in place of this one
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"[playlist]")
 
@@ -31,18 +34,24 @@ class FrameSampling:
     Attributes:
         frames: How many, spread evenly over the video; with ``per_second`` the most.
         per_second: Frames for each second of the video; None: ``frames``, however long it is.
+        span_s: Start and end of the part that is shown, in seconds; None: the whole video.
     """
 
     frames: int = 8
     per_second: float | None = None
+    span_s: tuple[float, float] | None = None
 
     def indices(self, metadata: VideoMetadata) -> np.ndarray:
         """Return the indices of the frames, int64, in order; a short video repeats some."""
-        total, count = metadata.total_num_frames, self.frames
+        start, end = 0, metadata.total_num_frames
+        if self.span_s is not None:
+            start = min(int(self.span_s[0] * metadata.fps), end - 1)
+            end = max(start + 1, min(int(self.span_s[1] * metadata.fps), end))
+        count = self.frames
         if self.per_second is not None:
-            wanted = int(total / metadata.fps * self.per_second)
-            count = max(1, min(wanted, count, total))
-        return np.arange(count) * total // count
+            wanted = int((end - start) / metadata.fps * self.per_second)
+            count = max(1, min(wanted, count, end - start))
+        return start + np.arange(count) * (end - start) // count
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ benches, and the official files looked for below --data (or in a folder of the b
   textvqa      TextVQA_0.5.1_val.json;   textvqa-ocr  also TextVQA_Rosetta_OCR_v0.2_val.json
   mme          a folder a category below MME_Benchmark_release_version
   seed         SEED-Bench.json, images and middle frames of videos; seed-image  images alone
+               seed-video  videos, from SEED-Bench-video/, of a model that takes videos
   mmmu         *validation*.parquet; mmmu-first shows one image a question
   mmvet        mm-vet.json               llava-w  questions.jsonl, context.jsonl, answers_gpt4.jsonl
   custom       a JSONL file: question, image, and choices + answer, or answers

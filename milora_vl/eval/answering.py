@@ -148,6 +148,8 @@ def _distinct(
             for image in request.images:
                 same = image.same_as()  # rows that share a file or a text share its hash
                 found.append(keys[same] if same in keys else keys.setdefault(same, image.key()))
+            if request.video is not None:
+                found.append(request.video.key())
         except (ValueError, OSError) as error:
             failed[request.id] = Answer(None, error=str(error))
             continue

@@ -92,7 +92,7 @@ def run_bench(
     else:
         result |= {"metric": bench.METRIC, "score": None, "interval_95": None, "by_category": {}}
         result["n"] = len(items)
-    if conditions.blind and any(item.image for item in labeled):
+    if conditions.blind and any(item.image or item.video for item in labeled):
         requests = [Request(item.id, item.prompt) for item in labeled]
         blind_answers = answerer.answer(requests, label=f"{name}, no image", **options)
         blind_rows = {row.id: row for row in judge_all(bench, labeled, blind_answers)}
@@ -122,7 +122,9 @@ def run_bench(
 
 
 def _requests(items: Sequence[Item]) -> list[Request]:
-    return [Request(item.id, item.prompt, item.image, item.more_images) for item in items]
+    return [
+        Request(item.id, item.prompt, item.image, item.more_images, item.video) for item in items
+    ]
 
 
 def _how_it_went(
@@ -229,6 +231,7 @@ def _lines(
             "group": item.group,
             "category": item.category,
             "image": None if item.image is None else item.image.where,
+            **({} if item.video is None else {"video": str(item.video.path)}),
             "question": item.question,
             "prompt": item.prompt,
             "options": list(item.options),
@@ -419,7 +422,9 @@ def _answer_together(
     for name, all_items in items.items():
         share = share_of(all_items, rank, count)
         requests = {name: _requests(share)}
-        if conditions.blind and any(item.image and item.answers for item in all_items):
+        if conditions.blind and any(
+            (item.image or item.video) and item.answers for item in all_items
+        ):
             labeled = [item for item in share if item.answers]
             requests[f"{name}, no image"] = [Request(item.id, item.prompt) for item in labeled]
         for label, asked in requests.items():

@@ -9,17 +9,22 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from milora_vl.constants import IMAGE_TOKEN
+from milora_vl.constants import IMAGE_TOKEN, VIDEO_TOKEN
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.encode import encode
 from milora_vl.data.images import build_image_transform, load_image
 from milora_vl.data.records import Turn
+from milora_vl.data.videos import FrameSampling, Video, load_frames
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
 from milora_vl.eval.items import Answer, NonFiniteError, Request
 
 
 def build_prompt(
-    vlm: Any, question: str, images: Sequence[Image.Image] = (), pad_to_square: bool | None = None
+    vlm: Any,
+    question: str,
+    images: Sequence[Image.Image] = (),
+    pad_to_square: bool | None = None,
+    videos: Sequence[Video] = (),
 ) -> dict[str, Any]:
     """Encode one question as for training.
 
@@ -29,23 +34,28 @@ def build_prompt(
         images: RGB images.
         pad_to_square: Whether images of LLaVA-1.5 are padded with the mean color; None: as the
             model or its adapter says.
+        videos: Videos; they come after the images and before the question.
 
     Returns:
         A sample for ``generate``.
 
     Raises:
-        ValueError: If there are images and the model takes none, or not so many.
+        ValueError: If there are images or videos and the model takes none, or not so many.
     """
     if images and not vlm.has_vision:
         raise ValueError(f"{vlm.path} is a text model and takes no image")
+    if videos and not (vlm.image_reader and vlm.image_reader.takes_videos):
+        raise ValueError(f"{vlm.path} takes no video")
     counts: list[Any] = [vlm.tokens_per_image] * len(images)
     if vlm.image_reader:
         counts = vlm.image_reader.expand([image.size for image in images])
-    turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(images) + question)]
+        counts = [*counts, *vlm.image_reader.expand_videos(videos)]
+    marks = f"{IMAGE_TOKEN}\n" * len(images) + f"{VIDEO_TOKEN}\n" * len(videos)
+    turns = [Turn("user", marks + question)]
     style, tokenizer = vlm.prompt_style, vlm.tokenizer
     ids = encode(turns, style, tokenizer, counts, add_generation_prompt=True).input_ids
     if vlm.image_reader:
-        inputs = vlm.image_reader.read(images) if images else {}
+        inputs = vlm.image_reader.read(images, videos) if images or videos else {}
         tokens = vlm.image_reader.token_inputs(ids, None, inputs)
         return {"input_ids": ids, "image_inputs": inputs, "token_inputs": tokens}
     sample: dict[str, Any] = {"input_ids": ids}
@@ -193,4 +203,7 @@ class PlainAnswerer:
             except ValueError as error:
                 raise ValueError(f"{source.where}: {error}") from error
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
-        return build_prompt(self.vlm, question, images)
+        videos = []
+        if (video := request.video) is not None:
+            videos = [load_frames(video.path, FrameSampling(span_s=video.span_s))]
+        return build_prompt(self.vlm, question, images, videos=videos)

@@ -122,6 +122,8 @@ class SharedAnswerer:
     def encode(self, request: Request) -> list[int]:
         """Return the prompt's token ids, made exactly as for training."""
         text = request.prompt.replace(IMAGE_TOKEN, "").strip()
+        if request.video is not None:
+            raise ValueError(f"{request.video.where}: a video, and this model takes none")
         counts = [self.n_image_tokens] * len(request.images)
         turns = [Turn("user", f"{IMAGE_TOKEN}\n" * len(counts) + text)]
         return encode(

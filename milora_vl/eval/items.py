@@ -80,6 +80,34 @@ class ImageSource:
 
 
 @dataclass(frozen=True)
+class VideoSource:
+    """A video that has not been read yet.
+
+    Attributes:
+        where: What to name in an error.
+        path: The file.
+        span_s: Start and end of the part that the question is about, in seconds; None: all of it.
+    """
+
+    where: str
+    path: Path
+    span_s: tuple[float, float] | None = None
+
+    def key(self) -> str:
+        """Return a hash of the file and the part of it.
+
+        Raises:
+            OSError: If the file cannot be read; the message names the row.
+        """
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise OSError(f"{self.where}: cannot read {self.path}: {error.strerror}") from error
+        with file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()}@{self.span_s}"
+
+
+@dataclass(frozen=True)
 class Item:
     """One question of a bench.
 
@@ -95,6 +123,7 @@ class Item:
         details: Further columns of the official file that the scoring needs.
         choices: Answers that are expected as a single token, such as "A" or "Yes".
         more_images: Further images, in order after ``image``.
+        video: A video, shown before the text; None for none.
     """
 
     id: str
@@ -108,6 +137,7 @@ class Item:
     details: dict[str, Any] = field(default_factory=dict, hash=False)
     choices: tuple[str, ...] = ()
     more_images: tuple[ImageSource, ...] = ()
+    video: VideoSource | None = None
 
 
 @dataclass(frozen=True)
@@ -163,12 +193,14 @@ class Request:
         prompt: What the user says, without the image marker.
         image: The image, or None.
         more_images: Further images, in order after ``image``.
+        video: A video, or None.
     """
 
     id: str
     prompt: str
     image: ImageSource | None = None
     more_images: tuple[ImageSource, ...] = ()
+    video: VideoSource | None = None
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

@@ -1,7 +1,10 @@
 """A few questions of every bench in its official layout, all below one folder."""
 
+import io
 import json
 
+import av
+import numpy as np
 import pandas as pd
 from eval_data import write_mmbench
 from eval_models import picture_bytes
@@ -108,6 +111,19 @@ def mme(folder, pairs=(("existence", "000"), ("OCR", "001"), ("code_reasoning", 
         put(image, picture_bytes(5))
 
 
+def video_bytes(n_frames=20, fps=10):
+    """A video of gray frames, each lighter than the one before."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(n_frames):
+            gray = np.full((32, 48, 3), number * 10, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
 def seed(folder):
     base = {"choice_a": "cat", "choice_b": "dog", "choice_c": "fox", "choice_d": "owl"}
     rows = [
@@ -119,6 +135,7 @@ def seed(folder):
     put(folder / "seed_bench/SEED-Bench.json", {"question_type": kinds, "questions": rows})
     put(folder / "seed_bench/SEED-Bench-image/im_1", picture_bytes(6))
     put(folder / "seed_bench/SEED-Bench-video-image/v2.png", picture_bytes(7))
+    put(folder / "seed_bench/SEED-Bench-video/t/v.webm", video_bytes())
 
 
 def mmmu(folder):

@@ -54,6 +54,9 @@ BENCHES: dict[str, Bench] = {
     "seed-image": variant(
         seed, load=seed.load_images, summarize=seed.summarize_images, METRIC=seed.METRIC_IMAGE
     ),
+    "seed-video": variant(
+        seed, load=seed.load_videos, summarize=seed.summarize_videos, METRIC=seed.METRIC_VIDEO
+    ),
     "mmmu": mmmu,
     "mmmu-first": variant(mmmu, load=mmmu.load_first),
     "mmvet": mmvet,

@@ -1,16 +1,19 @@
 """SEED-Bench: lettered questions on images, and on videos of which the middle frame is shown.
 
 Official file: ``SEED-Bench.json``; images in ``SEED-Bench-image/``, extracted frames in
-``SEED-Bench-video-image/``. ``seed`` asks all, ``seed-image`` the image questions: two numbers
-that must not be mixed. Letters are scored, never the text of an option.
+``SEED-Bench-video-image/``. ``seed`` asks all, ``seed-image`` the image questions and
+``seed-video`` those of videos, shown from the video files in ``SEED-Bench-video/`` to a model that
+takes videos: three numbers that must not be mixed. Letters are scored, never the text of an option.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from milora_vl.eval import scoring, statistics
 from milora_vl.eval.bench_files import (
+    BenchError,
     Mirror,
     Record,
     gold_letter,
@@ -19,17 +22,20 @@ from milora_vl.eval.bench_files import (
     read_json_object,
     read_mirror,
     reject_duplicates,
+    shorten,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row, VideoSource, take_sample
 
 VERSION = 1
 METRIC = "accuracy"
 METRIC_IMAGE = "image_accuracy"
+METRIC_VIDEO = "video_accuracy"
 MAX_NEW_TOKENS = 8
 MIRRORS = (Mirror("SEED-Bench", None, "test"),)
 
 _FOLDERS = ("seed_bench", "seed", "SEED-Bench", "seed-bench")
 _IMAGE_FOLDERS = ("SEED-Bench-image", "SEED-Bench-video-image", "images")
+_VIDEO_FOLDERS = ("SEED-Bench-video", "videos")
 _CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 headline_sums = scoring.mean_sums
@@ -47,7 +53,17 @@ def load_images(data_dir: Path | None, *, limit: int | None = None) -> list[Item
     return take_sample(items, limit)
 
 
-def _read(data_dir: Path | None) -> list[Item]:
+def load_videos(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+    """Read the video questions, each with its video in place of a frame."""
+    if data_dir is None:
+        raise BenchError(
+            "the mirror holds frames: give --data with SEED-Bench-video/ for seed-video"
+        )
+    items = [item for item in _read(data_dir, as_videos=True) if item.video]
+    return take_sample(items, limit)
+
+
+def _read(data_dir: Path | None, as_videos: bool = False) -> list[Item]:
     if data_dir is None:
         rows = read_mirror(MIRRORS, "SEED-Bench", _middle_frame)
         return [_item(row, image, {}) for row, image in rows]
@@ -59,9 +75,24 @@ def _read(data_dir: Path | None) -> list[Item]:
     for row in content.records("questions"):
         row.reject_other_images(("data_id",), has_image=True)
         image = image_file(path, _IMAGE_FOLDERS, row, *_file_names(row))
-        items.append(_item(row, image, names))
+        item = _item(row, image, names)
+        if as_videos and item.details["data_type"] == "video":
+            item = replace(item, image=None, video=_video(path, row))
+        items.append(item)
     reject_duplicates((item.id for item in items), str(path))
     return items
+
+
+def _video(path: Path, row: Record) -> VideoSource:
+    """Return the video of a row, of which it may name a part by its start and end in seconds."""
+    file = image_file(path, _VIDEO_FOLDERS, row, row.text("data_id")).path
+    span = row.values.get("segment")
+    if span is None:
+        return VideoSource(row.where, file)
+    is_span = isinstance(span, list) and len(span) == 2
+    if not is_span or not all(isinstance(one, int | float) and one >= 0 for one in span):
+        raise row.error(f"segment {shorten(repr(span))} is no pair of seconds")
+    return VideoSource(row.where, file, (float(span[0]), float(span[1])))
 
 
 def _middle_frame(row: Mapping[str, Any]) -> Any:
@@ -133,6 +164,11 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 def summarize_images(rows: Sequence[Row]) -> dict[str, Any]:
     """Return accuracy over image questions."""
     return _summarize(rows, METRIC_IMAGE)
+
+
+def summarize_videos(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return accuracy over video questions."""
+    return _summarize(rows, METRIC_VIDEO)
 
 
 def _summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:

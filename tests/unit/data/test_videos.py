@@ -1,12 +1,12 @@
 """Videos in records: their frames, their place in the prompt, and what cannot be shown."""
 
-from pathlib import Path
+from dataclasses import replace
 
-import av
 import numpy as np
 import pytest
 import torch
 from family_models import build_checkpoint
+from official_layouts import seed, video_bytes
 from PIL import Image
 
 from milora_vl.constants import VIDEO_TOKEN
@@ -14,22 +14,15 @@ from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import BadImageError
 from milora_vl.data.records import DataError, RecordError, parse_record
 from milora_vl.data.videos import FrameSampling, load_frames, read_video_shape
+from milora_vl.eval.benches import BENCHES
+from milora_vl.eval.evaluation import evaluate
+from milora_vl.eval.generate_shared import build_answerer
+from milora_vl.eval.items import EvaluationError, Request, VideoSource
+from milora_vl.inference import ask
 from milora_vl.model.load import load_vlm
 from milora_vl.training.inputs import build_collate
 
 FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
-
-
-def write_video(path: Path, n_frames: int, fps: int = 10, step: int = 10) -> Path:
-    """Write gray frames, each ``step`` lighter than the one before."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for number in range(n_frames):
-            gray = np.full((32, 48, 3), number * step, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def record(**changes):
@@ -56,7 +49,7 @@ def build(vlm, folder, *records, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_video(tmp_path / "clip.mp4", 20)
+    (tmp_path / "clip.mp4").write_bytes(video_bytes())
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     return tmp_path
 
@@ -69,6 +62,9 @@ def folder(tmp_path):
         (FrameSampling(100, per_second=2), (0, 5, 10, 15)),  # 20 frames are two seconds
         (FrameSampling(3, per_second=5), (0, 6, 13)),
         (FrameSampling(8, per_second=0.1), (0,)),
+        (FrameSampling(2, span_s=(0.5, 1.5)), (5, 10)),
+        (FrameSampling(9, per_second=2, span_s=(1.0, 99.0)), (10, 15)),
+        (FrameSampling(1, span_s=(7.0, 8.0)), (19,)),  # behind the end: the last frame
     ],
 )
 def test_the_frames_are_those_that_the_sampling_names(folder, sampling, indices):
@@ -231,10 +227,35 @@ def test_a_damaged_video_is_an_error_or_left_out_and_counted(folder, content, me
 
 def test_videos_of_different_length_are_not_padded_with_black_frames(folder):
     vlm = load_vlm(build_checkpoint("llava_onevision", folder / "model"))
-    write_video(folder / "short.mp4", 5)
+    (folder / "short.mp4").write_bytes(video_bytes(5))
     rate = FrameSampling(8, per_second=2)
     data = build(vlm, folder, record(), record(videos=["short.mp4"]), sampling=rate)
     with pytest.raises(ValueError, match=r"videos of one batch .* data.video_fps"):
         build_collate(vlm)([data[0], data[1]])
     same = build(vlm, folder, record(), record(videos=["short.mp4"]))
     assert torch.isfinite(vlm.model(**build_collate(vlm)([same[0], same[1]])).loss)
+
+
+def test_a_video_is_asked_about_and_its_frames_decide_the_answer(folder):
+    vlm = load_vlm(build_checkpoint("qwen3_vl", folder / "model"))
+    question = Request("1", "What happens?", video=VideoSource("row 1", folder / "clip.mp4"))
+    part = replace(question, id="2", video=VideoSource("row 2", folder / "clip.mp4", (1.0, 2.0)))
+    nothing = replace(question, id="3", video=None)
+    answerer = build_answerer(vlm)
+    answers = answerer.answer([question, part, nothing], max_new_tokens=6, progress=False)
+    assert len({answer.text for answer in answers.values()}) == 3
+    assert ask(vlm, folder / "clip.mp4", "What happens?", 6) == answers["1"].text
+    with pytest.raises(ValueError, match="takes no video"):
+        ask(load_vlm(build_checkpoint("gemma3", folder / "other")), folder / "clip.mp4", "What?")
+
+
+def test_seed_video_asks_about_the_videos_themselves(tmp_path):
+    seed(tmp_path)
+    (item,) = BENCHES["seed-video"].load(tmp_path)
+    assert (item.id, item.image, item.video.path.name) == ("v2", None, "v.webm")
+    vlm = load_vlm(build_checkpoint("qwen2_5_vl", tmp_path / "model"))
+    results = evaluate(vlm, ["seed-video"], tmp_path, tmp_path / "out", text_probe=False)
+    assert results["benches"]["seed-video"]["n"] == 1
+    (tmp_path / "seed_bench/SEED-Bench-video/t/v.webm").unlink()
+    with pytest.raises(EvaluationError, match=r"SEED-Bench.json .*cannot read .*v.webm"):
+        evaluate(vlm, ["seed-video"], tmp_path, tmp_path / "out2", text_probe=False)
