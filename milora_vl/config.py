@@ -47,6 +47,7 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-3, without a dot, as text
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -478,6 +479,7 @@ def variants(config: Config, where: str = "config") -> dict[str, Config]:
         raise ConfigError(f"{where}: compare: two names or more are needed, all different: {names}")
     found = {}
     for variant in config.compare:
+        # parsed again, so that a variant passes the same checks as any config
         values = config.model_dump(exclude={"compare"})
         for section in ("adapter", "projector", "training"):
             values[section] = values[section] | getattr(variant, section)
@@ -605,6 +607,7 @@ def _check_training(training: Mapping[str, Any], where: str) -> None:
         def device(self) -> str:
             return "cpu"
 
+    # built once, because most values are only checked when the arguments are made
     rest = {key: value for key, value in arguments.items() if key not in HARDWARE_KEYS}
     try:
         with warnings.catch_warnings():

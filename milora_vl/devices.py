@@ -160,7 +160,7 @@ def fit_batch(
     usable, devices = machine.usable_gib, machine.count
     sizes = [2**power for power in range(20) if 2**power * devices <= max(global_batch, devices)]
     fits = gib(configured, ()) <= usable
-    for length in range(len(REMEDIES) + 1):
+    for length in range(len(REMEDIES) + 1):  # the fewest changes that make one sample fit
         changes = REMEDIES[:length]
         largest = max((size for size in sizes if gib(size, changes) <= usable), default=0)
         if largest:

@@ -28,6 +28,7 @@ def write_bytes_atomic(path: Path | str, data: bytes, *, durable: bool = True) -
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, because a rename is atomic only within one file system
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -35,7 +36,7 @@ def write_bytes_atomic(path: Path | str, data: bytes, *, durable: bool = True) -
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(0o644)  # mkstemp makes it private
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -55,7 +56,7 @@ def write_json_atomic(path: Path | str, value: Any) -> None:
 def replace_folder(temporary: Path, final: Path) -> None:
     """Move a finished folder into its place; a folder already there is removed after the swap."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
+    if final.exists():  # a full folder cannot be renamed over, so it is moved aside first
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
         final.replace(old / final.name)
         try:

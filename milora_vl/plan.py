@@ -97,7 +97,7 @@ def decomposition_flops(shape: LayerShape, r: int, krylov: bool) -> float:
     Exact: 4 M N^2 + 22 N^3 for the full decomposition (Golub and Van Loan's count with both sets of
     vectors). Krylov, width w = r + max(16, r / 4), a space of d = 4 w: Gram 1.25 M N^2 (panels of
     the upper triangle), two Cholesky factors 2 N^3 / 3, six solves 24 N^2 w, and products and
-    orthogonalisation 4 M N d + 4 M d^2. Both: 6 M N r for products that the certificate checks.
+    orthogonalization 4 M N d + 4 M d^2. Both: 6 M N r for products that the certificate checks.
     """
     m, n = max(shape.d_out, shape.d_in), min(shape.d_out, shape.d_in)
     checks = 6 * m * n * r
@@ -261,6 +261,7 @@ def training_gib(
         optimizer: Its name in ``TrainingArguments``.
     """
     trained = size.adapter + size.projector
+    # trained numbers: 4 bytes of value, 4 of gradient, and the optimizer's moments
     fixed = size.total * weight_bytes + (8 + moment_bytes(optimizer)) * trained
     fixed += 4 * size.frozen
     width = 14 * size.hidden + 5 * size.intermediate
@@ -269,11 +270,12 @@ def training_gib(
     layers = size.layers * (size.hidden if checkpointing else width) + width * checkpointing
     narrow = 2 if low else 4
     activations = load.samples * load.tokens * layers * narrow
+    # float32 logits and their gradients
     activations += load.samples * load.tokens * size.vocabulary * ANSWER_RATIO * 8
     if eager:
         kept = 1 if checkpointing else size.layers
         activations += load.samples * size.heads * load.tokens**2 * kept * (4 + narrow)
-    if low:
+    if low:  # autocast keeps narrow copies
         fixed += trained * narrow
     if low and weight_bytes == 4:
         fixed += size.language_model * narrow
@@ -346,7 +348,7 @@ def _read_texts(file: Path) -> list[tuple[str, int, bool]]:
 
 
 def count_steps(training: dict[str, Any], samples: int | None, batch: int) -> int | None:
-    """Return the optimiser steps of one process, or None if the number of samples is unknown."""
+    """Return the optimizer steps of one process, or None if the number of samples is unknown."""
     if training.get("max_steps", -1) > 0:
         return training["max_steps"]
     if samples is None:
@@ -388,8 +390,8 @@ class Plan:
             the dtype of training; None: unknown.
         init_seconds: To start the adapters; None without a rate.
         init_gib: Memory while starting.
-        steps: Optimiser steps.
-        step_seconds: Of one optimiser step; None without a rate.
+        steps: Optimizer steps.
+        step_seconds: Of one optimizer step; None without a rate.
         training_gib: Memory while training, of one device.
         device: Where that is.
         fit: What fits on a named device.

@@ -73,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as stream:
         _lock(stream, folder)
-        stream.truncate(0)
+        stream.truncate(0)  # only now: before, the text was another process's
         started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         stream.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
         stream.flush()

@@ -127,6 +127,7 @@ def attach_milora(
         alpha_pattern=match_pattern("alpha_pattern", config.alpha_pattern, targets.modules),
         blocks={name: (rows.groups, *rows.sizes) for name, rows in targets.rows.items()},
     )
+    # adapters first: every layer is decomposed straight into its factors, without a second copy
     peft_model = add_adapters(model, state)
     try:
         with full_precision():
@@ -140,7 +141,7 @@ def attach_milora(
                 layers, digests, peak_bytes = init_baseline(
                     peft_model, state, calibration, progress, read
                 )
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the caller gets the model back as it was
         unload_(peft_model, [projector])
         raise
     if residual == "subtract" and weights is not None:

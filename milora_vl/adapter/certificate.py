@@ -194,10 +194,12 @@ def certify_layer(
     U, S, Vh = triplets
     norm, minor_norm = float(weight.norm()), product_norm(*start)
     seen = weight @ Vh.T  # [d_out, r]
+    # both sides: an error of U or of V may show in only one of them
     right = float(((seen if support is None else seen * support) - U * S).norm())
     left = float((weight.T @ U - Vh.T * S).norm())
     rounding = error = None
     if stored_dtype is not None:
+        # in anchor mode too: it tells what "subtract" would lose in this dtype
         principal = torch.addmm(weight, *start, alpha=-1)
         stored = principal.to(stored_dtype).to(torch.float32)
         rounding = _ratio(float((stored - principal).norm()), norm)
@@ -222,6 +224,7 @@ def certify_layer(
 def product_norm(left: Tensor, right: Tensor) -> float:
     """Return ||left right|| of [m, r] and [r, n], without forming the product."""
     left, right = to_float64(left), to_float64(right)
+    # ||L R||^2 is the trace of (L^T L)(R R^T), of two r x r matrices
     squared = float(((left.T @ left) * (right @ right.T)).sum())
     return max(squared, 0.0) ** 0.5
 

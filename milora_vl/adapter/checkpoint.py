@@ -62,8 +62,9 @@ from milora_vl.adapter.state import (
     trains,
     unload_,
 )
-from milora_vl.adapter.targets import find_projector, resolve_residual
+from milora_vl.adapter.targets import resolve_residual
 from milora_vl.files import replace_folder, sha256_of, write_json_atomic, write_text_atomic
+from milora_vl.model.families import find_family
 from milora_vl.model.shards import ShardedWeights, checkpoint_folder
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _check_layers_exist(model: nn.Module, metadata: MiloraFile, folder: Path) ->
             f"{folder}: the model has no layer {missing[0]} ({len(missing)} of "
             f"{len(metadata.modules)} are missing); the adapter was made on {metadata.base}"
         )
-    if metadata.projector and find_projector(model) != metadata.projector:
+    if metadata.projector and find_family(model).projector != metadata.projector:
         raise ValueError(f"{folder}: the model has no projector {metadata.projector}")
 
 

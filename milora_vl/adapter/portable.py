@@ -346,6 +346,7 @@ def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
             expected[f"{PREFIX}{state.projector}.{key}"] = list(value.shape)
     with _open(folder) as file:
         actual = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        # sorted, so that the message names the same tensor every time
         for key in sorted(expected.keys() | actual.keys()):
             if actual.get(key) != expected.get(key):
                 raise ValueError(

@@ -142,11 +142,6 @@ def find_targets(
     return Targets(tuple(modules), skipped, projector, rows)
 
 
-def find_projector(model: PreTrainedModel) -> str | None:
-    """Return the full name of the vision-language projector, or None if the model has none."""
-    return find_family(model).projector
-
-
 def resolve_residual(
     model: nn.Module,
     modules: Sequence[str],

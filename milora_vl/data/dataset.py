@@ -112,7 +112,7 @@ class ConversationDataset(Dataset):
     Attributes:
         conversations: Validated records, without those skipped at construction.
         image_folder: Where image names start.
-        transform: RGB image -> float32 [3, H, W]; see ``build_image_transform``.
+        transform: RGB image -> float32 [3, H, W].
         style: Prompt style or its name.
         tokenizer: Holds the image token.
         tokens_per_image: Image tokens each image takes in ``input_ids``; without ``image_reader``.

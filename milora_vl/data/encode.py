@@ -285,7 +285,7 @@ def _tokenize_runs(runs: list[_Run], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenize texts standing alone; no special token is added or recognised."""
+    """Tokenize texts standing alone; no special token is added or recognized."""
     if not texts:
         return []
     return tokenizer(

@@ -109,20 +109,7 @@ def fetch_npm(name: str, version: str, sha256: str) -> Path:
 
 
 def fetch_pypi(name: str, version: str, sha256: str) -> Path:
-    """Fetch one wheel or source archive with ``pip download --no-deps``.
-
-    Args:
-        name: Distribution name.
-        version: Exact version.
-        sha256: SHA-256 of the file for this platform.
-
-    Returns:
-        Path of the wheel in the cache.
-
-    Raises:
-        SourceUnavailableError: If pip is missing or fails.
-        ChecksumError: If the file is not the pinned one.
-    """
+    """Fetch one wheel with ``pip download --no-deps``; as ``fetch_npm``."""
 
     def run(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
@@ -133,20 +120,7 @@ def fetch_pypi(name: str, version: str, sha256: str) -> Path:
 
 
 def fetch_debian(name: str, version: str, sha256: str) -> Path:
-    """Fetch one Debian package with ``apt-get download`` (needs no root).
-
-    Args:
-        name: Binary package name.
-        version: Exact Debian version.
-        sha256: SHA-256 of the .deb.
-
-    Returns:
-        Path of the .deb in the cache.
-
-    Raises:
-        SourceUnavailableError: If apt-get is missing or fails.
-        ChecksumError: If the file is not the pinned one.
-    """
+    """Fetch one binary package with ``apt-get download``, which needs no root; as ``fetch_npm``."""
 
     def run(folder: Path) -> None:
         command = ["apt-get", "download", "-o", "APT::Sandbox::User=", f"{name}={version}"]

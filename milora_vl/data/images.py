@@ -418,36 +418,22 @@ def mean_color(image_processor: Any) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def build_image_transform(image_processor: Any, pad: bool = True) -> "ImageTransform":
-    """Build the function that turns an RGB image into pixel values.
+class ImageTransform:
+    """A picklable callable: RGB image -> float32 pixel values [3, H, W].
 
     Args:
         image_processor: A transformers image processor (Pillow or torchvision backed).
         pad: Pad to a square with the processor's mean color first, which keeps the aspect ratio
             and the whole image; otherwise the processor alone resizes and crops.
 
-    Returns:
-        A picklable callable: RGB image -> float32 [3, H, W].
-
     Raises:
         ValueError: If ``pad`` is set and the processor has no mean color.
     """
-    background = mean_color(image_processor) if pad else None
-    return ImageTransform(image_processor, background)
 
-
-class ImageTransform:
-    """Padding and processor as one picklable callable.
-
-    Args:
-        image_processor: A transformers image processor.
-        background: Color of the border that makes an image square; None to leave its shape.
-    """
-
-    def __init__(self, image_processor: Any, background: tuple[int, int, int] | None) -> None:
+    def __init__(self, image_processor: Any, pad: bool = True) -> None:
         """See the class."""
         self.image_processor = image_processor
-        self.background = background
+        self.background = mean_color(image_processor) if pad else None
 
     def check_size(self, width: int, height: int) -> None:
         """Check that an image of this size, once resized, is within the limit of pixels.

@@ -288,6 +288,7 @@ class _Reader:
         if not isinstance(fields.get("objects", []), list):
             detail = f"'objects' as ms-swift writes them (ref, bbox) are not read; {_WAYS_OUT}"
             raise RecordError(self.where, "unsupported key", detail)
+        # files are named once: by the record or by its turns
         outer_images = self._record_files(fields, IMAGES)
         outer_videos = self._record_files(fields, VIDEOS)
         messages = self._messages(fields, bool(outer_images), bool(outer_videos))
@@ -462,7 +463,7 @@ class _Reader:
                     detail = f"{_show(speaker)} is none of {', '.join(_ROLES)}"
                     raise RecordError(at, "unknown role", detail)
                 roles.add(_ROLES[word])
-        if len(roles) != 1:
+        if len(roles) != 1:  # no speaker, or two that contradict each other
             detail = '"from" and "role" differ' if roles else 'needs "from" or "role"'
             raise RecordError(at, "unknown role", detail)
         return roles.pop()

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from milora_vl.constants import IMAGE_TOKEN, VIDEO_TOKEN
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.encode import encode
-from milora_vl.data.images import build_image_transform, load_image
+from milora_vl.data.images import ImageTransform, load_image
 from milora_vl.data.records import Turn
 from milora_vl.data.videos import FrameSampling, Video, load_frames
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
@@ -61,7 +61,7 @@ def build_prompt(
     sample: dict[str, Any] = {"input_ids": ids}
     if images:
         pads = getattr(vlm, "pad_to_square", True) if pad_to_square is None else pad_to_square
-        transform = build_image_transform(vlm.processor.image_processor, pads)
+        transform = ImageTransform(vlm.processor.image_processor, pads)
         sample["pixel_values"] = torch.stack([transform(one) for one in images])
     return sample
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
-from milora_vl.data.images import build_image_transform, load_image
+from milora_vl.data.images import ImageTransform, load_image
 from milora_vl.data.prompts import get_style
 from milora_vl.data.records import Turn
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
@@ -87,7 +87,7 @@ class SharedAnswerer:
         self.batch_size = batch_size
         self.share_prefix = share_prefix
         pads = getattr(vlm, "pad_to_square", True) if pad_to_square is None else pad_to_square
-        self.transform = build_image_transform(vlm.processor.image_processor, pads)
+        self.transform = ImageTransform(vlm.processor.image_processor, pads)
         self.stop_ids = find_stop_ids(vlm)
         self.n_image_tokens = count_image_tokens(vlm.processor)
         self._features: OrderedDict[str, Tensor] = OrderedDict()

@@ -167,6 +167,7 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
                 "original or the dequantized weights"
             )
     adapter_name = current_adapter(peft_model)
+    # a pass of checks before any weight changes, so that a refusal leaves the model as it was
     check_merged_values(
         (name, merged_weight(peft_model, name, weight.detach().to(torch.float32, copy=True)), dtype)
         for name, weight in weights.items()

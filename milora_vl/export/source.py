@@ -19,7 +19,7 @@ from milora_vl.adapter.portable import (
     read_milora_file,
 )
 from milora_vl.adapter.state import Residual
-from milora_vl.adapter.tuned import apply_inputs, choose_model, find_adapter
+from milora_vl.adapter.tuned import apply_inputs, find_adapter
 from milora_vl.config import load_config
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.images import load_image
@@ -167,13 +167,3 @@ def certificate_summary(folder: Path) -> str | None:
         if file.exists() and (parent / "config.yaml").exists():
             return Certificate.from_json(file.read_text(encoding="utf-8")).summary()
     return None
-
-
-def base_of(adapter: Path | str | None) -> str:
-    """Return the id or path of the base model that a saved adapter names.
-
-    Raises:
-        ValueError: If there is no adapter or it names no base.
-        FileNotFoundError: If the folder is no adapter folder.
-    """
-    return choose_model(None, adapter)[0]

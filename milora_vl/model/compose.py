@@ -109,6 +109,7 @@ def resize_tower(tower: PreTrainedModel, image_size_px: int) -> PreTrainedModel:
     config = tower.config
     if image_size_px == config.image_size or config.model_type.startswith("dinov2"):
         return tower
+    # once, here: transformers' LLaVA does not interpolate at run time
     config = type(config).from_dict({**config.to_dict(), "image_size": image_size_px})
     resized = type(tower)(config)
     weights = tower.state_dict()
@@ -194,10 +195,11 @@ def compose_llava(  # noqa: PLR0913  all but the three parts and the folder by k
     head = language_model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ValueError("the language model's output head has a bias, LLaVA's has none")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for the projector and added embeddings, the only new weights
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        # multiples of 64 suit matrix kernels
         language_model.resize_token_embeddings(
             len(tokenizer), pad_to_multiple_of=64, mean_resizing=False
         )

@@ -146,7 +146,7 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     """
     path = str(path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    try:  # a small file first: a wrong name fails before any weights are fetched
         config = AutoConfig.from_pretrained(path, **common)
     except (OSError, ValueError) as error:
         raise explain(path, error, revision) from error

@@ -18,6 +18,7 @@ class LoadError(MiloraError, RuntimeError):
 def explain(path: str, error: Exception, revision: str | None = None) -> LoadError:
     """Return the error to raise for one that transformers or the hub client raised."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # transformers wraps the errors of the hub client, so the reason may be anywhere in the chain
     chain, cause = [], error
     while cause is not None:
         chain.append(cause)

@@ -108,7 +108,7 @@ def read_plain_vit(visual: nn.Module) -> PlainViT:
         layer, parts = (_native_layer if is_native else _timm_layer)(block)
         layers.append(layer)
         used |= {id(part) for part in parts}
-    _refuse_unread(trunk, used)
+    _refuse_unread(trunk, used)  # an unread parameter would be lost without notice
     mlp = first.mlp
     norms = [m for m in (*blocks, getattr(trunk, "ln_pre", None), getattr(trunk, "norm_pre", None),
                          _final_norm(trunk)) if m is not None]  # fmt: skip

@@ -100,6 +100,7 @@ class ShardedWeights:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing; copy the checkpoint again")
             try:
+                # pages of a mapped file would count as memory of this process
                 self._files[file] = safe_open(path, framework="pt", backend="pread")
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged: {error}; copy it again") from error
@@ -146,7 +147,7 @@ def list_keys(folder: Path, opened: Any) -> list[tuple[str, str]]:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}; copy the checkpoint again") from error
-    for file in set(places.values()):
+    for file in set(places.values()):  # an index may come from the network
         if Path(file).name != file:
             raise ValueError(f"{index} names {file!r}, which is outside the folder")
     return list(places.items())

@@ -42,32 +42,14 @@ _SHARDED = "an adapter cannot be saved from tensors that are sharded over proces
     "several processes train with `accelerate launch` alone"  # fmt: skip
 _NO_PREDICTIONS = "validation computes the loss and keeps no predictions; benches go to eval"
 _NO_HUB = "nothing is pushed from here; `milora-vl export` makes a folder to upload"
+_NO_FULL_EVAL = "validation runs in the precision of training; a cast of the whole model would " \
+    "round the factors that train"  # fmt: skip
 _NOT_A_SCRIPT = "the run does what data, eval and eval_strategy say"
 
 REFUSED: dict[str, Refusal] = {
-    "batch_eval_metrics": Refusal(_NO_PREDICTIONS),
-    "bf16_full_eval": Refusal("validation runs in the precision of training; a cast of the whole "
-                              "model would round the factors that train"),
-    "deepspeed": Refusal(_SHARDED),
-    "do_eval": Refusal(_NOT_A_SCRIPT),
-    "do_predict": Refusal(_NOT_A_SCRIPT),
     "do_train": Refusal(_NOT_A_SCRIPT, (True,)),
     "enable_jit_checkpoint": Refusal("SIGTERM always ends a run with a checkpoint of its last "
                                      "step", (True,)),
-    "eval_accumulation_steps": Refusal(_NO_PREDICTIONS),
-    "eval_do_concat_batches": Refusal(_NO_PREDICTIONS),
-    "eval_use_gather_object": Refusal(_NO_PREDICTIONS),
-    "fp16_full_eval": Refusal("validation runs in the precision of training; a cast of the whole "
-                              "model would round the factors that train"),
-    "fsdp": Refusal(_SHARDED),
-    "fsdp_config": Refusal(_SHARDED),
-    "hub_always_push": Refusal(_NO_HUB),
-    "hub_model_id": Refusal(_NO_HUB),
-    "hub_private_repo": Refusal(_NO_HUB),
-    "hub_revision": Refusal(_NO_HUB),
-    "hub_strategy": Refusal(_NO_HUB),
-    "hub_token": Refusal(_NO_HUB),
-    "include_for_metrics": Refusal(_NO_PREDICTIONS),
     "label_names": Refusal("a batch has its answers under 'labels'", (["labels"],)),
     "length_column_name": Refusal("the lengths are those of the encoded samples"),
     "local_rank": Refusal("the launcher sets it"),
@@ -76,14 +58,22 @@ REFUSED: dict[str, Refusal] = {
     "optim_target_modules": Refusal("it belongs to optimizers that project full weight matrices, "
                                     "of which an adapter trains none"),
     "output_dir": Refusal("checkpoints go to the run folder; set run_folder"),
-    "parallelism_config": Refusal(_SHARDED),
     "prediction_loss_only": Refusal(_NO_PREDICTIONS, (True,)),
-    "push_to_hub": Refusal(_NO_HUB),
     "remove_unused_columns": Refusal("samples hold what the model takes and nothing else",
                                      (False,)),
     "seed": Refusal("the whole run has one seed; set the config's own key seed"),
     "use_cache": Refusal("training needs no cache of keys and values"),
 }  # fmt: skip
+for _reason, *_keys in (
+    (_SHARDED, "deepspeed", "fsdp", "fsdp_config", "parallelism_config"),
+    (_NOT_A_SCRIPT, "do_eval", "do_predict"),
+    (_NO_FULL_EVAL, "bf16_full_eval", "fp16_full_eval"),
+    (_NO_PREDICTIONS, "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches",
+     "eval_use_gather_object", "include_for_metrics"),
+    (_NO_HUB, "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+     "hub_strategy", "hub_token", "push_to_hub"),
+):  # fmt: skip
+    REFUSED |= dict.fromkeys(_keys, Refusal(_reason))
 
 # Optimizers, by the beginning of their name: the package that holds them, None where refused.
 _PACKAGES = {

@@ -11,7 +11,7 @@ import torch
 from milora_vl.config import DataSection, ModelSection
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import build_image_transform
+from milora_vl.data.images import ImageTransform
 from milora_vl.data.records import Conversation, DataError, read_records
 from milora_vl.data.videos import FrameSampling
 from milora_vl.model.families import check_side_by_side
@@ -77,9 +77,7 @@ def build_dataset(
     return ConversationDataset(
         conversations,
         section.image_folder or None,
-        build_image_transform(vlm.processor.image_processor, section.pad_to_square)
-        if plain
-        else None,
+        ImageTransform(vlm.processor.image_processor, section.pad_to_square) if plain else None,
         vlm.prompt_style,
         vlm.tokenizer,
         vlm.tokens_per_image,

@@ -17,12 +17,12 @@ from milora_vl.adapter.state import (
     remove_master_weights_,
     trained_state,
 )
-from milora_vl.adapter.targets import find_projector
 from milora_vl.config import AlignmentSection, DataSection, ModelSection, ProjectorSection
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import build_image_transform, load_image, resolve_image
+from milora_vl.data.images import ImageTransform, load_image, resolve_image
 from milora_vl.data.records import RecordError
 from milora_vl.files import cache_folder, replace_folder
+from milora_vl.model.families import find_family
 from milora_vl.model.load import VLM
 from milora_vl.runtime import process_count
 from milora_vl.training.align import LabeledImage, align_patches_
@@ -119,12 +119,12 @@ def align_projector(
     """
     model = vlm.model
     model.requires_grad_(False)
-    name = find_projector(model)
+    name = find_family(model).projector
     if name is None:
         raise ValueError(f"{vlm.path} has no projector, so there is nothing to align")
     projector = model.get_submodule(name)
     projector.requires_grad_(True)
-    keep_master_weights_(projector)
+    keep_master_weights_(projector)  # small updates would vanish in bfloat16
     checkpoints = Path(arguments.output_dir)
     regardless = getattr(arguments, "resume_regardless", False)
     checkpoint = choose_checkpoint(
@@ -137,13 +137,13 @@ def align_projector(
     compare_facts(checkpoints / FACTS_FILE, facts, checkpoint is not None, regardless)
     if checkpoint:
         load_trained_state_(projector, load_file(checkpoint / "adapter" / WEIGHTS_FILE))
-    elif section.patch_steps:
+    elif section.patch_steps:  # a checkpoint already contains the patch alignment
         labeled = [one for file in section.train or data.train for one in read_objects(data, file)]
         random.Random(arguments.seed).shuffle(labeled)
         align_patches_(
             model,
             vlm.processor.tokenizer,
-            build_image_transform(vlm.processor.image_processor, data.pad_to_square),
+            ImageTransform(vlm.processor.image_processor, data.pad_to_square),
             load_image,
             labeled[: section.patch_pictures],
             steps=section.patch_steps,

@@ -143,6 +143,7 @@ def choose_checkpoint(
     problems: dict[Path, list[str]] = {}
     for checkpoint in reversed(own):
         found = find_problems(checkpoint, check_weights, n_processes)
+        # the weights come first in the list, and nothing replaces them
         if not found or (regardless and not found[0].startswith("adapter: ")):
             if found:
                 logger.warning("%s: resuming without: %s", checkpoint, "; ".join(found))
@@ -189,7 +190,7 @@ def describe_base(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         # packed 4-bit weights change their layout on a CPU
         if value.is_floating_point() and value.numel():
-            step = max(1, value.numel() // SAMPLED_VALUES)
+            step = max(1, value.numel() // SAMPLED_VALUES)  # spread over the whole tensor
             picked = value.detach().reshape(-1)[::step][:SAMPLED_VALUES]
             digest.update(picked.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -169,6 +169,7 @@ def _fit_batch(
 
     A step that ran out of memory half-way leaves weights that moved, so they are put back.
     """
+    # on the CPU: device memory is what is short
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters()
              if p.requires_grad}  # fmt: skip
     # transformers would split batches too, but with fewer samples a step
@@ -322,6 +323,7 @@ def _attach(
     """Make the adapter and its certificate."""
     collate, device = build_collate(vlm), vlm.model.device
     batch = _first_batches(dataset, collate, 2, device)[0]
+    # the certificate needs the logits of answers only; those of all tokens may not fit
     batch["logits_to_keep"] = supervised_positions(batch.pop("labels"))
     calibration = None
     if adapter.init == "null_space":

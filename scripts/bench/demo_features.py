@@ -20,7 +20,7 @@ from data_prep.sticker.pictures import paint
 from data_prep.sticker.sources import Catalogue
 from data_prep.sticker.train import VARIED_RATIO, Stage, plan_drawing, plan_presence, vary_plan
 from data_prep.stickervqa import find_catalogue
-from milora_vl.data.images import build_image_transform
+from milora_vl.data.images import ImageTransform
 from milora_vl.model.embedded import cached_demo_base
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.align import (
@@ -56,7 +56,7 @@ def make_pictures(
 def named_rightly(vlm: VLM, names: list[str], found: Pictures) -> float:
     """Return the share of objects whose patches name them among all names."""
     pictures, images = found
-    model, transform = vlm.model, build_image_transform(vlm.processor.image_processor)
+    model, transform = vlm.model, ImageTransform(vlm.processor.image_processor)
     targets = functional.normalize(name_embeddings(model, vlm.processor.tokenizer, names), dim=-1)
     right = total = 0
     for picture in pictures:
@@ -105,7 +105,7 @@ def main() -> None:
             align_patches_(
                 vlm.model,
                 vlm.processor.tokenizer,
-                build_image_transform(vlm.processor.image_processor),
+                ImageTransform(vlm.processor.image_processor),
                 images.__getitem__,
                 train,
                 steps=options.steps,

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.adapter.checkpoint import load_adapter
+from milora_vl.adapter.tuned import read_adapter
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.generate_shared import SharedAnswerer
 from milora_vl.eval.items import Item, Request
-from milora_vl.export.source import base_of
 from milora_vl.files import cache_folder
 from milora_vl.model.load import load_vlm
 from milora_vl.runtime import keep_freed_memory
@@ -127,7 +127,7 @@ def main() -> None:
     adapter = None if arguments.no_adapter else arguments.adapter
     if adapter is not None and not adapter.is_dir():
         parser.error(f"{adapter}: no such folder; finetune the demo first, or --no-adapter")
-    vlm = load_vlm(arguments.model or base_of(adapter), device=arguments.device)
+    vlm = load_vlm(arguments.model or read_adapter(adapter).base, device=arguments.device)
     if adapter is not None:
         vlm = vlm.with_model(load_adapter(vlm.model, adapter))
     workloads = {

@@ -1,6 +1,7 @@
-"""StickerVQA sets that several test files share, built once a session."""
+"""StickerVQA sets and a checkpoint that several test files share, built once a session."""
 
 import pytest
+from quantized_models import build_whole_checkpoint
 from sticker_sets import BuiltSet
 
 from data_prep.sticker.fallback import drawn_catalogue
@@ -8,6 +9,12 @@ from data_prep.sticker.sources import fetch_sources
 from data_prep.stickervqa import build_stickervqa, find_catalogue
 
 SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="session")
+def whole_checkpoint(tmp_path_factory):
+    """A LLaVA checkpoint with processor whose sides suit the 4-bit kernels."""
+    return build_whole_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from milora_vl.data.dataset import ConversationDataset
-from milora_vl.data.images import build_image_transform
+from milora_vl.data.images import ImageTransform
 from milora_vl.data.records import Conversation
 
 
@@ -43,7 +43,7 @@ def bind(vlm: Any, conversations: Sequence[Conversation], folder: Path) -> Conve
     return ConversationDataset(
         conversations,
         folder,
-        build_image_transform(vlm.processor.image_processor),
+        ImageTransform(vlm.processor.image_processor),
         "chatml",
         vlm.processor.tokenizer,
         vlm.tokens_per_image,

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from chat_tokenizers import build_byte_level
-from quantized_models import build_whole_checkpoint
 from small_models import build_llama
 
 from milora_vl.adapter import decompose as layer_file
@@ -28,15 +27,12 @@ from milora_vl.model.load import load_vlm
 pytest.importorskip("bitsandbytes")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_whole_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint")
-
-
 @pytest.fixture
-def load(checkpoint: Path):
+def load(whole_checkpoint: Path):
     options = {"dtype": torch.float32, "prompt_style": "chatml"}
-    return lambda quantization="nf4": load_vlm(checkpoint, quantization=quantization, **options)
+    return lambda quantization="nf4": load_vlm(
+        whole_checkpoint, quantization=quantization, **options
+    )
 
 
 def attach(vlm, **settings):

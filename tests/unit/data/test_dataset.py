@@ -11,7 +11,7 @@ from milora_vl.constants import IGNORE_INDEX, IMAGE_TOKEN
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset, mix
 from milora_vl.data.encode import image_token_id
-from milora_vl.data.images import BadImageError, build_image_transform
+from milora_vl.data.images import BadImageError, ImageTransform
 from milora_vl.data.records import Conversation, RecordError, Turn
 
 SIDE, N_IMAGE = 28, 4
@@ -37,7 +37,7 @@ def make_dataset(tmp_path):
         return ConversationDataset(
             conversations,
             tmp_path,
-            build_image_transform(PROCESSOR),
+            ImageTransform(PROCESSOR),
             "chatml",
             build_byte_level(),
             N_IMAGE,
@@ -123,7 +123,7 @@ def test_unknown_options_are_errors(make_dataset, option):
 
 def test_images_need_a_folder():
     dataset = ConversationDataset(
-        [conversation(0)], None, build_image_transform(PROCESSOR), "chatml", build_byte_level(), 1
+        [conversation(0)], None, ImageTransform(PROCESSOR), "chatml", build_byte_level(), 1
     )
     with pytest.raises(ValueError, match=r"train\.json\[0\].*no image folder"):
         dataset[0]

@@ -16,7 +16,7 @@ from milora_vl.data import images
 from milora_vl.data.images import (
     BadImageError,
     ImagePathError,
-    build_image_transform,
+    ImageTransform,
     load_image,
     mean_color,
     pad_to_square,
@@ -288,7 +288,7 @@ def test_padded_transform_equals_llavas_own_processor(processor_class, size):
         do_pad=True, image_mean=processor.image_mean, image_std=processor.image_std, **SIZES
     )
     picture = Image.linear_gradient("L").resize(size).convert("RGB")
-    pixels = build_image_transform(processor, pad=True)(picture)
+    pixels = ImageTransform(processor, pad=True)(picture)
     expected = reference(images=picture, return_tensors="pt")["pixel_values"][0]
     assert (pixels.dtype, tuple(pixels.shape)) == (torch.float32, (3, SIDE, SIDE))
     # Pillow and torchvision round a resized pixel differently by up to one level of 255
@@ -299,16 +299,16 @@ def test_padded_transform_equals_llavas_own_processor(processor_class, size):
 def test_without_padding_the_processor_alone_decides(processor_class):
     processor = processor_class(**SIZES)
     picture = noise(40, 20)
-    pixels = build_image_transform(processor, pad=False)(picture)
+    pixels = ImageTransform(processor, pad=False)(picture)
     expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(pixels, expected.float(), atol=0, rtol=0)
-    padded = build_image_transform(processor, pad=True)(picture)
+    padded = ImageTransform(processor, pad=True)(picture)
     assert not torch.equal(padded, pixels)
 
 
 @pytest.mark.parametrize("processor_class", PROCESSORS)
 def test_padding_is_almost_zero_after_normalisation(processor_class):
-    pixels = build_image_transform(processor_class(**SIZES))(Image.new("RGB", (56, 28), "white"))
+    pixels = ImageTransform(processor_class(**SIZES))(Image.new("RGB", (56, 28), "white"))
     assert pixels[:, 0].abs().max() < 1 / 255 / 0.22  # the mean, rounded down to a level of 255
     assert pixels[:, SIDE // 2].min() > 1
 
@@ -318,7 +318,7 @@ def test_the_pixel_limit_holds_for_what_resizing_makes_of_an_image():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     large = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    transform = build_image_transform(large, pad=False)
+    transform = ImageTransform(large, pad=False)
     before = peak_gib()
     for size in ((1500, 1), (1, 1500)):
         transform.check_size(*size)
@@ -326,14 +326,14 @@ def test_the_pixel_limit_holds_for_what_resizing_makes_of_an_image():
     assert peak_gib() - before < 0.1
     large.do_center_crop = False
     with pytest.raises(BadImageError, match=r"1500 x 1 px would be resized to 504000 x 336"):
-        build_image_transform(large, pad=False)(Image.new("RGB", (1500, 1)))
-    build_image_transform(large, pad=True).check_size(1500, 1)  # a square first
+        ImageTransform(large, pad=False)(Image.new("RGB", (1500, 1)))
+    ImageTransform(large, pad=True).check_size(1500, 1)  # a square first
 
 
 @pytest.mark.parametrize("processor_class", PROCESSORS)
 @pytest.mark.parametrize("size", [(75, 1), (1, 60), (90, 2), (2, 121)])
 def test_a_long_image_cut_before_resizing_gives_the_same_pixels(processor_class, size, monkeypatch):
-    transform = build_image_transform(processor_class(**SIZES), pad=False)
+    transform = ImageTransform(processor_class(**SIZES), pad=False)
     picture = noise(*size)
     expected = transform(picture)
     monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 28 * 28 * 20)
@@ -342,7 +342,7 @@ def test_a_long_image_cut_before_resizing_gives_the_same_pixels(processor_class,
 
 
 def test_transform_pickles_for_worker_processes():
-    transform = build_image_transform(CLIPImageProcessor(**SIZES))
+    transform = ImageTransform(CLIPImageProcessor(**SIZES))
     picture = noise(9, 5)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(picture), transform(picture))
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
-from milora_vl.data.images import build_image_transform, load_image
+from milora_vl.data.images import ImageTransform, load_image
 from milora_vl.data.records import Turn
 from milora_vl.eval.generate_shared import SharedAnswerer, build_answerer
 from milora_vl.eval.items import EvaluationError, ImageSource, Request
@@ -138,8 +138,8 @@ def test_pictures_are_padded_to_a_square_before_anything_else_as_llava_does():
     pixels = SharedAnswerer(vlm)._read_pixels(wide)
     processor = vlm.processor.image_processor
     image = load_image(io.BytesIO(wide.read()))
-    assert torch.equal(pixels, build_image_transform(processor, True)(image))
-    assert not torch.equal(pixels, build_image_transform(processor, False)(image))
+    assert torch.equal(pixels, ImageTransform(processor, True)(image))
+    assert not torch.equal(pixels, ImageTransform(processor, False)(image))
     assert pixels[:, 0].abs().max() < 0.02, "the border has the mean colour"
 
 

@@ -12,7 +12,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from milora_vl.data.images import build_image_transform, mean_color
+from milora_vl.data.images import ImageTransform, mean_color
 from milora_vl.model.prompting import check_image_tokens, count_image_tokens
 
 SIDE, PATCH, D_VISION = 336, 14, 16
@@ -52,7 +52,7 @@ def test_a_picture_takes_576_tokens() -> None:
 def test_features_are_layer_minus_2_without_the_class_token() -> None:
     model, processor = build()
     picture = Image.effect_noise((500, 200), 80).convert("RGB")
-    pixel_values = build_image_transform(processor.image_processor)(picture)[None]
+    pixel_values = ImageTransform(processor.image_processor)(picture)[None]
     with torch.no_grad():
         states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         assert len(states) == 4
@@ -67,7 +67,7 @@ def test_the_border_has_clips_mean_color() -> None:
     _, processor = build()
     assert mean_color(processor.image_processor) == (122, 116, 104)
     wide = Image.new("RGB", (400, 100), "white")
-    pixels = build_image_transform(processor.image_processor)(wide)
+    pixels = ImageTransform(processor.image_processor)(wide)
     assert pixels.shape == (3, SIDE, SIDE)
     assert pixels[:, :100].abs().max() < 0.02  # the border above: the mean, so almost zero
     assert pixels[:, SIDE // 2].min() > 1.5  # the whole width of the picture is kept

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from milora_vl.data.fetch import FetchError
-from milora_vl.data.images import build_image_transform
+from milora_vl.data.images import ImageTransform
 from milora_vl.inference import ask
 from milora_vl.model import embedded
 from milora_vl.model.load import LoadError, count_image_tokens, load_vlm
@@ -33,7 +33,7 @@ def test_stock_processor_and_ours_see_the_same_pixels(tiny_checkpoint: Path) -> 
     torch.manual_seed(0)
     noise = torch.randint(0, 255, (20, 50, 3), dtype=torch.uint8).numpy()
     picture = Image.fromarray(noise)
-    ours = build_image_transform(vlm.processor.image_processor)(picture)
+    ours = ImageTransform(vlm.processor.image_processor)(picture)
     stock = vlm.processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, stock, atol=0.02, rtol=0)
 

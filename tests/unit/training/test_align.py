@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from milora_vl.config import AlignmentSection, DataSection, ModelSection
-from milora_vl.data.images import BadImageError, build_image_transform, load_image
+from milora_vl.data.images import BadImageError, ImageTransform, load_image
 from milora_vl.data.records import read_records
 from milora_vl.model.load import load_vlm
 from milora_vl.training.align import (
@@ -52,7 +52,7 @@ def test_only_the_projector_learns_and_it_learns(tiny_checkpoint: Path, tmp_path
     share = align_patches_(
         vlm.model,
         vlm.processor.tokenizer,
-        build_image_transform(vlm.processor.image_processor),
+        ImageTransform(vlm.processor.image_processor),
         load_image,
         pictures,
         steps=60,
@@ -113,7 +113,7 @@ def test_an_unreadable_picture_names_its_record_or_is_left_out(
         for index, name in enumerate(("good.png", "bad.png"))
     ]
     settings = {"steps": 2, "learning_rate": 1e-3, "seed": 0, "patches_per_step": 8}
-    transform = build_image_transform(vlm.processor.image_processor)
+    transform = ImageTransform(vlm.processor.image_processor)
     parts = (vlm.model, vlm.processor.tokenizer, transform, load_image, pictures)
     with pytest.raises(BadImageError, match=r"r\.json\[1\].*bad\.png"):
         align_patches_(*parts, **settings)

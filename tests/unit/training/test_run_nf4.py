@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_models import build_whole_checkpoint
 from safetensors.torch import load_file
 from small_models import bind
 
@@ -26,15 +25,10 @@ from milora_vl.training.run import finetune
 pytest.importorskip("bitsandbytes")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_whole_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint")
-
-
 @pytest.fixture
-def load(checkpoint: Path):
+def load(whole_checkpoint: Path):
     section = ModelSection(
-        path=str(checkpoint),
+        path=str(whole_checkpoint),
         dtype="float32",
         quantization="nf4",
         device="cpu",
@@ -122,15 +116,15 @@ def test_a_checkpoint_stored_in_4_bits_is_anchored(load, tmp_path: Path) -> None
 
 
 def test_a_run_in_4_bits_serves_the_float_model(
-    load, checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+    load, whole_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
 ) -> None:
     run(load(), dataset, tmp_path, 2)
-    vlm = load_vlm(checkpoint, dtype=torch.float32, prompt_style="chatml")
+    vlm = load_vlm(whole_checkpoint, dtype=torch.float32, prompt_style="chatml")
     assert recall(load_adapter(vlm.model, tmp_path / "adapter")).residual == "subtract"
 
 
 def test_stage_1_aligns_in_float_and_stage_2_trains_in_4_bits(
-    checkpoint: Path, dataset: ConversationDataset, tmp_path: Path, monkeypatch
+    whole_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
     records = [
@@ -148,7 +142,7 @@ def test_stage_1_aligns_in_float_and_stage_2_trains_in_4_bits(
     few_steps = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
     values = {
         "model": {
-            "path": str(checkpoint), "dtype": "float32", "device": "cpu",
+            "path": str(whole_checkpoint), "dtype": "float32", "device": "cpu",
             "prompt_style": "chatml", "quantization": "nf4",
         },
         "data": {"train": str(tmp_path / "train.json"), "image_folder": str(tmp_path)},
@@ -160,7 +154,7 @@ def test_stage_1_aligns_in_float_and_stage_2_trains_in_4_bits(
     results = run_pipeline(parse_config(values), tmp_path / "run")
     before, aligned = (
         load_vlm(path, prompt_style="chatml").model.state_dict()
-        for path in (checkpoint, results["base"])
+        for path in (whole_checkpoint, results["base"])
     )
     moved = {name for name, value in aligned.items() if not torch.equal(value, before[name])}
     assert moved
