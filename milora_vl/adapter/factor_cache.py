@@ -26,13 +26,13 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FactorKey:
-    """What an entry is found by.
+    """The key of an entry.
 
     Attributes:
         weight: Digest of the values, see ``fingerprint.digest_of``.
         shape: (d_out, d_in).
         slice: Part of the spectrum.
-        svd: Method asked for; different methods round differently.
+        svd: Requested method; different methods round differently.
     """
 
     weight: str
@@ -43,7 +43,7 @@ class FactorKey:
 
 @dataclass(frozen=True)
 class FactorEntry:
-    """What an entry holds.
+    """The content of an entry.
 
     Attributes:
         triplets: U [d_out, r], S [r] descending, Vh [r, d_in]; float32 on the CPU.
@@ -63,9 +63,9 @@ class FactorCache:
     """A folder of entries; many processes may use it at once.
 
     An entry is one safetensors file that appears by renaming. With the slices ``minor`` and
-    ``principal`` it holds the largest rank asked for so far and serves every smaller one; the
-    others hold one rank each. An entry that does not match its own checksum is removed, with a
-    line in the log, and counts as absent.
+    ``principal`` it holds the largest rank requested so far and serves every smaller one; the
+    others hold one rank each. An entry that does not match its checksum is removed with a warning
+    and counts as absent.
 
     Args:
         folder: Made on first use.
@@ -80,12 +80,14 @@ class FactorCache:
         """Return the entry for a weight at rank r, or None."""
         file = self._file(key, r)
         try:
-            tensors = _read(file)
-        except OSError:  # absent, or not ours to read
+            tensors = load(file.read_bytes())  # once: the file may be replaced meanwhile
+            if tensors.pop("checksum").numpy().tobytes() != _checksum(tensors):
+                raise ValueError("its checksum does not match")
+        except OSError:  # absent, or not readable by this user
             return None
         except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
             logger.warning("factor cache: dropped the damaged entry %s (%s)", file.name, error)
-            with suppress(OSError):  # a folder that is not ours to change
+            with suppress(OSError):  # the folder may be read-only
                 file.unlink()
             return None
         U, S, Vh = tensors["U"], tensors["S"], tensors["Vh"]
@@ -149,14 +151,6 @@ class FactorCache:
         facts = [FORMAT, key.weight, list(key.shape), key.slice, key.svd, rank]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]
         return self.folder / f"{name}.safetensors"
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    # all bytes at once: opened twice, the name may stand for two files
-    tensors = load(file.read_bytes())
-    if tensors.pop("checksum").numpy().tobytes() != _checksum(tensors):
-        raise ValueError("its checksum does not match")
-    return tensors
 
 
 def _bytes_tensor(data: bytes) -> Tensor:
