@@ -54,6 +54,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     try:
         return build_checkpoint(request.param, tmp_path_factory.mktemp(request.param) / "model")
     except (ImportError, AttributeError) as error:
+        # a class that this transformers lacks; any other mistake of a builder is an error
+        if isinstance(error, AttributeError) and "module transformers" not in str(error):
+            raise
         pytest.skip(f"{request.param} cannot be built here: {error}")
 
 
