@@ -86,6 +86,8 @@ def export(arguments: argparse.Namespace) -> int:
     --form lora: the plain PEFT LoRA of rank 2r for the original base. --form lora-small: a plain
     LoRA of rank --rank that is as near to it as possible; what is cut off is printed and written
     layer by layer to truncation.json. --form merged: a transformers checkpoint with its processor.
+    --form serve: what vLLM, SGLang and llama.cpp take unmerged: base/, the base with the trained
+    projector, and lora/, a LoRA without it; how each is started is printed.
 
     An adapter trained on a 4-bit base (NF4) can be merged onto two things. --merge-onto original
     takes the full-precision weights: nothing of the base is lost, yet the adapter was trained
@@ -112,7 +114,7 @@ def export(arguments: argparse.Namespace) -> int:
         question=arguments.question,
         strength=arguments.strength,
     )
-    for line in (*exported.notes, *exported.checks):
+    for line in (*exported.notes, *exported.checks, *exported.commands):
         print(line)
     print(f"export: {exported.folder}")
     return 0
@@ -247,8 +249,8 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", type=Path, help="run, checkpoint or adapter folder")
     verb.add_argument("--model", help="original base: hub id or folder (default: as recorded)")
     verb.add_argument("--out", type=Path, required=True, help="folder of the export")
-    verb.add_argument("--form", choices=["lora", "lora-small", "merged"], default="lora")
-    verb.add_argument("--rank", type=int, help="rank of lora-small (default: the trained rank)")
+    verb.add_argument("--form", choices=["lora", "lora-small", "merged", "serve"], default="lora")
+    verb.add_argument("--rank", type=int, help="rank of lora-small or serve")
     verb.add_argument(
         "--merge-onto",
         type=lambda text: text.replace("dequantised", "dequantized"),
@@ -340,7 +342,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_export_arguments(
         verbs.add_parser(
             "export",
-            help="plain LoRA, smaller LoRA or merged model, checked",
+            help="LoRA, merged model or what servers take, checked",
             description=export.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

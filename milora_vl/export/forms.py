@@ -1,4 +1,4 @@
-"""Exports of a saved adapter: plain LoRA, smaller LoRA, merged model, each checked at once.
+"""Exports of a saved adapter: plain or smaller LoRA, merged, for servers, each checked at once.
 
 An export is written beside its target, loaded again the stock way and compared with the live
 model. Only what passes is moved into place, with a model card that says what it is, where it came
@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +18,18 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from milora_vl.adapter.checkpoint import check_writable, write_adapter
 from milora_vl.adapter.portable import MiloraFile, portable_tensors
-from milora_vl.adapter.quantized import is_quantized
 from milora_vl.adapter.state import recall
 from milora_vl.errors import MiloraError
 from milora_vl.export.logits_check import (
-    TOLERANCES,
     LogitsCheck,
     check_batches,
     compare_logits,
     drawn_picture,
     logits_of,
+    tolerance_of,
 )
 from milora_vl.export.merge import (
     dequantized_model,
@@ -40,6 +38,7 @@ from milora_vl.export.merge import (
     summarize,
     truncation_report,
 )
+from milora_vl.export.serve import LORA, write_serve
 from milora_vl.export.source import (
     Source,
     certificate_summary,
@@ -72,6 +71,11 @@ from transformers import {auto}, AutoProcessor
 model = {auto}.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 processor = AutoProcessor.from_pretrained({base!r})"""
+LOAD_SERVE = """from peft import PeftModel
+from transformers import {auto}, AutoProcessor
+model = {auto}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, "path/to/this/folder/lora")
+processor = AutoProcessor.from_pretrained({base!r})"""
 LOAD_MERGED = """from transformers import {auto}, AutoProcessor
 model = {auto}.from_pretrained("path/to/this/folder")
 processor = AutoProcessor.from_pretrained("path/to/this/folder")"""
@@ -88,19 +92,21 @@ def model_card(  # noqa: PLR0913  values by keyword
     certificate: str | None,
     merged_onto: str | None = None,
     truncation: str | None = None,
+    commands: Sequence[str] = (),
 ) -> str:
     """Return the card as Markdown with the front matter that hubs read.
 
     Args:
         metadata: ``milora.json`` of the adapter that was exported.
-        form: "lora", "lora-small" or "merged".
+        form: See ``export_adapter``.
         r: Rank of the exported LoRA, or of the one that was merged.
         lora_alpha: Its alpha.
         auto_class: Name of the transformers class that loads the base.
         checks: Lines of the logits check.
         certificate: Summary of the init certificate, if the run kept it.
         merged_onto: "original" or "dequantized" if the base was quantized.
-        truncation: What was cut off, for "lora-small".
+        truncation: What was cut off, for a smaller rank.
+        commands: How servers are started with it, for "serve".
     """
     base = metadata.base["name_or_path"] or "the base model"
     is_local = Path(base).is_absolute()
@@ -116,21 +122,25 @@ def model_card(  # noqa: PLR0913  values by keyword
         "lora": f"LoRA of rank {r} for {shown}",
         "lora-small": f"LoRA of rank {r} for {shown}, recompressed",
         "merged": f"{shown} with a merged adapter",
+        "serve": f"LoRA of rank {r} for servers, beside {shown}",
     }[form]
-    load = LOAD_MERGED if form == "merged" else LOAD_ADAPTER
+    load = {"merged": LOAD_MERGED, "serve": LOAD_SERVE}.get(form, LOAD_ADAPTER)
+    loaded = "path/to/this/folder/base" if form == "serve" and metadata.projector else shown
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
         _metadata_table(metadata, shown, r, lora_alpha),
         "## Load",
-        f"```python\n{load.format(auto=auto_class, base=shown)}\n```",
+        f"```python\n{load.format(auto=auto_class, base=loaded)}\n```",
     ]
-    if form == "lora" and r != metadata.r:
+    if form in ("lora", "serve") and r == 2 * metadata.r:
         parts.append(
             f"Rank {r} is twice the trained rank {metadata.r}: the second half of the factors "
             "subtracts what the adapter started from, so that it belongs on the original base, "
             "which stays as it is."
         )
+    if commands:
+        parts += ["## Serve", "```text\n" + "\n".join(commands) + "\n```"]
     if truncation:
         parts += ["## What was cut off", truncation, "Per layer: `truncation.json`."]
     if merged_onto:
@@ -171,7 +181,7 @@ def _metadata_table(metadata: MiloraFile, shown: str, r: int, lora_alpha: float)
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-Form = Literal["lora", "lora-small", "merged"]
+Form = Literal["lora", "lora-small", "merged", "serve"]
 MergeOnto = Literal["original", "dequantized"]
 
 
@@ -187,11 +197,13 @@ class Exported:
         folder: Where it is.
         checks: The logits checks, one a batch.
         notes: More lines for people: what was cut off, distance to the 4-bit model.
+        commands: How servers are started with the export.
     """
 
     folder: Path
     checks: tuple[LogitsCheck, ...]
     notes: tuple[str, ...]
+    commands: tuple[str, ...] = ()
 
 
 def export_adapter(  # noqa: PLR0913  settings by keyword
@@ -214,9 +226,11 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
         path: Run, checkpoint or adapter folder.
         out: Folder of the export; replaced only if it is empty or an earlier export.
         form: "lora": the plain LoRA (rank 2r); "lora-small": a plain LoRA of rank ``r``; "merged":
-            a transformers checkpoint with its processor.
+            a transformers checkpoint with its processor; "serve": the base with the trained
+            projector in ``base/``, and a LoRA without it in ``lora/``.
         base: Id or path of the original base; default: as recorded in the adapter.
-        r: Rank for "lora-small"; default: the rank that was trained.
+        r: Rank for "lora-small" (default: the rank that was trained) or "serve" (default: rank
+            2r, exact).
         merge_onto: For "merged" from a 4-bit base: its "original" weights, or the "dequantized"
             ones that training saw.
         device: Where models run.
@@ -235,14 +249,13 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     if merge_onto == "dequantised":  # the older spelling
         merge_onto = "dequantized"
     out, source = Path(out), read_source(path, base, device, dtype, strength)
-    is_earlier_merge = (out / "config.json").exists() and (out / "README.md").exists()
-    if not is_earlier_merge:
+    if not _is_earlier_export(out):
         check_writable(out)
     _check_arguments(source.metadata, form, r, merge_onto)
     vlm = source.load(quantized=True)
     warn_of_another_processor(source.metadata, vlm.processor)
     # the 4-bit residual that was trained can be merged, but not reached by a LoRA on NF4(W)
-    trained = form == "merged" and vlm.float_weights is not None
+    trained = form in ("merged", "serve") and vlm.float_weights is not None
     live = source.attach(vlm, residual=None if trained else "anchor")
     example = None if picture else example_of_run(source.folder)
     shown, asked = example or (picture or drawn_picture(), "What is in the picture?")
@@ -255,6 +268,9 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
         draft = workspace / "export"
         if form == "merged":
             exported = _merge(source, live, processor, draft, merge_onto, batches, wanted)
+        elif form == "serve":
+            parts = write_serve(source, live, processor, draft, out, r, batches, wanted)
+            exported = Exported(out, *map(tuple, parts))
         else:
             exported = _write_lora(source, live, draft, form, r)
             del live
@@ -268,14 +284,24 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
         replace_folder(draft, out)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-    return Exported(out, exported.checks, exported.notes)
+    return replace(exported, folder=out)
+
+
+def _is_earlier_export(out: Path) -> bool:
+    """Tell whether a folder is an earlier export other than an adapter, which may be replaced."""
+    inside = (out / "config.json", out / LORA / "adapter_config.json")
+    return (out / "README.md").exists() and any(file.exists() for file in inside)
 
 
 def _check_arguments(
     metadata: MiloraFile, form: Form, r: int | None, merge_onto: MergeOnto | None
 ) -> None:
-    if r is not None and form != "lora-small":
-        raise ValueError(f"--rank belongs to --form lora-small, not {form}")
+    if r is not None and form not in ("lora-small", "serve"):
+        raise ValueError(f"--rank belongs to --form lora-small or serve, not {form}")
+    if form == "serve" and metadata.init == "dora":
+        raise ValueError(
+            "no server takes a DoRA (vLLM refuses it); export it merged (--form merged)"
+        )
     quantized = form == "merged" and bool(metadata.base.get("quantized"))
     if quantized and merge_onto is None:
         raise ValueError(
@@ -321,7 +347,7 @@ def _check_lora(
     judged: bool,
 ) -> list[LogitsCheck]:
     base = source.load(quantized=True).model
-    tolerance = _tolerance(base) if judged else None
+    tolerance = tolerance_of(base) if judged else None
     stock = PeftModel.from_pretrained(base, draft)
     return compare_logits(wanted, logits_of(stock, batches), tolerance)
 
@@ -335,12 +361,12 @@ def _merge(
     batches: Mapping[str, Mapping[str, Tensor]],
     wanted: Mapping[str, Tensor],
 ) -> Exported:
-    notes, reference, tolerance = [], wanted, _tolerance(live.get_base_model())
+    notes, reference, tolerance = [], wanted, tolerance_of(live.get_base_model())
     is_nf4 = bool(source.metadata.base.get("quantized"))
     if is_nf4 and merge_onto == "original":
         full = source.load(quantized=False)
         live = source.attach(full, strict_base=False)
-        reference, tolerance = logits_of(live, batches), _tolerance(live.get_base_model())
+        reference, tolerance = logits_of(live, batches), tolerance_of(live.get_base_model())
     model = dequantized_model(live) if merge_onto == "dequantized" else merge_adapter(live)
     model.save_pretrained(draft)
     processor.save_pretrained(draft)
@@ -352,12 +378,6 @@ def _merge(
         lines = compare_logits(wanted, found, None)
         notes += [f"against the 4-bit model that was trained, {line}" for line in lines]
     return Exported(draft, tuple(compare_logits(reference, found, tolerance)), tuple(notes))
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    """Return the tolerance for a model's dtype; 4-bit layers multiply in bfloat16."""
-    quantized = any(is_quantized(parameter) for parameter in model.parameters())
-    return TOLERANCES[torch.bfloat16 if quantized else model.dtype]
 
 
 def _refuse_failed(checks: tuple[LogitsCheck, ...], out: Path) -> None:
@@ -381,9 +401,11 @@ def _card(
     metadata, r, alpha = source.metadata, source.metadata.r, source.metadata.lora_alpha
     truncation = None
     if form != "merged":
-        config = json.loads((draft / "adapter_config.json").read_text(encoding="utf-8"))
+        folder = draft / LORA if form == "serve" else draft
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         r, alpha = config["r"], config["lora_alpha"]
-        truncation = "\n".join(exported.notes) or None
+        if form != "serve" or (draft / "truncation.json").exists():
+            truncation = "\n".join(exported.notes) or None
     has_pictures = getattr(processor, "image_processor", None) is not None
     checks = [str(check) for check in exported.checks]
     return model_card(
@@ -396,4 +418,5 @@ def _card(
         certificate=certificate_summary(source.folder),
         merged_onto=merge_onto if metadata.base.get("quantized") else None,
         truncation=truncation,
+        commands=exported.commands,
     )

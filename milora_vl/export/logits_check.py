@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from milora_vl.adapter.attach import compute_logits
+from milora_vl.adapter.quantized import is_quantized
 from milora_vl.constants import IMAGE_TOKEN
 
 TOLERANCES: dict[torch.dtype, float] = {
@@ -95,6 +97,12 @@ def drawn_picture() -> Image.Image:
     draw.rectangle((120, 60, 200, 140), fill=(30, 60, 190))
     draw.polygon([(100, 20), (140, 20), (120, 55)], fill=(240, 200, 40))
     return picture
+
+
+def tolerance_of(model: PreTrainedModel) -> float:
+    """Return the tolerance for a model's dtype; 4-bit layers multiply in bfloat16."""
+    quantized = any(is_quantized(parameter) for parameter in model.parameters())
+    return TOLERANCES[torch.bfloat16 if quantized else model.dtype]
 
 
 def logits_of(model: nn.Module, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
