@@ -192,6 +192,6 @@ def _describe(source: Source, rank: int, alpha: int, base: str, *, folded: bool)
             "quantization_correction": "none",
             "projector": None,
             "base": {"name_or_path": base, "revision": revision},
-            "extra": {"served_from": {"init": metadata.init, "r": metadata.r}},
+            "extra": {**metadata.extra, "served_from": {"init": metadata.init, "r": metadata.r}},
         }
     )

@@ -71,11 +71,19 @@ def read_by_ollama(lora):
     assert type(json.loads(text)["lora_alpha"]) is int
 
 
-@pytest.mark.parametrize("init", ["milora", "rslora"])
-def test_base_and_lora_compute_what_was_trained(run, tiny_checkpoint, tmp_path, capsys, init):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init": "rslora", "r": 3, "lora_alpha": 4},  # alpha * sqrt(r) is not whole
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 3}},  # servers read one of each
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_base_and_lora_compute_what_was_trained(run, tiny_checkpoint, tmp_path, capsys, settings):
     folder, live = run
-    if init == "rslora":  # its alpha * sqrt(r) is not whole
-        folder, live = make_adapter(tiny_checkpoint, tmp_path / "run", init=init, r=3, lora_alpha=4)
+    if settings:
+        folder, live = make_adapter(tiny_checkpoint, tmp_path / "run", **settings)
     out = tmp_path / "mine"
     assert main(["export", str(folder), "--out", str(out), "--form", "serve"]) == 0
     printed = capsys.readouterr().out
