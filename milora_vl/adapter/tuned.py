@@ -4,15 +4,17 @@ All verbs that use an adapter come through here, so that all take the same ones:
 ``save_adapter``, runs and checkpoints that hold one, plain PEFT adapters, and hub ids of either.
 """
 
+import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import try_to_load_from_cache
 from peft import (
     PeftConfig,
     PeftModel,
@@ -41,8 +43,8 @@ from milora_vl.adapter.state import (
     trained_projector,
 )
 from milora_vl.model.families import find_family
+from milora_vl.model.hub import fetch_folder, is_hub_id
 from milora_vl.model.load import VLM, load_vlm
-from milora_vl.model.load_errors import explain
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +82,20 @@ class Found:
 
 
 def is_adapter(path: Path | str | None) -> bool:
-    """Tell whether a folder is an adapter, or a run or checkpoint with one, and no model."""
-    if path is None or (Path(path) / "config.json").exists():
+    """Tell whether a name is an adapter, or a run or checkpoint with one, and no model.
+
+    A folder or a hub id that is cached; others are taken for models.
+    """
+    if path is None:
         return False
-    return any(
-        (folder / name).exists()
-        for folder in (Path(path), Path(path) / "adapter")
-        for name in (MILORA_FILE, PEFT_CONFIG_FILE)
-    )
+    if is_hub_id(path):
+        cached = [
+            try_to_load_from_cache(str(path), name) for name in (PEFT_CONFIG_FILE, "config.json")
+        ]
+        return isinstance(cached[0], str) and not isinstance(cached[1], str)
+    if (Path(path) / "config.json").exists():
+        return False
+    return _adapter_below(Path(path)) is not None
 
 
 def find_adapter(path: Path | str) -> Path:
@@ -95,21 +103,29 @@ def find_adapter(path: Path | str) -> Path:
 
     Raises:
         FileNotFoundError: If there is none.
+        milora_vl.model.load_errors.LoadError: If the hub id is not cached and cannot be fetched.
     """
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / MILORA_FILE).exists() or (folder / PEFT_CONFIG_FILE).exists():
-            return folder
-    if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        try:
-            fetched = Path(snapshot_download(str(path), allow_patterns=["*.json", WEIGHTS_FILE]))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(str(explain(str(path), error))) from error
-        if (fetched / PEFT_CONFIG_FILE).exists():
-            return fetched
-    raise FileNotFoundError(
-        f"{path}: neither an adapter folder (with {MILORA_FILE} or {PEFT_CONFIG_FILE}) nor a run "
-        "or checkpoint with one in adapter/, nor an adapter's hub id"
-    )
+    folder = Path(path)
+    if is_hub_id(path) and Path(path).parent != Path():  # ids of adapters name their owner
+        names = (MILORA_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE)
+        patterns = [f"{below}{name}" for below in ("", "adapter/") for name in names]
+        folder = fetch_folder(path, patterns, what="adapter")
+    elif not folder.exists():
+        raise FileNotFoundError(f"{path}: no such folder, and no hub id of an adapter (owner/name)")
+    found = _adapter_below(folder)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path}: neither an adapter folder (with {MILORA_FILE} or {PEFT_CONFIG_FILE}) nor a "
+            "run or checkpoint with one in adapter/"
+        )
+    return found
+
+
+def _adapter_below(folder: Path) -> Path | None:
+    for one in (folder, folder / "adapter"):
+        if (one / MILORA_FILE).exists() or (one / PEFT_CONFIG_FILE).exists():
+            return one
+    return None
 
 
 def read_adapter(path: Path | str) -> Found:
@@ -267,6 +283,21 @@ def apply_inputs(vlm: VLM, inputs: Mapping[str, Any], where: Path) -> VLM:
     return replace(vlm, pad_to_square=inputs.get("pad_to_square", vlm.pad_to_square))
 
 
+@dataclass(frozen=True)
+class PlainAdapter:
+    """A PEFT adapter of others, under the names of the model it goes on.
+
+    Attributes:
+        config: Reaches exactly the layers that have tensors.
+        tensors: As PEFT stores them; float32 or what the file holds.
+        folder: Where it was read.
+    """
+
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+    folder: Path
+
+
 def load_plain_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Put a PEFT adapter that others made on a model; every stored tensor must find its place.
 
@@ -281,46 +312,135 @@ def load_plain_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
         FileNotFoundError: If the weights are missing.
         ValueError: Naming the first tensor that found no place, or the kind that cannot be used.
     """
+    return put_plain_adapter_on(model, read_plain_adapter(model, folder))
+
+
+def read_plain_adapter(model: PreTrainedModel, folder: Path | str) -> PlainAdapter:
+    """Read a PEFT adapter of others for a model, which stays as it is; raises as above."""
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"{folder}: {config.peft_type.value} puts trained vectors before the prompt, which "
-            "images and cached prefixes would move; only adapters of weights can be used here"
-        )
-    stored = _read_plain_tensors(folder)
+    _check_kind(config, folder)
+    stored, names = _read_plain_tensors(folder), {}
     parameters = {name for name, _ in model.named_parameters()}
     leaves = {name for name, module in model.named_modules() if not any(module.children())}
     prefix = find_family(model).language_model
-    named = {_landed_name(key, leaves, parameters, prefix): key for key in stored}
-    if len(named) < len(stored):
-        raise ValueError(f"{folder / WEIGHTS_FILE}: two tensors have the same place in the model")
-    tensors = {name: stored[key] for name, key in named.items()}
+    for key in stored:
+        name = _landed_name(key, leaves, parameters, prefix)
+        if name in names:
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} and {names[name]} have one place")
+        names[name] = key
+    tensors = {name: stored[key] for name, key in names.items()}
     _narrow_to_stored_(config, tensors, leaves, prefix, folder)
+    # other starts leave the base as it is; their factors are replaced, so computing them is waste
+    if str(getattr(config, "init_lora_weights", None)).lower() in ("gaussian", "eva", "orthogonal"):
+        config.init_lora_weights = True
+    config.task_type = None  # a head for it would be made at random
     config.inference_mode = True
+    return PlainAdapter(config, tensors, folder)
+
+
+def put_plain_adapter_on(model: PreTrainedModel, adapter: PlainAdapter) -> PeftModel:
+    """Put what ``read_plain_adapter`` read on its model, which is wrapped in place.
+
+    Raises:
+        ValueError: Naming the first tensor without a place, or of another shape, or that is
+            missing.
+    """
+    folder, tensors = adapter.folder, adapter.tensors
     try:
-        peft_model = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+        peft_model = get_peft_model(model, adapter.config)
+    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{folder}: PEFT cannot put it on this model: {error}") from error
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    tables = _tables(peft_model)
     for name in sorted(tensors.keys() | expected.keys()):
-        key = named.get(name, name)
-        if name not in expected:
+        # a table may be stored beside what was trained of it, or because its vocabulary grew
+        place = expected.get(name, tables.get(name))
+        if place is None:
             raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {key} has no place in {type(model).__name__}; the "
-                "adapter was made on another model, or with another version of its names"
+                f"{folder / WEIGHTS_FILE}: {name.removeprefix(PREFIX)} has no place in "
+                f"{type(model).__name__}; the adapter was made on another model, or with another "
+                "version of its names"
             )
         if name not in tensors:
-            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} is missing, so it would be random")
-        if tensors[name].shape != expected[name].shape:
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {name} is missing, so it would be random")
+        if tensors[name].shape != place.shape:
             raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensors[name].shape)}, this model "
-                f"needs {list(expected[name].shape)}"
+                f"{folder / WEIGHTS_FILE}: {name} has shape {list(tensors[name].shape)}, this "
+                f"model needs {list(place.shape)}"
+                + ("; tokens were added to it in training" if name in tables else "")
             )
-    outcome = set_peft_model_state_dict(peft_model, tensors)
+    outcome = set_peft_model_state_dict(peft_model, dict(tensors))
     if outcome.unexpected_keys:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {outcome.unexpected_keys[0]} was not loaded")
     return peft_model.eval()
+
+
+def _tables(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Return the embedding tables, by the names under which PEFT stores them when asked to."""
+    base = peft_model.get_base_model()
+    tables = {}
+    owners = [base.get_input_embeddings(), base.get_output_embeddings()]
+    weights = [one.weight for one in owners if one is not None]
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if any(parameter is weight for weight in weights):
+            tables[PREFIX + name] = parameter
+    return tables
+
+
+_REFUSED = {
+    "LILY": "its experts are mixed by an average over the whole batch, so that an answer depends "
+    "on the questions beside it",
+    "POLY": "each question needs the number of its task",
+    "XLORA": "it mixes adapters that it only names",
+    "SHADOW": "it runs a second model beside the base",
+    "ADAPTION_PROMPT": "it puts trained vectors into the attention",
+}
+_LOST_STARTS = ("loftq", "corda", "lora_ga", "pissa_niter")
+
+
+def _check_kind(config: PeftConfig, folder: Path) -> None:
+    """Refuse, by name, what cannot be used as it was trained.
+
+    Raises:
+        ValueError: Saying why.
+    """
+    kind = getattr(config.peft_type, "value", str(config.peft_type))
+    file = folder / PEFT_CONFIG_FILE
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{folder}: {kind} puts trained vectors before the prompt, which images and cached "
+            "prefixes would move; only adapters of weights can be used here"
+        )
+    if kind in _REFUSED:
+        raise ValueError(f"{folder}: {kind} cannot be used here: {_REFUSED[kind]}")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"{file}: alora_invocation_tokens: an adapter that starts to act at certain tokens "
+            "cannot be used here"
+        )
+    start = str(getattr(config, "init_lora_weights", None)).lower()
+    if start.startswith(_LOST_STARTS):
+        raise ValueError(
+            f"{file}: init_lora_weights={start}: its start changed the base by values that are not "
+            "stored; save it once as a plain LoRA (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if value and not hasattr(config, key) and key != "runtime_config":
+            raise ValueError(
+                f"{file}: {key}={value} is not known to PEFT {version('peft')}, which would leave "
+                "it out; update PEFT"
+            )
+    if others := sorted(file.name for file in folder.glob("*.bin") if file.name in _BESIDE):
+        raise ValueError(
+            f"{folder}: {others[0]} beside the adapter would be left out; original LLaVA "
+            "checkpoints become a model with `milora-vl convert-llava`"
+        )
+
+
+_BESIDE = ("non_lora_trainables.bin", "mm_projector.bin")
 
 
 def _read_plain_tensors(folder: Path) -> dict[str, Tensor]:
@@ -347,6 +467,7 @@ def _candidates(name: str, language_model: str) -> Iterator[str]:
             yield re.sub(pattern, replacement, name)
     if language_model and name.startswith("model."):  # of the bare text model
         yield f"{language_model}.{name.removeprefix('model.')}"
+    yield f"model.{name}"  # parts were one level higher in transformers 4.4x
 
 
 def _landed_name(
@@ -357,7 +478,8 @@ def _landed_name(
     Its place is a parameter (``modules_to_save``) or a layer without parts, which PEFT wraps; the
     name of what is put there takes one or two words more.
     """
-    for candidate in _candidates(key.removeprefix(PREFIX), language_model):
+    plain = key.removeprefix(PREFIX).replace(".default.", ".")
+    for candidate in _candidates(plain, language_model):
         owner = LORA_PARTS.sub("", candidate)
         owners = (owner, owner.rpartition(".")[0], owner.rsplit(".", 2)[0])
         if candidate in parameters or any(one in leaves for one in owners):

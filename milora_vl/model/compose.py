@@ -27,7 +27,8 @@ from transformers import (
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.files import check_new_folder, replace_folder
 from milora_vl.model.convert_llava import VICUNA_TEMPLATE
-from milora_vl.model.load_errors import explain
+from milora_vl.model.hub import fetch_folder
+from milora_vl.model.load_errors import check_complete, explain
 from milora_vl.model.open_clip import Tower, TowerError, check_open_clip_name, load_open_clip_tower
 
 
@@ -55,14 +56,18 @@ def load_tower(vision: str, *, allow_pickle: bool = False) -> Tower:
         return load_open_clip_tower(name)
     safe = None if allow_pickle else True
     try:
+        fetch_folder(name, ("config.json",), what="tower")
         config = AutoConfig.from_pretrained(name)
         halves = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
         kind = config.model_type.removesuffix("_vision_model")
         model_class = halves.get(kind, AutoModel)
-        model = model_class.from_pretrained(name, dtype=torch.float32, use_safetensors=safe)
+        model, report = model_class.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=safe, output_loading_info=True
+        )
         image_processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise explain(name, error) from error
+    check_complete(name, model, report, unused="pooler")  # hidden states do not pass it
     side = getattr(model.config, "image_size", None)
     mean, std = (
         getattr(image_processor, "image_mean", None),
@@ -282,14 +287,18 @@ def compose_from_names(  # noqa: PLR0913  all but the two parts and the folder b
         check_open_clip_name(name)
     safe = None if allow_pickle else True
     try:  # the small files first: a wrong name fails before anything large is fetched
+        fetch_folder(language, ("config.json",))
         AutoConfig.from_pretrained(language)
         tokenizer = AutoTokenizer.from_pretrained(language)
         tower = load_tower(vision, allow_pickle=allow_pickle)
-        model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, use_safetensors=safe)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            language, dtype=dtype, use_safetensors=safe, output_loading_info=True
+        )
     except TowerError:
         raise
     except (OSError, ValueError) as error:
         raise explain(language, error) from error
+    check_complete(language, model, report)
     side = image_size_px or tower.image_size_px
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:

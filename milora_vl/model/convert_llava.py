@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ from transformers import (
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.files import check_new_folder, replace_folder
-from milora_vl.model.load_errors import LoadError, explain
+from milora_vl.model.hub import fetch_folder
+from milora_vl.model.load_errors import LoadError, check_complete, explain
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,19 @@ VICUNA_TEMPLATE = (
 _PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PROJECTOR_FILES = ("non_lora_trainables.bin", "mm_projector.bin")
+_LORA_SETTINGS = frozenset(
+    (
+        *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("peft_version", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias"),
+        *("target_modules", "exclude_modules", "modules_to_save", "init_lora_weights"),
+        *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("use_dora", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
+        *("ensure_weight_tying",),
+    )
+)
+"""Fields of a LoRA's configuration that are honoured, or say nothing about its values."""
+_KEEPS_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+"""Starts of a LoRA that leave the base as it is."""
 _TEXT_TYPES = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
 
 
@@ -91,21 +106,33 @@ def convert_llava(
             f"{source} holds a projector or LoRA only; name the language model it was trained on, "
             "for example --base lmsys/vicuna-7b-v1.5"
         )
+    if base is not None and _weight_files(source):
+        raise LoadError(f"{source} holds a whole model, which --base would replace; leave one out")
     weights = {_plain_name(name): value for name, value in _read_language_model(language).items()}
-    weights |= {_plain_name(name): value for name, value in trained.items()}
+    for name, value in trained.items():
+        own = weights.get(_plain_name(name)) if base is None else None
+        if own is not None and not torch.equal(own.float(), value.float()):
+            # published checkpoints keep the projector of stage 1 beside the finetuned model
+            logger.warning("%s: %s beside the whole model is not used", source, name)
+            continue
+        weights[_plain_name(name)] = value
     if lora:
-        _merge_lora_(weights, lora, json.loads((source / "adapter_config.json").read_text()))
+        _merge_lora_(weights, lora, _read_lora_settings(source))
     tower_name = vision or settings.get("mm_vision_tower")
     if not tower_name:
         raise LoadError(f"{source}: config.json names no mm_vision_tower; give one with --vision")
     try:
-        tower = CLIPVisionModel.from_pretrained(tower_name, use_safetensors=None)
+        fetch_folder(tower_name, ("config.json",), what="vision tower")
+        tower, report = CLIPVisionModel.from_pretrained(
+            tower_name, use_safetensors=None, output_loading_info=True
+        )
         image_processor = AutoImageProcessor.from_pretrained(tower_name)
         holder = source if (source / "tokenizer_config.json").exists() else language
         tokenizer = AutoTokenizer.from_pretrained(holder)
         text_config = _text_config(settings) if base is None else AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise explain(str(tower_name), error) from error
+    check_complete(str(tower_name), tower, report)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text_config.vocab_size = max(-(-len(tokenizer) // 64) * 64, text_config.vocab_size)
@@ -218,15 +245,7 @@ def fetch_original(source: str) -> Path:
     Raises:
         LoadError: If it is neither a folder nor a hub id that can be reached.
     """
-    if Path(source).exists():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.bin", "*.safetensors", "tokenizer*"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise explain(source, error) from error
+    return fetch_folder(source, ("*.json", "*.bin", "*.safetensors", "tokenizer*"))
 
 
 def _read_language_model(name: Path | str) -> dict[str, Tensor]:
@@ -238,6 +257,15 @@ def _read_language_model(name: Path | str) -> dict[str, Tensor]:
     for file in files:
         weights |= load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     return weights
+
+
+def _read_lora_settings(source: Path) -> dict[str, Any]:
+    file = source / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return {**settings, "lora_alpha": float(settings["lora_alpha"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{file}: cannot be read, so the LoRA has no scale: {error!r}") from error
 
 
 def _read_first(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -257,44 +285,85 @@ def _plain_name(name: str) -> str:
 def _merge_lora_(
     weights: dict[str, Tensor], lora: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Add s B A to every adapted weight, in float32, rounded once.
+    """Put a LoRA into the weights, in float32, rounded once; every tensor of it must be used.
+
+    Layers and embeddings get W + s B A, with DoRA scaled to the rows' stored lengths; what was
+    trained in full (``modules_to_save``, biases, embeddings) takes the place of the old values.
 
     Raises:
-        LoadError: Naming the first tensor or setting that this sum does not express.
+        LoadError: Naming the first tensor or setting that this does not express.
     """
-    for key in ("use_dora", "layer_replication", "fan_in_fan_out", "lora_bias"):
-        if settings.get(key):
-            raise LoadError(f"the LoRA has {key}={settings[key]}; merge it with PEFT first")
+    _check_lora_settings(settings)
+    left = {name.removeprefix("base_model.model."): value for name, value in lora.items()}
+    if len(left) < len(lora):
+        raise LoadError("the LoRA holds two tensors of the same name")
+    for name in [name for name in left if ".lora_" not in name]:
+        # embeddings are stored beside their factors: the factors are added to what is stored
+        target = _plain_name(re.sub(r"\.(modules_to_save|base_layer|default)\b", "", name))
+        if target not in weights or left[name].shape != weights[target].shape:
+            raise _without_place(name)
+        weights[target] = left.pop(name).to(weights[target].dtype)
+    starts = [name for name in left if name.endswith((".lora_A.weight", ".lora_embedding_A"))]
+    for name in starts:
+        module = re.sub(r"\.lora_(?:embedding_)?A(?:\.weight)?$", "", name)
+        down, up = left.pop(name).float(), left.pop(_other_factor(name), None)
+        length = left.pop(f"{module}.lora_magnitude_vector", None)  # [d_out] of a DoRA
+        target = _plain_name(f"{module}.weight")
+        if target not in weights:
+            raise LoadError(f"the LoRA has weights for {target}, which the base lacks")
+        if (length is not None) != bool(settings.get("use_dora")):
+            raise LoadError(f"use_dora={settings.get('use_dora')} does not fit {name}")
+        if up is None or up.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise LoadError(f"the LoRA has no factor lora_B that fits {name}")
+        change = _scaling(settings, module, len(down)) * (up.float() @ down)  # [d_out, d_in]
+        change = change.T if "embedding" in name else change  # embeddings are [V, D]
+        weights[target] = _add(weights[target], change, length, target)
+    if left:
+        raise _without_place(next(iter(left)))
+
+
+def _without_place(name: str) -> LoadError:
+    return LoadError(
+        f"the LoRA folder holds {name}, which has no place in the base; merge it with PEFT first"
+    )
+
+
+def _add(weight: Tensor, change: Tensor, length: Tensor | None, name: str) -> Tensor:
+    if change.shape != weight.shape:
+        raise LoadError(f"the LoRA changes {list(change.shape)} of {name}: {list(weight.shape)}")
+    merged = weight.float() + change
+    if length is not None:
+        merged *= (length.float() / merged.norm(dim=1))[:, None]
+    return merged.to(weight.dtype)
+
+
+def _other_factor(name: str) -> str:
+    return name.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
+
+
+def _scaling(settings: Mapping[str, Any], module: str, r: int) -> float:
+    alphas = settings.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas, module), settings["lora_alpha"])
+    return alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+
+
+def _check_lora_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what ``_merge_lora_`` does not express; fields that are not known are not harmless.
+
+    Raises:
+        LoadError: Naming the first such field.
+    """
+    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+        raise LoadError(f"the adapter is of kind {kind}, not LORA; merge it with PEFT first")
+    for key, value in settings.items():
+        if value and key not in _LORA_SETTINGS:
+            raise LoadError(f"the LoRA has {key}={value}; merge it with PEFT first")
     start = str(settings.get("init_lora_weights", True)).lower()
-    if start.startswith(("pissa", "olora", "corda", "milora")):
+    if start not in _KEEPS_BASE:
         raise LoadError(
             f"the LoRA started as {start!r}, which changed its base; convert it to a plain LoRA "
             "or merge it with PEFT first"
         )
-    for name, down in lora.items():  # lora_A [r, d_in]
-        if name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in lora:
-            continue
-        if not name.endswith(".lora_A.weight"):
-            raise LoadError(
-                f"the LoRA folder holds {name}, which is no factor of a linear layer (a bias, an "
-                "embedding, a saved module); merge it with PEFT first"
-            )
-        up = lora.get(name.replace(".lora_A.", ".lora_B."))  # [d_out, r]
-        if up is None or up.shape[1] != down.shape[0]:
-            raise LoadError(f"the LoRA has no factor lora_B that fits {name}")
-        module = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
-        target = _plain_name(module) + ".weight"
-        if target not in weights:
-            raise LoadError(f"the LoRA has weights for {target}, which the base lacks")
-        r = len(down)  # the layer's own, also where rank_pattern changes it
-        alphas = settings.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(alphas, module), settings["lora_alpha"])
-        scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
-        merged = torch.addmm(weights[target].float(), up.float(), down.float(), alpha=scaling)
-        merged = merged.to(weights[target].dtype)
-        if not torch.isfinite(merged).all():
-            raise LoadError(f"merged values of {target} are not finite in {merged.dtype}")
-        weights[target] = merged
 
 
 def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionModel) -> None:
@@ -325,6 +394,12 @@ def _load_weights_(model: Any, weights: dict[str, Tensor], tower: CLIPVisionMode
         model.lm_head.load_state_dict(head)
     except RuntimeError as error:
         raise LoadError(f"the weights do not fit the model of config.json: {error}") from error
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise LoadError(
+                f"values of {name} are NaN or infinite in {parameter.dtype}; if the checkpoint's "
+                "are not, give --dtype bfloat16"
+            )
 
 
 def _sort_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], ...]:

@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -21,7 +20,8 @@ from transformers import (
 from milora_vl.data.images import ImageReader
 from milora_vl.data.prompts import ChatTemplate, PromptStyle
 from milora_vl.model.families import find_family, has_vision
-from milora_vl.model.load_errors import LoadError, explain, explained_memory
+from milora_vl.model.hub import fetch_folder
+from milora_vl.model.load_errors import LoadError, check_complete, explain, explained_memory
 from milora_vl.model.nf4 import load_nf4
 from milora_vl.model.prompting import (
     check_image_tokens,
@@ -98,17 +98,6 @@ def _check_quantizable(path: str, stored_quantized: bool, allow_pickle: bool) ->
         )
 
 
-def _check_complete(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights, which transformers would fill at random."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise LoadError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is "
-            f"{missing[0]}; they would be random. Copy the checkpoint again, or give the one that "
-            "it belongs to (an adapter or a projector alone is no model)"
-        )
-
-
 def load_vlm(  # noqa: PLR0913  all but the path by keyword
     path: Path | str,
     *,
@@ -146,7 +135,8 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
     """
     path = str(path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:  # a small file first: a wrong name fails before any weights are fetched
+    fetch_folder(path, ("config.json",), revision=revision)  # says at once that it is nowhere
+    try:
         config = AutoConfig.from_pretrained(path, **common)
     except (OSError, ValueError) as error:
         raise explain(path, error, revision) from error
@@ -178,7 +168,7 @@ def load_vlm(  # noqa: PLR0913  all but the path by keyword
                 model, report = model_class.from_pretrained(
                     path, output_loading_info=True, **options
                 )
-                _check_complete(path, model, report)
+                check_complete(path, model, report)
         processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(
             path, **common
         )

@@ -1,12 +1,14 @@
 """Errors while a model is loaded, each with what to do about it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import PreTrainedModel
 
 from milora_vl.errors import MiloraError
 
@@ -57,6 +59,31 @@ def explain(path: str, error: Exception, revision: str | None = None) -> LoadErr
         + f". Without a network connection, download the checkpoint elsewhere and pass its folder. "
         f"{first}"
     )
+
+
+def check_complete(
+    path: str, model: PreTrainedModel, report: Mapping[str, Any], unused: str | None = None
+) -> None:
+    """Refuse a checkpoint that lacks weights: transformers fills them at random.
+
+    Args:
+        path: Of the checkpoint, for the message.
+        model: What was loaded.
+        report: From ``from_pretrained(..., output_loading_info=True)``.
+        unused: A part of the model whose weights nothing needs.
+
+    Raises:
+        LoadError: Naming the first weight that is missing.
+    """
+    missing = sorted(report["missing_keys"])
+    if unused is not None:
+        missing = [name for name in missing if unused not in name.split(".")]
+    if missing:
+        raise LoadError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; they would be random. Copy the checkpoint again, or give the one that "
+            "it belongs to (an adapter or a projector alone is no model)"
+        )
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from milora_vl.model.hub import fetch_folder
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -116,16 +118,15 @@ def checkpoint_folder(path: str, revision: str | None = None, *, only_here: bool
         only_here: Take what an earlier download left, and fetch nothing.
 
     Raises:
-        OSError: If it cannot be fetched, or is not here.
+        milora_vl.model.load_errors.LoadError: If it cannot be fetched.
+        OSError: If it is not here, with ``only_here``.
     """
-    if Path(path).is_dir():
-        return Path(path)
-    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    return Path(
-        snapshot_download(
-            path, revision=revision, allow_patterns=wanted, local_files_only=only_here
+    wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+    if only_here and not Path(path).is_dir():
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=True)
         )
-    )
+    return fetch_folder(path, wanted, revision=revision)
 
 
 def list_keys(folder: Path, opened: Any) -> list[tuple[str, str]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from chat_tokenizers import build_llama_like
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
@@ -221,48 +222,65 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("extra", "settings", "words"),
     [
-        (f"{LAYER}.lora_magnitude_vector", {}, "lora_magnitude_vector"),
+        (f"{LAYER}.lora_magnitude_vector", {}, "use_dora=None does not fit"),
         (f"{LAYER}.bias", {}, r"q_proj\.bias"),
         ("base_model.model.lm_head.modules_to_save.weight", {}, "modules_to_save"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", {}, "lora_embedding_A"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", {}, "embed_tokens"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.bias", {}, r"lora_A\.bias"),
         (None, {"use_dora": True}, "use_dora"),
         (None, {"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        (None, {"peft_type": "ADALORA"}, "ADALORA"),
+        (None, {"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        (None, {"lora_bias": True}, "lora_bias"),
     ],
 )
-def test_what_the_sum_does_not_express_is_refused_by_name(extra, settings, words) -> None:
+def test_what_a_merge_does_not_express_is_refused_by_name(extra, settings, words) -> None:
     lora = {f"{LAYER}.lora_A.weight": torch.ones(2, 4), f"{LAYER}.lora_B.weight": torch.ones(4, 2)}
     weights = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
     if extra:
         lora[extra] = torch.ones(4)
     with pytest.raises(LoadError, match=words):
         _merge_lora_(weights, lora, {"r": 8, "lora_alpha": 4, **settings})
-    if not settings:
-        lora.pop(extra)
-        weights = {key: torch.zeros(4, 4) for key in weights}
-        _merge_lora_(weights, lora, {"r": 8, "lora_alpha": 4, "rank_pattern": {"q_proj": 2}})
-        assert torch.equal(*weights.values(), torch.full((4, 4), 4.0))  # (4 / 2) * 2
 
 
-def test_patterns_of_rank_and_alpha_merge_as_in_peft() -> None:
+PATTERNS = {
+    "rank_pattern": {"q_proj": 3},
+    "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 5, "down_proj": 7},
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PATTERNS,
+        PATTERNS | {"use_rslora": True},
+        PATTERNS | {"use_dora": True},
+        {"modules_to_save": ["lm_head", "embed_tokens"], "init_lora_weights": "gaussian"},
+        {"target_modules": ["embed_tokens", "v_proj"], "bias": "lora_only"},
+        {"target_modules": ["lm_head", "k_proj"], "bias": "all", "init_lora_weights": "orthogonal"},
+    ],
+)
+def test_a_lora_folder_merges_as_in_peft(settings: dict, tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=2, attention_bias=True, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    patterns = {
-        "rank_pattern": {"q_proj": 3},
-        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 5, "down_proj": 7},
-    }
-    lora = LoraConfig(
-        r=2, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"],
-        **patterns,
-    )  # fmt: skip
-    peft_model = get_peft_model(model, lora)
-    stored = get_peft_model_state_dict(peft_model)
-    _merge_lora_(weights, stored, {"r": 2, "lora_alpha": 4, **patterns})
-    for name, value in peft_model.merge_and_unload().state_dict().items():
-        torch.testing.assert_close(weights[name], value)
+    options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], **settings}
+    peft_model = get_peft_model(model, LoraConfig(**options))
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) / 4)
+    peft_model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    before = {name: value.clone() for name, value in weights.items()}
+    _merge_lora_(weights, stored, json.loads((tmp_path / "adapter_config.json").read_text()))
+    merged = peft_model.merge_and_unload().state_dict()
+    assert merged.keys() == weights.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(weights[name], value, msg=name)
+    assert sum(not torch.equal(weights[name], before[name]) for name in before) >= 4
 
 
 @pytest.mark.parametrize(
