@@ -192,7 +192,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Compare runs: scores with paired tests, training, memory, pictures where they disagree."""
+    """Compare runs: scores with paired tests, training, memory, images where they disagree."""
     from milora_vl.eval.comparison import compare_runs
 
     compare_runs(arguments.runs, arguments.out)
@@ -259,7 +259,7 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--device", default="cpu")
     verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    verb.add_argument("--image", type=Path, help="picture for the check (default: from the run)")
+    verb.add_argument("--image", type=Path, help="image for the check (default: from the run)")
     verb.add_argument("--question", help="question for the check")
     verb.add_argument(
         "--strength",

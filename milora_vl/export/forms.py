@@ -235,8 +235,8 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
             ones that training saw.
         device: Where models run.
         dtype: Dtype of loaded weights; "auto" keeps the checkpoint's.
-        picture: For the check; default: the run's first validation picture, else a drawn one.
-        question: For the check; default: the one that goes with the picture.
+        picture: Image for the check; default: the run's first validation image, else a drawn one.
+        question: For the check; default: the one of that image.
         strength: Export W + strength * (what training added to W); 0 is the base.
 
     Raises:
@@ -406,14 +406,14 @@ def _card(
         r, alpha = config["r"], config["lora_alpha"]
         if form != "serve" or (draft / "truncation.json").exists():
             truncation = "\n".join(exported.notes) or None
-    has_pictures = getattr(processor, "image_processor", None) is not None
+    takes_images = getattr(processor, "image_processor", None) is not None
     checks = [str(check) for check in exported.checks]
     return model_card(
         metadata.model_copy(update={"base": {**metadata.base, "name_or_path": source.base}}),
         form=form,
         r=r,
         lora_alpha=alpha,
-        auto_class="AutoModelForImageTextToText" if has_pictures else "AutoModelForCausalLM",
+        auto_class="AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM",
         checks=checks if truncation else [*checks, *exported.notes],
         certificate=certificate_summary(source.folder),
         merged_onto=merge_onto if metadata.base.get("quantized") else None,

@@ -63,13 +63,13 @@ class LogitsCheck:
 def check_batches(
     processor: Any, device: torch.device, dtype: torch.dtype, picture: Image.Image, question: str
 ) -> dict[str, dict[str, Tensor]]:
-    """Build one prompt with a picture, if the processor takes any, and one without.
+    """Build one prompt with an image, if the processor takes any, and one without.
 
     Args:
         processor: Of the base model.
         device: Where the model is.
         dtype: Of the pixels.
-        picture: RGB.
+        picture: RGB image.
         question: Plain text.
 
     Returns:
@@ -90,7 +90,7 @@ def check_batches(
 
 
 def drawn_picture() -> Image.Image:
-    """Return a picture with edges, colors and a gradient, the same everywhere."""
+    """Return an image with edges, colors and a gradient, the same everywhere."""
     picture = Image.linear_gradient("L").resize((224, 160)).convert("RGB")
     draw = ImageDraw.Draw(picture)
     draw.ellipse((20, 30, 90, 100), fill=(200, 40, 30))
@@ -108,9 +108,9 @@ def tolerance_of(model: PreTrainedModel) -> float:
 def logits_of(model: nn.Module, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the logits [1, T_text, V] of every batch where it has text, on the CPU in float32.
 
-    Logits at image tokens are left out: no token is predicted there, neither in training nor in
-    generation, and single patches can be so ill-conditioned that their logits show the rounding of
-    float32 and little else. What they do to the text after them shows in its logits.
+    Logits at image tokens are not compared: no token is predicted there, neither in training nor in
+    generation, and single patches can be so ill-conditioned that their logits are mostly float32
+    rounding. Their effect on the text after them shows in its logits.
     """
     found = {}
     for name, inputs in batches.items():

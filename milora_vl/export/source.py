@@ -126,7 +126,7 @@ def read_source(
 
 
 def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:
-    """Return the first validation picture of an adapter's run and its question, if both are here.
+    """Return the first validation image of an adapter's run and its question, if both exist.
 
     Args:
         folder: The adapter folder, inside a run folder or not.
@@ -142,7 +142,7 @@ def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:
             record = next(item for item in records if item.images)
             picture = load_image(Path(data.image_folder) / record.images[0])
         except (OSError, ValueError, StopIteration) as error:
-            logger.info("no example from %s (%s); a drawn picture is used", file, error)
+            logger.info("no example from %s (%s); a drawn image is used", file, error)
             return None
         question = next(turn.text for turn in record.turns if turn.role == "user")
         return picture, question.replace(IMAGE_TOKEN, "").strip()
