@@ -2,9 +2,9 @@
 
 ``init_start`` writes a start folder::
 
-    adapter/     plain LoRA of rank r with (A0, B0): what the other trainer goes on from
+    adapter/     plain LoRA of rank r with (A0, B0): where the other trainer starts
     anchor/      plain LoRA of rank r with (A0, -B0): stays frozen
-    base/        the checkpoint with W_p = W - s B0 A0; target "residual" alone
+    base/        the checkpoint with W_p = W - s B0 A0; only for target "residual"
     start.json   what ``finish_adapter`` needs
 
 Target "residual" trains ``adapter/`` on ``base/``, which every trainer can do. Target "lora" trains
@@ -178,7 +178,7 @@ def init_start(
         checks = compare_logits(
             wanted,
             logits_of(load_start(again.model, draft), batches),
-            # W_p in 8 or 11 bits lost something, which is told and not judged
+            # W_p loses something in 8 or 11 bits, which is reported but not judged
             None if target == "residual" and held != torch.float32 else TOLERANCES[held],
         )
         _refuse_failed(checks, out, "the start does not compute what the base computes")
@@ -207,7 +207,7 @@ def _write_start(draft: Path, out: Path, vlm: VLM, peft_model: PeftModel, target
     )
     halves = {key: _halves(key, value) for key, value in both.items()}
     config = trainable_config(state)
-    config.init_lora_weights = True  # read by nobody: the weights are there
+    config.init_lora_weights = True  # unused: the weights are in the file
     config.base_model_name_or_path = (
         str(out / "base") if target == "residual" else metadata.base["name_or_path"]
     )
@@ -223,7 +223,7 @@ def _write_start(draft: Path, out: Path, vlm: VLM, peft_model: PeftModel, target
 
 
 def _halves(key: str, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Part [A; A0] or [B, -B0] into the trainable factor and the anchor's; others have no anchor.
+    """Split [A; A0] or [B, -B0] into the trainable factor and the anchor's; others have no anchor.
 
     At the start A = A0 and B = B0.
     """
@@ -254,7 +254,9 @@ def read_start(folder: Path | str) -> StartFile:
     anchor = Path(folder) / "anchor" / WEIGHTS_FILE
     for file in (path, anchor):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: {folder} is no folder of milora-vl init")
+            raise FileNotFoundError(
+                f"{file} is missing: {folder} was not written by milora-vl init"
+            )
     try:
         start = StartFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
@@ -274,7 +276,7 @@ def load_start(model: PreTrainedModel, folder: Path | str, *, trainable: bool = 
         trainable: Whether the adapter trains; the anchor never does.
 
     Raises:
-        FileNotFoundError: If the folder is none of ``init_start``.
+        FileNotFoundError: If ``init_start`` did not write the folder.
         ValueError: If it is damaged.
     """
     folder, start = Path(folder), read_start(folder)

@@ -52,7 +52,7 @@ MERGED_ONTO = {
     "original": (
         "Merged onto the **original** weights. Training ran on a 4-bit copy of them (NF4), so this "
         "model differs from the trained one by the quantization error of the base. The original "
-        "weights carry more of what the base learnt, yet the adapter never saw them."
+        "weights carry more of what the base learned, yet the adapter never saw them."
     ),
     "dequantized": (
         "Merged onto the **dequantized** 4-bit weights (NF4), those the adapter was trained on: "

@@ -3,7 +3,7 @@
 What an adapter adds is s (B A - B0 A0) = s [B, -B0] [A; A0], so scaling B and B0 by the strength is
 exact: 0 gives the base, 1 the trained model. A projector that trained in full goes the same
 straight way from its pretrained weights to its trained ones. Smaller updates forget less, and
-usually keep most of what was learnt.
+usually keep most of what was learned.
 """
 
 import torch
