@@ -8,6 +8,7 @@ from typing import Any
 
 _HOMES = {
     "add_adapter_from": "milora_vl.adapter.checkpoint",
+    "DecayToStart": "milora_vl.training.decay",
     "MiloraConfig": "milora_vl.config",
     "attach_milora": "milora_vl.adapter.attach",
     "load_adapter": "milora_vl.adapter.checkpoint",
@@ -15,6 +16,7 @@ _HOMES = {
     "merge_adapter": "milora_vl.export.merge",
     "minor_svd": "milora_vl.adapter.minor_svd",
     "remove_adapter": "milora_vl.adapter.checkpoint",
+    "SavePortableAdapter": "milora_vl.training.portable",
     "save_adapter": "milora_vl.adapter.checkpoint",
     "use_adapter": "milora_vl.adapter.checkpoint",
 }
@@ -30,6 +32,8 @@ __all__ = [  # noqa: RUF022  in the order in which they are used
     "add_adapter_from",
     "use_adapter",
     "remove_adapter",
+    "SavePortableAdapter",
+    "DecayToStart",
 ]
 
 

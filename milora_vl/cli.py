@@ -182,6 +182,48 @@ def finish(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def dial(arguments: argparse.Namespace) -> int:
+    """Evaluate a trained model at several strengths of its update: gain against what is kept.
+
+    The model is loaded once. Strength 0 is the base, 1 what was trained; smaller updates forget
+    less. Benches, their files and limits are those of the run unless given here. What is kept is
+    measured by the loss on fixed texts, and by the benches named with --retention. OUT holds
+    dial.html, dial.json and an evaluation folder for each strength.
+
+    Example: milora-vl dial runs/a --strengths 0,0.5,1 --bench mmbench,pope --retention pope
+    """
+    from milora_vl.eval.dial import turn_dial
+
+    out = arguments.out or arguments.run_folder / "dial"
+    result = turn_dial(
+        arguments.run_folder,
+        out,
+        strengths=arguments.strengths,
+        benches=arguments.bench,
+        retention=arguments.retention,
+        data_dir=arguments.data,
+        limit=arguments.limit,
+        base=arguments.model,
+        device=arguments.device,
+    )
+    for row in result["strengths"]:
+        scores = [f"{name} {entry['score']:.4g}" for name, entry in row["benches"].items()
+                  if entry["score"] is not None]  # fmt: skip
+        ratio = row["text"] and f"text perplexity x {row['text']['text_perplexity_ratio']:.4f}"
+        print(
+            f"strength {row['strength']:g}: {', '.join([*scores, ratio or 'texts not measured'])}"
+        )
+    print(f"page: {out / 'dial.html'}")
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers, as 0,0.5,1") from None
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Say what a run would adapt, train, take and need, before any weight is read."""
     from milora_vl.plan import plan_run
@@ -299,6 +341,28 @@ def add_start_verbs(verbs: Any) -> None:
     verb.set_defaults(run_verb=finish)
 
 
+def add_dial_verb(verbs: Any) -> None:
+    """Add ``dial``."""
+    verb = verbs.add_parser(
+        "dial",
+        help="evaluate at several strengths of the update",
+        description=dial.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="run or adapter folder")
+    verb.add_argument("--strengths", type=_numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0],
+                      help="numbers with commas (default: 0,0.25,0.5,0.75,1)")  # fmt: skip
+    verb.add_argument("--bench", help="names with commas (default: those of the run)")
+    verb.add_argument("--retention", type=lambda text: text.split(","), default=[],
+                      help="which of the benches stand for what is to be kept")  # fmt: skip
+    verb.add_argument("--data", type=Path, help="folder of the benches' files")
+    verb.add_argument("--limit", type=int, help="most questions of a bench")
+    verb.add_argument("--out", type=Path, help="folder of the results (default: RUN/dial)")
+    verb.add_argument("--model", help="original base (default: as recorded)")
+    verb.add_argument("--device", default="auto")
+    verb.set_defaults(run_verb=dial)
+
+
 def cache(arguments: argparse.Namespace) -> int:
     """Show or clear the SVD factors that are kept for the next start."""
     from milora_vl.adapter.factor_cache import FactorCache, factors_folder
@@ -348,6 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
     add_start_verbs(verbs)
+    add_dial_verb(verbs)
     verb = verbs.add_parser("cache", help="SVD factors on disk", description=cache.__doc__)
     verb.add_argument("action", choices=["show", "clear"])
     verb.set_defaults(run_verb=cache)

@@ -227,3 +227,64 @@ def plot_run_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | No
     axes.set_ylabel("loss, nats a token")
     axes.legend(frameon=False, fontsize="small")
     return finish_figure(figure)
+
+
+def plot_dial(series: Mapping[str, Sequence[tuple[float, ...]]], retention: str) -> str:
+    """Draw gain (up) against retention (along) at several strengths, both with their intervals.
+
+    Args:
+        series: Title of a bench -> points (strength, x, x low, x high, y, y low, y high).
+        retention: What x is.
+
+    Returns:
+        Base64 PNG.
+    """
+    figure = Figure(figsize=(7.5, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for color, (title, points) in zip(CURVE_COLORS * len(series), series.items(), strict=False):
+        strengths, *columns = zip(*points, strict=True)
+        (x, x_low, x_high), (y, y_low, y_high) = columns[:3], columns[3:]
+        reach = [
+            # a percentile interval need not hold the value itself
+            [[max(0.0, a - b) for a, b in zip(value, low, strict=True)],
+             [max(0.0, b - a) for a, b in zip(value, high, strict=True)]]
+            for value, low, high in ((x, x_low, x_high), (y, y_low, y_high))
+        ]  # fmt: skip
+        style = {"fmt": "o-", "capsize": 2, "color": color, "elinewidth": 0.7}
+        axes.errorbar(x, y, xerr=reach[0], yerr=reach[1], label=label_of(title), **style)
+        for strength, *place in zip(strengths, x, y, strict=True):
+            axes.annotate(
+                f"{strength:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
+    axes.set_xlabel(label_of(retention))
+    axes.set_ylabel("score in per cent (MME: points)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    return finish_figure(figure)
+
+
+def plot_update(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the norm of the update, and its share in the strongest directions, over the steps.
+
+    Args:
+        entries: Lines of ``metrics.jsonl`` that hold what ``UpdateMeter.measure`` returned.
+
+    Returns:
+        Base64 PNG.
+    """
+    figure = Figure(figsize=(7.5, 2.8), dpi=DPI, layout="constrained")
+    names = {
+        "update_norm_ratio": "update / weights, %",
+        "update_principal_share": "in their strongest directions, %",
+    }
+    for axes, color, (key, name) in zip(
+        figure.subplots(1, 2), CURVE_COLORS, names.items(), strict=False
+    ):
+        axes.plot([e["step"] for e in entries], [100 * e[key] for e in entries], color=color)
+        axes.set_ylabel(name)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylim(bottom=0)
+    last = entries[-1]["update_principal_share_if_random"]
+    axes.axhline(100 * last, color=MAJORITY, linestyle=":", label="without preference")
+    axes.legend(frameon=False, fontsize="small")
+    return finish_figure(figure)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from milora_vl.adapter.certificate import Certificate
+from milora_vl.adapter.update_size import summarize_update
 from milora_vl.eval import plots
 from milora_vl.eval.bench_files import read_json_lines, read_json_object, shorten
 from milora_vl.eval.comparison import compare_folders, read_comparison
@@ -47,6 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_LAYERS_SHOWN = 10
 _OUTCOMES = (  # title, was right, is right, how many to show
     ("wrong → right", False, True, 3),
     ("right → wrong", True, False, 2),
@@ -86,6 +88,7 @@ def render_report(
             "Questions and answers", lambda: _gallery(run_folder, comparison, data_dir)
         )
     parts += parts_or_reason("Init certificate", lambda: _certificate(run_folder))
+    parts += parts_or_reason("Size of the update", lambda: _update(run_folder))
     parts += parts_or_reason("Settings and environment", lambda: _files(run_folder))
     return page(run_folder.resolve().name, parts)
 
@@ -102,6 +105,29 @@ def _certificate(run_folder: Path) -> list[str]:
         return []
     summary = Certificate.from_json(file.read_text(encoding="utf-8")).summary()
     return ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
+
+
+def _update(run_folder: Path) -> list[str]:
+    """Show how far training moved the weights: over its steps, and layer by layer at the end."""
+    metrics, file = run_folder / "metrics.jsonl", run_folder / "certificate.json"
+    if not (metrics.is_file() and file.is_file()):
+        return []
+    entries = [line for line in read_json_lines(metrics) if "update_norm_ratio" in line]
+    if not entries:
+        return []
+    certificate = Certificate.from_json(file.read_text(encoding="utf-8"))
+    line, rows = summarize_update(entries[-1], [layer.name for layer in certificate.layers])
+    body = [
+        (html.escape(name), f"{100 * ratio:.3g}", f"{100 * share:.3g}")
+        for name, ratio, share in rows[:_LAYERS_SHOWN]
+    ]
+    heads = ("layers that moved most", "update / weight, %", "in the strongest directions, %")
+    return [
+        "<h2>Size of the update</h2>",
+        f"<p>At step {entries[-1]['step']} {html.escape(line)}. Larger updates forget more.</p>",
+        figure(plots.plot_update(entries), "size of the update over optimizer steps"),
+        html_table(heads, body),
+    ]
 
 
 def _scores(comparison: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ from milora_vl.adapter.portable import (
     PREFIX,
     WEIGHTS_FILE,
     MiloraFile,
+    check_finite,
     portable_config,
     portable_tensors,
     processor_reference,
@@ -288,10 +289,24 @@ def load_start(model: PreTrainedModel, folder: Path | str, *, trainable: bool = 
 
 def add_frozen_anchor_(peft_model: PeftModel, folder: Path | str) -> None:
     """Put a start's anchor beside the one adapter of a stock PEFT model, active and frozen."""
-    trainable = peft_model.active_adapter
     frozen = not any(parameter.requires_grad for parameter in peft_model.parameters())
     peft_model.load_adapter(str(Path(folder) / "anchor"), ANCHOR)
-    peft_model.base_model.set_adapter([trainable, ANCHOR], inference_mode=frozen)
+    activate_anchor_(peft_model, trainable=not frozen)
+
+
+def activate_anchor_(peft_model: PeftModel, *, trainable: bool = True) -> None:
+    """Make both adapters of a start active, the anchor frozen; a Trainer that resumes undoes it.
+
+    Raises:
+        ValueError: If the model does not carry both.
+    """
+    others = [name for name in peft_model.peft_config if name != ANCHOR]
+    if ANCHOR not in peft_model.peft_config or len(others) != 1:
+        raise ValueError(
+            f"the model carries {list(peft_model.peft_config)}; a start of target lora needs its "
+            "adapter and its anchor: build the model with load_start"
+        )
+    peft_model.base_model.set_adapter([*others, ANCHOR], inference_mode=not trainable)
     peft_model.set_requires_grad(ANCHOR, requires_grad=False)
 
 
@@ -344,9 +359,7 @@ def finish_adapter(
     workspace = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         draft = workspace / "adapter"
-        reference = {**start.adapter.base, "name_or_path": original}
-        extra = {"trained_elsewhere": {"target": start.target, "from": str(adapter.resolve())}}
-        metadata = start.adapter.model_copy(update={"base": reference, "extra": extra})
+        metadata = _finished_metadata(start, original, adapter)
         write_adapter(draft, tensors, metadata)
         vlm = load_vlm(original, **place)
         check_adapter(vlm.model, draft, "anchor", strict_base=True)
@@ -359,6 +372,37 @@ def finish_adapter(
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return Finished(out, tuple(checks))
+
+
+def save_from_start(
+    folder: Path | str, peft_model: PeftModel, out: Path | str, *, base: str | None = None
+) -> Path:
+    """Save the portable adapter of a live model that goes on from a start, without the check.
+
+    Args:
+        folder: Of ``init_start``.
+        peft_model: From ``load_start``, or PEFT's own loading of the start's adapter.
+        out: Where to write; replaced only if it is empty or an adapter.
+        base: Id or path of the original base; default: as recorded.
+
+    Raises:
+        ValueError: If the adapter does not fit the start, or holds NaN.
+    """
+    check_writable(Path(out))
+    folder, start = Path(folder), read_start(folder)
+    name = next(name for name in peft_model.peft_config if name != ANCHOR)
+    tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    anchors = load_file(folder / "anchor" / WEIGHTS_FILE)
+    joined = _joined(tensors, anchors, start, Path(out))
+    for key, value in joined.items():
+        check_finite(key, value)
+    return write_adapter(Path(out), joined, _finished_metadata(start, base, Path(out)))
+
+
+def _finished_metadata(start: StartFile, base: str | None, trained: Path) -> MiloraFile:
+    reference = {**start.adapter.base, "name_or_path": base or start.adapter.base["name_or_path"]}
+    extra = {"trained_elsewhere": {"target": start.target, "from": str(trained.resolve())}}
+    return start.adapter.model_copy(update={"base": reference, "extra": extra})
 
 
 def _find_trained(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """A saved adapter together with the base model it goes on."""
 
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from milora_vl.adapter.portable import (
 )
 from milora_vl.adapter.state import Residual
 from milora_vl.adapter.tuned import apply_inputs, find_adapter
+from milora_vl.adapter.update_size import summarize_update
 from milora_vl.config import load_config
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.images import load_image
@@ -165,5 +167,17 @@ def certificate_summary(folder: Path) -> str | None:
     for parent in list(folder.resolve().parents)[:3]:
         file = parent / "certificate.json"
         if file.exists() and (parent / "config.yaml").exists():
-            return Certificate.from_json(file.read_text(encoding="utf-8")).summary()
+            certificate = Certificate.from_json(file.read_text(encoding="utf-8"))
+            return "\n".join([certificate.summary(), *_update_line(parent, certificate)])
     return None
+
+
+def _update_line(run_folder: Path, certificate: Certificate) -> list[str]:
+    """Say how far training moved the weights, if the run's metrics hold it."""
+    metrics = run_folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    last = next((line for line in reversed(lines) if "update_norm_ratio" in line), None)
+    if last is None:
+        return []
+    names = [layer.name for layer in certificate.layers]
+    return [f"at the end of training {summarize_update(json.loads(last), names)[0]}"]

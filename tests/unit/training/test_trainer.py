@@ -20,6 +20,7 @@ from milora_vl.config import MiloraConfig, ProjectorSection
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.records import Conversation, Turn
+from milora_vl.eval.report import write_report
 from milora_vl.model.load import VLM, load_vlm
 from milora_vl.training.arguments import build_arguments
 from milora_vl.training.callbacks import MetricsWriter
@@ -106,6 +107,28 @@ def test_positions_found_before_the_copy_give_the_same_loss_and_gradient(
     assert found[0][1] == found[1][1] > 0
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_hold_the_size_of_the_update_and_decay_to_start_makes_it_smaller(
+    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    sizes = {}
+    for rate in (0.0, 20.0):
+        adapter = MiloraConfig(r=4, decay_to_start=rate)
+        folder = tmp_path / f"rate{rate:g}"
+        run(load_vlm(tiny_checkpoint), dataset, folder, 3, adapter, save_strategy="no")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines if "update_norm_ratio" in line]
+        layers = json.loads((folder / "certificate.json").read_text())["layers"]
+        assert [entry["step"] for entry in entries] == [1, 2, 3, 3]
+        assert len(entries[-1]["update_norm_ratios"]) == len(layers)
+        assert 0 < entries[0]["update_norm_ratio"] < entries[-1]["update_norm_ratio"]
+        assert 0 < entries[-1]["update_principal_share"] < 1
+        sizes[rate] = entries[-1]["update_norm_ratio"]
+        report = write_report(folder).read_text()
+        assert "Size of the update" in report
+        assert "cannot be shown" not in report
+    assert sizes[20.0] < 0.95 * sizes[0.0]
 
 
 def test_no_step_on_a_device_asks_for_a_value(
