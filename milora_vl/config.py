@@ -146,6 +146,9 @@ class MiloraConfig(Section):
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
         quantization_correction: How the quantization error of NF4 is corrected, see
             ``milora_vl.adapter.nf4``.
+        scale: "singular" starts from U diag(S) Vh of the slice, as published; "none" from U Vh, so
+            from orthonormal factors. Step 0 is the base either way. Orthonormal starts are reported
+            to be steadier in reinforcement learning (arXiv:2606.31813).
         decay_to_start: Decoupled weight decay of the factors toward their start; 0 for none.
             ``training.weight_decay`` goes toward zero instead, and removes with the factors the
             part of the pretrained weights that they began with.
@@ -167,6 +170,7 @@ class MiloraConfig(Section):
     allow_outside_language_model: bool = False
     factor_cache: bool = True
     quantization_correction: Correction = "none"
+    scale: Literal["singular", "none"] = "singular"
     decay_to_start: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @field_validator("target_modules")
@@ -189,6 +193,15 @@ class MiloraConfig(Section):
             raise ValueError(
                 f"decay_to_start: with init={self.init} the update starts at zero, so plain weight "
                 "decay is the same; use training.weight_decay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scale_has_a_spectrum(self) -> "MiloraConfig":
+        if self.scale == "none" and self.spectrum is None:
+            raise ValueError(
+                f"scale: none leaves the singular values out, and init={self.init} takes none; "
+                "remove the key"
             )
         return self
 

@@ -116,6 +116,7 @@ def attach_milora(
         lora_alpha=float(config.lora_alpha or config.r),
         slice=config.spectrum or "none",
         svd=config.svd,
+        scale=config.scale,
         residual=residual,
         lora_dropout=config.lora_dropout,
         modules=targets.modules,
@@ -163,6 +164,7 @@ def attach_milora(
         skipped=targets.skipped,
         residual=residual,
         init=config.init,
+        scale=config.scale,
         slice=state.slice,
         svd=config.svd,
         r=config.r,
@@ -210,7 +212,12 @@ def _init_factors(
     """Decompose every layer into both adapters; base weights stay as they are."""
     layers = {name: lora_layer(peft_model, name).get_base_layer() for name in state.modules}
     recipe = Recipe(
-        state.r, state.slice, state.svd, state.scaling, subtracted=state.residual == "subtract"
+        state.r,
+        state.slice,
+        state.svd,
+        state.scaling,
+        subtracted=state.residual == "subtract",
+        scale=state.scale,
     )
     own = {
         name: replace(

@@ -85,6 +85,7 @@ class Certificate:
         step0_relative_logit_difference: The difference over the largest logit; 1e-6 to 1e-5 is
             what rounding alone does to a deep float32 model.
         init: Method that gave the adapter its first values.
+        scale: "none" if the factors are orthonormal, without the singular values.
     """
 
     layers: tuple[LayerCertificate, ...]
@@ -105,6 +106,7 @@ class Certificate:
     step0_relative_logit_difference: float | None = None
     warnings: list[str] = field(default_factory=list)
     init: str = "milora"
+    scale: str = "singular"
 
     def to_json(self, path: Path | str | None = None) -> str:
         """Return the certificate as JSON text; with ``path``, write it there too (atomically).
@@ -130,7 +132,8 @@ class Certificate:
         """Return a short table: one line per kind of layer (mean over the model), then totals."""
         lines = [
             f"init={self.init} slice={self.slice} r={self.r} scaling={self.scaling:g} "
-            f"residual={self.residual} svd={self.svd}",
+            f"residual={self.residual} svd={self.svd}"
+            f"{'' if self.scale == 'singular' else f' scale={self.scale}'}",
             f"{'layer kind':<14}{'n':>4}  {'shape':>13}  {'minor/W':>9}  {'error/W':>9}  "
             f"{'rounding/W':>10}  {'NF4/W':>9}  {'sigma range':>19}",
         ]

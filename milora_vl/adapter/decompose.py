@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import psutil
@@ -38,6 +38,7 @@ class Recipe:
         scaling: lora_alpha / r.
         subtracted: Whether W_p will replace the weights.
         rows: Of a fused layer whose projections are decomposed one by one.
+        scale: "singular": the start is U diag(S) Vh; "none": U Vh, orthonormal factors.
     """
 
     r: int
@@ -46,6 +47,7 @@ class Recipe:
     scaling: float
     subtracted: bool
     rows: Rows | None = None
+    scale: str = "singular"
 
     @property
     def rank(self) -> int:
@@ -153,7 +155,9 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
         if cache is not None:  # digests of packed codes belong to the layer, not to these values
             cache.put(key, parts[-1], None if prepared.from_codes else digests)
     U, S, Vh = _stack(parts, recipe.rows)
-    lora_A, lora_B = lora_factors(U, S, Vh, scaling=recipe.scaling)
+    # without S the anchor subtracts U Vh instead of the slice itself: step 0 is W either way
+    strengths = torch.ones_like(S) if recipe.scale == "none" else S
+    lora_A, lora_B = lora_factors(U, strengths, Vh, scaling=recipe.scaling)
     ones = [torch.ones_like(part[0]) for part in parts]
     certificate = certify_layer(
         prepared.name,
@@ -164,6 +168,8 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
         subtracted=recipe.subtracted,
         support=recipe.rows.place(ones) if recipe.rows else None,
     )
+    if recipe.scale == "none":  # a singular value of 0 leaves no factor at 0
+        certificate = replace(certificate, zero_directions=0)
     return Decomposition(prepared.name, (lora_A, lora_B), digests, certificate)
 
 

@@ -79,6 +79,7 @@ class MiloraFile(BaseModel):
     processor: dict[str, str | None] | None = None
     fingerprint: dict[Literal["exact", "bfloat16", "float16"], str]
     quantization_correction: str = "none"
+    scale: str = "singular"
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     blocks: dict[str, tuple[int, ...]] = {}

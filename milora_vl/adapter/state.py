@@ -105,6 +105,7 @@ class MiloraState:
         fingerprint: Of the original weights of ``modules``, see ``fingerprint.py``.
         init: Method that gave the first values, see ``milora_vl.config.MiloraConfig``.
         quantization_correction: "low_rank" if a 4-bit residual has a frozen correction.
+        scale: "none" if the start has orthonormal factors, without the singular values.
         rank_pattern: Full name -> r, for layers with another one.
         alpha_pattern: Full name -> lora_alpha, for layers with another one.
         blocks: Full name -> (groups, *sizes) of ``Rows``, for fused layers whose projections have
@@ -122,6 +123,7 @@ class MiloraState:
     fingerprint: dict[str, str]
     init: str = "milora"
     quantization_correction: str = "none"
+    scale: str = "singular"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
