@@ -31,12 +31,12 @@ from milora_vl.adapter.attach import attach_milora
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.adapter.checkpoint import check_adapter, check_writable, describe, write_adapter
 from milora_vl.adapter.portable import (
+    MILORA_FILE,
     PEFT_CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
     MiloraFile,
     check_finite,
-    portable_config,
     portable_tensors,
     processor_reference,
 )
@@ -429,9 +429,8 @@ def _check_config(adapter: Path, start: StartFile) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{adapter / PEFT_CONFIG_FILE} cannot be read: {error}") from error
     expected = trainable_config(start.adapter.state())
-    finished = portable_config(start.adapter.state(), None, None)
-    if actual.r == finished.r:
-        raise ValueError(f"{adapter} has rank {actual.r}, twice the start: finished already")
+    if (adapter / MILORA_FILE).exists():
+        raise ValueError(f"{adapter} is a portable adapter already; nothing is left to finish")
     for key in SAME_KEYS:
         if (getattr(actual, key) or None) != (getattr(expected, key) or None):
             raise ValueError(

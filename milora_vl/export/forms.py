@@ -252,10 +252,15 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     if not _is_earlier_export(out):
         check_writable(out)
     _check_arguments(source.metadata, form, r, merge_onto)
+    if strength != 1 and merge_onto == "dequantized":
+        raise ValueError(
+            "--strength needs the base's own weights, and the 4-bit ones hold the trained residual; "
+            "use --merge-onto original"
+        )
     vlm = source.load(quantized=True)
     warn_of_another_processor(source.metadata, vlm.processor)
     # the 4-bit residual that was trained can be merged, but not reached by a LoRA on NF4(W)
-    trained = form in ("merged", "serve") and vlm.float_weights is not None
+    trained = form in ("merged", "serve") and vlm.float_weights is not None and strength == 1
     live = source.attach(vlm, residual=None if trained else "anchor")
     example = None if picture else example_of_run(source.folder)
     shown, asked = example or (picture or drawn_picture(), "What is in the picture?")

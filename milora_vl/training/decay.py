@@ -127,10 +127,14 @@ def pull_before_steps(
 
     @torch.no_grad()
     def pull(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # a fused optimizer learns here, and from within, that a float16 scaler leaves the step out
+        skipped = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
+            share = float(group["lr"]) * rate
             for parameter in group["params"]:
                 start = starts.get(parameter)
                 if start is not None and parameter.grad is not None:
-                    parameter.lerp_(start.to(parameter.dtype), float(group["lr"]) * rate)
+                    way = share if skipped is None else share * (1 - skipped.to(parameter))
+                    parameter.lerp_(start.to(parameter.dtype), way)
 
     return optimizer.register_step_pre_hook(pull)

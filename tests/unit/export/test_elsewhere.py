@@ -175,7 +175,7 @@ def edited_copy(start, folder, edit):
     ("edit", "message"),
     [
         (lambda config, _: config.update(lora_alpha=8), "lora_alpha=8, but the start has 4"),
-        (lambda config, _: config.update(r=8), "finished already"),
+        (lambda config, _: config.update(r=8), "r=8, but the start has 4"),
         (lambda config, _: config.update(use_rslora=True), "use_rslora=True"),
         (lambda _, tensors: tensors.pop(sorted(tensors)[0]), "is missing|has no place"),
         (lambda _, tensors: tensors[sorted(tensors)[0]].fill_(float("nan")), "NaN"),

@@ -30,7 +30,7 @@ def test_without_a_gradient_the_distance_to_the_start_shrinks_by_lr_times_rate(
     model, trained = moved_adapter(make_tiny_vlm, residual)
     starts = start_of(model)
     before = {p: p.detach().clone() for p in trained}
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
     hook = pull_before_steps(optimizer, starts, RATE)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -41,6 +41,11 @@ def test_without_a_gradient_the_distance_to_the_start_shrinks_by_lr_times_rate(
             assert_close(parameter - starts[parameter], way, atol=1e-7, rtol=1e-5)
         else:  # the projector has no start to go back to
             assert torch.equal(parameter, before[parameter])
+    optimizer.found_inf = torch.ones(())  # as a float16 scaler tells a fused optimizer
+    skipped = {p: p.detach().clone() for p in trained}
+    optimizer.step()
+    assert all(torch.equal(p, skipped[p]) for p in trained)
+    del optimizer.found_inf
     hook.remove()
     after = {p: p.detach().clone() for p in trained}
     optimizer.step()
