@@ -22,7 +22,7 @@ from milora_vl.adapter.state import (
     lora_layer,
     recall,
 )
-from milora_vl.runtime import full_precision
+from milora_vl.runtime import full_precision, to_float64
 
 DIRECTIONS = 16
 OVERSAMPLING = 8
@@ -154,8 +154,8 @@ def squared_norms(L: Tensor, R: Tensor, left: Tensor, right: Tensor) -> tuple[fl
     Returns:
         ||D||^2, and (||left^T D||^2 + ||D right||^2) / 2.
     """
-    outer, inner = (L.T @ L).double(), (R @ R.T).double()  # [m, m]
-    out_side, in_side = (left.T @ L).double(), (R @ right).double()  # [k, m], [m, k]
+    outer, inner = to_float64(L.T @ L), to_float64(R @ R.T)  # [m, m]
+    out_side, in_side = to_float64(left.T @ L), to_float64(R @ right)  # [k, m], [m, k]
     squared = float((outer * inner).sum())
     written = float(((out_side.T @ out_side) * inner).sum())
     read = float((outer * (in_side @ in_side.T)).sum())
