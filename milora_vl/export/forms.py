@@ -254,8 +254,8 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     _check_arguments(source.metadata, form, r, merge_onto)
     if strength != 1 and merge_onto == "dequantized":
         raise ValueError(
-            "--strength needs the base's own weights, and the 4-bit ones hold the trained residual; "
-            "use --merge-onto original"
+            "--strength needs the weights of the base, and those in 4 bits hold the residual; use "
+            "--merge-onto original"
         )
     vlm = source.load(quantized=True)
     warn_of_another_processor(source.metadata, vlm.processor)
