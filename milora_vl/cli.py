@@ -433,7 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--device", default="auto")
     verb.add_argument("--quantization", choices=["nf4"], help="language model in 4 bits")
     verb.add_argument("--max-new-tokens", type=int, default=128)
-    verb.add_argument("--video-frames", type=int, default=8, help="frames shown of a video (8)")
+    verb.add_argument("--video-frames", type=int, help="frames shown of a video (as trained)")
     verb.set_defaults(run_verb=ask)
     add_model_verbs(verbs)
     return parser

@@ -48,7 +48,7 @@ def ask(
     image: Path | str | Image.Image | None,
     question: str,
     max_new_tokens: int = 128,
-    video_frames: int = 8,
+    video_frames: int | None = None,
 ) -> str:
     """Answer a question by greedy decoding.
 
@@ -57,7 +57,7 @@ def ask(
         image: An image or its file, or a video's file; None for a question without one.
         question: Plain text; the image comes first.
         max_new_tokens: Longest answer in tokens.
-        video_frames: Frames shown of a video, spread evenly.
+        video_frames: Frames shown of a video, spread evenly; None: as the adapter saw them, or 8.
 
     Returns:
         The answer without special tokens.
@@ -68,7 +68,8 @@ def ask(
     """
     images, videos = [], []
     if isinstance(image, Path | str) and Path(image).suffix.lower() in VIDEO_SUFFIXES:
-        videos = [load_frames(image, FrameSampling(video_frames))]
+        sampling = FrameSampling(video_frames) if video_frames else vlm.video_sampling
+        videos = [load_frames(image, sampling)]
     elif image is not None:
         images = [to_rgb(image) if isinstance(image, Image.Image) else load_image(image)]
     (tokens,) = generate(vlm, [build_prompt(vlm, question, images, videos=videos)], max_new_tokens)

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from milora_vl.adapter.state import (
     remove_master_weights_,
     trained_projector,
 )
+from milora_vl.data.videos import FrameSampling
 from milora_vl.model.families import find_family
 from milora_vl.model.hub import fetch_folder, is_hub_id
 from milora_vl.model.load import VLM, load_vlm
@@ -235,12 +236,15 @@ def put_on(vlm: VLM, found: Found, *, residual: Residual | None = None) -> VLM:
     return vlm.with_model(peft_model.eval())
 
 
-def describe_inputs(vlm: Any, *, pad_to_square: bool | None = None) -> dict[str, Any]:
+def describe_inputs(
+    vlm: Any, *, pad_to_square: bool | None = None, video_sampling: FrameSampling | None = None
+) -> dict[str, Any]:
     """Return what answers depend on beside the weights, for ``milora.json``.
 
     Args:
         vlm: The model as it is trained.
         pad_to_square: Whether images are padded with the mean color; None: as ``vlm`` says.
+        video_sampling: Which frames of videos it was trained on; None: on no video.
     """
     config = vlm.model.config
     vision = getattr(config, "vision_config", None)
@@ -250,6 +254,7 @@ def describe_inputs(vlm: Any, *, pad_to_square: bool | None = None) -> dict[str,
         "vision_feature_layer": getattr(config, "vision_feature_layer", None),
         "image_size_px": getattr(vision, "image_size", None),
         "special_tokens": sorted(vlm.tokenizer.all_special_tokens),
+        **({} if video_sampling is None else {"video": asdict(video_sampling)}),
     }
 
 
@@ -280,7 +285,11 @@ def apply_inputs(vlm: VLM, inputs: Mapping[str, Any], where: Path) -> VLM:
     layer = inputs.get("vision_feature_layer")
     if layer is not None and layer != config.vision_feature_layer:
         config.vision_feature_layer = layer
-    return replace(vlm, pad_to_square=inputs.get("pad_to_square", vlm.pad_to_square))
+    sampling = vlm.video_sampling
+    if isinstance(video := inputs.get("video"), Mapping):
+        sampling = FrameSampling(video["frames"], video["per_second"])
+    pads = inputs.get("pad_to_square", vlm.pad_to_square)
+    return replace(vlm, pad_to_square=pads, video_sampling=sampling)
 
 
 @dataclass(frozen=True)

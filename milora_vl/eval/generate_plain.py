@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from milora_vl.data.collate import pad_batch
 from milora_vl.data.encode import encode
 from milora_vl.data.images import ImageTransform, load_image
 from milora_vl.data.records import Turn
-from milora_vl.data.videos import FrameSampling, Video, load_frames
+from milora_vl.data.videos import Video, load_frames
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
 from milora_vl.eval.items import Answer, NonFiniteError, Request
 
@@ -205,5 +206,6 @@ class PlainAnswerer:
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
         videos = []
         if (video := request.video) is not None:
-            videos = [load_frames(video.path, FrameSampling(span_s=video.span_s))]
+            sampling = replace(self.vlm.video_sampling, span_s=video.span_s)
+            videos = [load_frames(video.path, sampling)]
         return build_prompt(self.vlm, question, images, videos=videos)

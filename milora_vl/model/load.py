@@ -1,7 +1,7 @@
 """Hub id or folder -> model, processor and how both are used."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from transformers import (
 
 from milora_vl.data.images import ImageReader
 from milora_vl.data.prompts import ChatTemplate, PromptStyle
+from milora_vl.data.videos import FrameSampling
 from milora_vl.model.families import find_family, has_vision
 from milora_vl.model.hub import fetch_folder
 from milora_vl.model.load_errors import LoadError, check_complete, explain, explained_memory
@@ -51,6 +52,7 @@ class VLM:
         float_weights: The float weights on disk of a model that was quantized while loading.
         pad_to_square: Whether images of LLaVA-1.5 are padded with the mean color, see
             ``DataSection.pad_to_square``; an adapter's own choice once it is loaded.
+        video_sampling: Which frames of a video are shown; as an adapter saw them once it is loaded.
     """
 
     model: Any
@@ -61,6 +63,7 @@ class VLM:
     image_reader: ImageReader | None = None
     float_weights: ShardedWeights | None = None
     pad_to_square: bool = True
+    video_sampling: FrameSampling = field(default_factory=FrameSampling)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -283,12 +283,13 @@ def finetune(  # noqa: PLR0913  settings by keyword
             arguments.weight_decay,
         )
     pads = None if dataset.transform is None else dataset.transform.background is not None
+    shown = dataset.video_sampling if any(one.videos for one in dataset.conversations) else None
     save = partial(
         save_adapter,
         peft_model,
         base=vlm.path,
         processor=vlm.processor,
-        inputs=describe_inputs(vlm, pad_to_square=pads),
+        inputs=describe_inputs(vlm, pad_to_square=pads, video_sampling=shown),
     )
     train(
         peft_model,

@@ -1,5 +1,6 @@
 """Videos in records: their frames, their place in the prompt, and what cannot be shown."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from family_models import build_checkpoint
 from official_layouts import seed, video_bytes
 from PIL import Image
 
+from milora_vl.adapter.tuned import apply_inputs, describe_inputs
 from milora_vl.constants import VIDEO_TOKEN
 from milora_vl.data.dataset import ConversationDataset
 from milora_vl.data.images import BadImageError
@@ -245,6 +247,12 @@ def test_a_video_is_asked_about_and_its_frames_decide_the_answer(folder):
     answers = answerer.answer([question, part, nothing], max_new_tokens=6, progress=False)
     assert len({answer.text for answer in answers.values()}) == 3
     assert ask(vlm, folder / "clip.mp4", "What happens?", 6) == answers["1"].text
+    seen = describe_inputs(vlm, video_sampling=FrameSampling(3, per_second=1.0))
+    as_trained = apply_inputs(vlm, json.loads(json.dumps(seen)), folder)
+    assert as_trained.video_sampling == FrameSampling(3, per_second=1.0)
+    assert ask(as_trained, folder / "clip.mp4", "What happens?", 6) != answers["1"].text
+    assert ask(as_trained, folder / "clip.mp4", "What happens?", 6, 8) == answers["1"].text
+    assert "video" not in describe_inputs(vlm)
     with pytest.raises(ValueError, match="takes no video"):
         ask(load_vlm(build_checkpoint("gemma3", folder / "other")), folder / "clip.mp4", "What?")
 
