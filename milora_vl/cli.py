@@ -278,10 +278,13 @@ def compose(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Check a config and print it with everything filled in."""
-    from milora_vl.pipeline import check_names
+    from milora_vl.config import variants
+    from milora_vl.pipeline import check_adapter, check_names
 
     config, _ = read_config(arguments)
-    check_names(config)
+    for one in variants(config).values() if config.compare else [config]:
+        check_names(one)
+        check_adapter(one.model, one.adapter, only_here=True)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return 0
 

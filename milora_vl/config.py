@@ -580,9 +580,10 @@ def _warn_of_batch(devices: int, per_device: int, steps: int, wanted: int) -> No
 LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "num_train_epochs": 0, "learning_rate": 0,
-    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "save_steps": 0,
-    "logging_steps": 0, "eval_steps": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "save_total_limit": 1,
 }  # fmt: skip
+# They may be shares of all steps, so any number above zero will do.
+ABOVE_ZERO = ("save_steps", "logging_steps", "eval_steps")
 # Checked by type only: whether they work depends on the machine that trains.
 HARDWARE_KEYS = (
     "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "torch_compile",
@@ -673,7 +674,11 @@ def _check_number(name: str, value: Any, *, whole: bool) -> None:
         raise ConfigError(f"{name}: a finite number is needed, got {value}")
     if whole and not isinstance(value, int):
         raise ConfigError(f"{name}: a whole number is needed, got {value}")
-    least = LEAST.get(name.rpartition(" ")[2])
+    key = name.rpartition(" ")[2]
+    if key in ABOVE_ZERO and value <= 0:
+        never = key.replace("steps", "strategy")
+        raise ConfigError(f"{name}: {value} is too small; for never, set {never} to \"'no'\"")
+    least = LEAST.get(key)
     if least is not None and value < least:
         raise ConfigError(f"{name}: {value} is too small; the least is {least}")
 

@@ -17,7 +17,16 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from milora_vl import forecast, stages
-from milora_vl.config import AlignmentSection, Config, ConfigError, arguments_for, variants
+from milora_vl.adapter.targets import find_targets
+from milora_vl.config import (
+    AlignmentSection,
+    Config,
+    ConfigError,
+    MiloraConfig,
+    ModelSection,
+    arguments_for,
+    variants,
+)
 from milora_vl.data.prompts import get_style
 from milora_vl.environment import describe_environment
 from milora_vl.eval.comparison import compare_runs
@@ -25,7 +34,7 @@ from milora_vl.eval.evaluation import bench_names, load_items
 from milora_vl.files import write_json_atomic
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES
 from milora_vl.model.load import VLM
-from milora_vl.plan import count_steps, empty_model, guess_load, plan_run
+from milora_vl.plan import count_steps, empty_model, group_layers, guess_load, plan_run
 from milora_vl.run_folder import claim_run_folder, locked
 from milora_vl.runtime import (
     Precision,
@@ -67,6 +76,37 @@ def check_names(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_training(config)
+
+
+def check_adapter(model: ModelSection, adapter: MiloraConfig, *, only_here: bool = False) -> None:
+    """Check what an adapter asks of its model, by ``config.json`` alone.
+
+    A model that cannot be described here is passed over: loading it tells why.
+
+    Args:
+        model: What it goes on.
+        adapter: Its layers and its rank.
+        only_here: Ask no hub.
+
+    Raises:
+        ConfigError: If ``target_modules`` or ``r`` does not fit, with what would.
+    """
+    try:
+        empty = empty_model(model, only_here=only_here)
+    except Exception as error:
+        logger.info("%s is not described here: r and target_modules are unchecked", model.path)
+        logger.debug("%s", error)
+        return
+    try:
+        targets = find_targets(
+            empty,
+            adapter.target_modules,
+            allow_outside=adapter.allow_outside_language_model,
+            fused=adapter.fused_rows,
+        )
+        group_layers(empty, targets, adapter)
+    except ValueError as error:
+        raise ConfigError(f"adapter: {error}") from error
 
 
 def check_training(config: Config) -> None:
@@ -305,6 +345,9 @@ def run_comparison(config: Config, run_folder: Path) -> Path:
     Raises:
         ConfigError: As ``run_pipeline`` does.
     """
+    for variant in variants(config).values():  # before any of them takes its hours
+        check_names(variant)
+        check_adapter(variant.model, variant.adapter, only_here=True)
     folders = []
     decided: dict[str, Precision] | None = None
     for number, (name, variant) in enumerate(variants(config).items(), start=1):
@@ -351,6 +394,7 @@ def run_pipeline(config: Config, run_folder: Path, *, shared: Path | None = None
             every_steps,
         )
     stages.prepare_model(config.model.prepare, config.model.path)
+    check_adapter(config.model, config.adapter)
     if not is_main_process():
         return _run_claimed(config, run_folder, shared)
     with locked(run_folder):

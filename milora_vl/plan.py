@@ -485,7 +485,7 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
         allow_outside=adapter.allow_outside_language_model,
         fused=adapter.fused_rows,
     )
-    groups = _groups(model, targets, adapter)
+    groups = group_layers(model, targets, adapter)
     shapes = [group.shape for group in groups]
     dtype = config.model.dtype
     weights = getattr(torch, dtype) if dtype != "auto" else model.config.dtype or torch.float32
@@ -606,8 +606,12 @@ def known_shape(path: str) -> PreTrainedConfig | None:
     return LlamaConfig() if "llama-2-7b" in name or "vicuna-7b" in name else None
 
 
-def empty_model(section: ModelSection) -> PreTrainedModel:
+def empty_model(section: ModelSection, *, only_here: bool = False) -> PreTrainedModel:
     """Build the model that a config names on the meta device: names and shapes, no values.
+
+    Args:
+        section: Names it.
+        only_here: Ask no hub.
 
     Raises:
         milora_vl.model.load.LoadError: If its ``config.json`` cannot be found.
@@ -620,6 +624,7 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
                 section.path,
                 revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
+                local_files_only=only_here,
             )
         except (OSError, ValueError) as error:
             config = known_shape(section.path)
@@ -638,7 +643,14 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
     return model
 
 
-def _groups(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[Group, ...]:
+def group_layers(
+    model: nn.Module, targets: Targets, adapter: MiloraConfig
+) -> tuple[Group, ...]:
+    """Count the adapted layers by part, name and shape.
+
+    Raises:
+        ValueError: If a rank is too large for a layer, or a pattern of ranks names none.
+    """
     counted: Counter[tuple[str, str, int, int, int]] = Counter()
     ranks = match_pattern("rank_pattern", adapter.rank_pattern, targets.modules)
     for name in targets.modules:

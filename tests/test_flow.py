@@ -247,9 +247,15 @@ def test_the_notebook_runs_from_top_to_bottom(finished_run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("eval.benches=[mmbenc]", "mmbenc"), ("model.prompt_style=chatm", "chatm")],
+    [
+        ("eval.benches=[mmbenc]", "mmbenc"),
+        ("model.prompt_style=chatm", "chatm"),
+        ("adapter.r=33", "r=33 is out of range"),
+        ("adapter.target_modules=[q_prj]", "matches no linear layer"),
+        ("compare=[{name: a}, {name: b, adapter: {r: 33}}]", "r=33 is out of range"),
+    ],
 )
-def test_unknown_names_are_found_before_anything_is_loaded(
+def test_what_does_not_fit_is_found_before_anything_is_loaded(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str
 ) -> None:
     for verb in (["check"], ["train", "--run-folder", str(tmp_path / "run")]):

@@ -150,6 +150,8 @@ def test_every_shipped_config_passes_the_checks_of_a_start(path):
         ("training.learning_rate=.nan", "learning_rate: a finite number"),
         ("training.per_device_train_batch_size=0", "the least is 1"),
         ("training.global_batch_size=0", "global_batch_size"),
+        ("training.save_steps=0", "set save_strategy to"),
+        ("training.save_total_limit=0", "the least is 1"),
         ("training.global_batch=8", "did you mean 'global_batch_size'"),
         ("training.warmup_steps=-1", "warmup_steps"),
         ("training.bf16=maybe", "true, false or auto"),
