@@ -12,7 +12,11 @@ USABLE_RATIO = 0.92  # of the memory on the label: CUDA's context, ECC, fragment
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU, by its maker's data sheet, rounded.
+    """One kind of GPU.
+
+    The figures are peaks of NVIDIA's data sheets and, for GeForce, of its architecture papers, as
+    resellers and HPC centers reprint them; the halves of what those state with sparsity. H100, H200
+    and V100 are the SXM boards. No kernel reaches a peak.
 
     Attributes:
         gib: Memory on the label.
@@ -30,10 +34,13 @@ class Gpu:
 GPUS = {
     "H200": Gpu(141, 989, 67),
     "H100": Gpu(80, 989, 67),
+    "H100-PCIe": Gpu(80, 756, 51),
     "A100-80GB": Gpu(80, 312, 19.5),
     "A100-40GB": Gpu(40, 312, 19.5),
     "L40S": Gpu(48, 362, 91.6),
+    "L40": Gpu(48, 181, 90.5),
     "A6000": Gpu(48, 155, 38.7),
+    "A40": Gpu(48, 150, 37.4),
     "L4": Gpu(24, 121, 30.3),
     "A10": Gpu(24, 125, 31.2),
     "RTX4090": Gpu(24, 165, 82.6),
