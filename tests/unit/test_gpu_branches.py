@@ -18,6 +18,7 @@ from milora_vl.adapter.decompose import count_workers
 from milora_vl.adapter.minor_svd import pack
 from milora_vl.config import MiloraConfig, load_config
 from milora_vl.environment import describe_environment
+from milora_vl.model import load
 from milora_vl.pipeline import guess_stages, warn_of_memory
 from milora_vl.runtime import Precision, prefer_faster_weights_, resolve_device
 from milora_vl.training import arguments
@@ -29,6 +30,9 @@ PAGE = ROOT / "docs" / "gpu.md"
 
 def asks_for_device(node: ast.AST) -> bool:
     """Return whether an expression names CUDA or mps, or asks for the type of a device."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        return any(isinstance(side, ast.Constant) and side.value == "cpu" for side in sides)
     if isinstance(node, ast.Constant):
         return node.value in ("cuda", "mps")
     if not isinstance(node, ast.Attribute):
@@ -104,6 +108,19 @@ def test_a_gpu_gets_pinned_memory_and_is_trained_on(a_gpu, monkeypatch, tmp_path
     assert caught["dataloader_pin_memory"] is True
     assert caught["use_cpu"] is False
     assert caught["tf32"] is True
+
+
+def test_weights_go_straight_to_a_gpu(tiny_checkpoint, monkeypatch):
+    caught = {}
+
+    def catch(_path, **options):
+        caught.update(options)
+        raise LookupError  # there is no such device
+
+    monkeypatch.setattr(load.AutoModelForImageTextToText, "from_pretrained", catch)
+    with pytest.raises(LookupError):
+        load.load_vlm(tiny_checkpoint, device="cuda:1")
+    assert caught["device_map"] == {"": "cuda:1"}  # not through a whole model on the host
 
 
 def test_what_is_tuned_for_cpus_is_left_alone_elsewhere():

@@ -21,6 +21,8 @@ from milora_vl.runtime import (
 )
 from milora_vl.training.arguments import build_arguments
 
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "configs/llava15_7b_milora.yaml"
 JOB = """
 import sys, time
 from pathlib import Path
@@ -80,3 +82,30 @@ def test_several_gpus_without_a_launcher_are_never_shared_by_one_process(
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)  # as Transformers sees them
     with pytest.raises(ValueError, match="accelerate launch"):
         build_arguments({}, tmp_path, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="bash")
+@pytest.mark.parametrize(
+    ("gpus", "starter"), [(1, "python -m milora_vl"), (2, "accelerate launch")]
+)
+def test_the_script_starts_one_process_for_each_gpu(
+    tmp_path: Path, gpus: int, starter: str
+) -> None:
+    for name in ("python", "accelerate"):
+        fake = tmp_path / name
+        fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {gpus} || echo {name} "$@"\n')
+        fake.chmod(0o755)
+    environment = os.environ | {"MILORA_NO_VENV": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", str(ROOT / "scripts" / "finetune_llava_milora.sh"), RECIPE]
+    done = subprocess.run(
+        [*words, "adapter.r=8"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1].startswith(starter)
+    assert done.stdout.endswith(f"-m milora_vl train {RECIPE} adapter.r=8\n")
+
+
+def test_torchrun_leaves_the_options_of_the_command_alone() -> None:
+    torchrun = pytest.importorskip("torch.distributed.run").get_args_parser()
+    words = ["train", RECIPE, "--run-folder", "runs/a"]
+    found = torchrun.parse_args(["--nproc-per-node", "8", "-m", "milora_vl", *words])
+    assert found.training_script_args == words
