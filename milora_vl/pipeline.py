@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from milora_vl import forecast, stages
-from milora_vl.adapter.targets import find_targets
+from milora_vl.adapter.targets import find_targets, match_pattern
 from milora_vl.config import (
     AlignmentSection,
     Config,
@@ -105,6 +105,7 @@ def check_adapter(model: ModelSection, adapter: MiloraConfig, *, only_here: bool
             fused=adapter.fused_rows,
         )
         group_layers(empty, targets, adapter)
+        match_pattern("alpha_pattern", adapter.alpha_pattern, targets.modules)
     except ValueError as error:
         raise ConfigError(f"adapter: {error}") from error
 

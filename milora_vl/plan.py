@@ -643,9 +643,7 @@ def empty_model(section: ModelSection, *, only_here: bool = False) -> PreTrained
     return model
 
 
-def group_layers(
-    model: nn.Module, targets: Targets, adapter: MiloraConfig
-) -> tuple[Group, ...]:
+def group_layers(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[Group, ...]:
     """Count the adapted layers by part, name and shape.
 
     Raises:

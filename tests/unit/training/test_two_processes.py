@@ -48,7 +48,8 @@ def job(name, steps, evaluates=True):
         "training": {
             "max_steps": steps, "per_device_train_batch_size": 4 // process_count(),
             "per_device_eval_batch_size": 2, "disable_tqdm": True, "logging_steps": 1,
-            "eval_on_start": True, "learning_rate": 0.01, "optim": "sgd", "save_strategy": "no"},
+            "eval_on_start": evaluates, "learning_rate": 0.01, "optim": "sgd",
+            "save_strategy": "no"},
         "eval": {"benches": ["pope"] if evaluates else [], "data_dir": data, "blind": False,
                  "limit": 4, "every_steps": 2 if evaluates else None, "during_limit": 2},
     }), Path(run) / name)
