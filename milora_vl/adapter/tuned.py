@@ -189,6 +189,7 @@ def load_tuned(
     device: str = "auto",
     quantization: Literal["nf4"] | None = None,
     prompt_style: str | None = None,
+    together: bool = False,
 ) -> VLM:
     """Load a model, with its adapter if one is given, as the adapter was trained.
 
@@ -199,6 +200,7 @@ def load_tuned(
         device: "cpu", "cuda", ... or "auto".
         quantization: "nf4" brings the language model to 4 bits.
         prompt_style: Default: as the adapter was trained, else by the model.
+        together: As for ``load_adapter``.
 
     Raises:
         milora_vl.model.load_errors.LoadError: If the base cannot be loaded.
@@ -218,15 +220,19 @@ def load_tuned(
         revision=found.revision if found and found.base == base else None,
         prompt_style=prompt_style or (found.inputs.get("prompt_style") if found else None),
     )
-    return put_on(vlm, found) if found else vlm
+    return put_on(vlm, found, together=together) if found else vlm
 
 
-def put_on(vlm: VLM, found: Found, *, residual: Residual | None = None) -> VLM:
+def put_on(
+    vlm: VLM, found: Found, *, residual: Residual | None = None, together: bool = False
+) -> VLM:
     """Put an adapter on its base, ready to answer as in training; raises as ``load_tuned``."""
     vlm = apply_inputs(vlm, found.inputs, found.folder)
     if found.is_ours:
         weights = vlm.float_weights
-        peft_model = load_adapter(vlm.model, found.folder, residual=residual, weights=weights)
+        peft_model = load_adapter(
+            vlm.model, found.folder, residual=residual, weights=weights, together=together
+        )
         state = recall(peft_model)
         if state.projector:
             # nothing trains any more: a cast of the whole model must reach the projector too

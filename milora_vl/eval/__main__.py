@@ -170,6 +170,7 @@ def load_model(arguments: argparse.Namespace) -> Any:
         device=arguments.device,
         quantization=arguments.quantization,
         prompt_style=arguments.prompt_style,
+        together=True,
     )
 
 

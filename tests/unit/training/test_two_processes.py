@@ -11,22 +11,23 @@ from pathlib import Path
 import pytest
 from eval_data import write_benches
 
+from milora_vl.config import parse_config
+from milora_vl.pipeline import run_pipeline
+
 # Whole jobs one after the other: the packages are imported once a process.
 JOB = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from milora_vl.adapter import fingerprint
 from milora_vl.config import parse_config
 from milora_vl.errors import StoppedError
 from milora_vl.pipeline import run_pipeline
-from milora_vl.runtime import join_processes, process_count, process_rank
 from milora_vl.training import trainer
 
-checkpoint, data, run = sys.argv[1:]
-join_processes()
-is_last = process_rank() == process_count() - 1
+values, run = json.loads(sys.argv[1]), Path(sys.argv[2])
+is_last = os.environ["RANK"] == "1"
 plain, plain_digest = trainer.token_loss_sum, fingerprint.digest_of
-at_step, digests = None, []
+at_step, digests, calls = None, [], []
 
 def watched(model, inputs, **more):
     if model.training and at_step:
@@ -37,64 +38,63 @@ def counted(values, rounded_to=None):
     digests.append(1)
     return plain_digest(values, rounded_to)
 
-trainer.token_loss_sum, fingerprint.digest_of = watched, counted
-
-def job(name, steps, evaluates=True):
-    return run_pipeline(parse_config({
-        "model": {"path": checkpoint, "device": "cpu", "prompt_style": "chatml"},
-        "data": {"train": data + "/train.json", "validation": data + "/validation.json",
-                 "image_folder": data},
-        "adapter": {"r": 2, "factor_cache": False},
-        "training": {
-            "max_steps": steps, "per_device_train_batch_size": 4 // process_count(),
-            "per_device_eval_batch_size": 2, "disable_tqdm": True, "logging_steps": 1,
-            "eval_on_start": evaluates, "learning_rate": 0.01, "optim": "sgd",
-            "save_strategy": "no"},
-        "eval": {"benches": ["pope"] if evaluates else [], "data_dir": data, "blind": False,
-                 "limit": 4, "every_steps": 2 if evaluates else None, "during_limit": 2},
-    }), Path(run) / name)
-
-job("whole", 2)
-if process_count() == 1:
-    sys.exit()
-digests.clear()
-(Path(run) / "whole" / "results.json").unlink(missing_ok=True)
-(Path(run) / "whole" / "eval_after" / "results.json").unlink(missing_ok=True)
-job("whole", 2)  # it reads the adapter
-print("digests", len(digests), flush=True)
-
-calls = []
 def stop():
     calls.append(1)
     if len(calls) == 3 and is_last:  # one process alone is asked to stop
         os.kill(os.getpid(), signal.SIGTERM)
-at_step = stop
-try:
-    job("stopped", 9, evaluates=False)
-except StoppedError as error:
-    print(error, flush=True)
 
 def fail():
     if is_last:
         raise MemoryError("no memory is left for a picture")
+
+trainer.token_loss_sum, fingerprint.digest_of = watched, counted
+run_pipeline(parse_config(values), run / "whole")
+digests.clear()
+if is_last:
+    (run / "whole" / "eval_after" / "results.json").unlink()
+run_pipeline(parse_config(values), run / "whole")  # it reads the adapter
+print("digests", len(digests), flush=True)
+
+training = values["training"] | {"max_steps": 9, "eval_on_start": False}
+longer = parse_config(values | {"training": training, "eval": {}})
+at_step = stop
+try:
+    run_pipeline(longer, run / "stopped")
+except StoppedError as error:
+    print(error, flush=True)
 at_step = fail
-job("failed", 9, evaluates=False)
+run_pipeline(longer, run / "failed")
 """
 
 
-def start(n_processes: int, *words: object) -> list[subprocess.Popen]:
+def settings(checkpoint: Path, data: Path, batch: int) -> dict[str, dict]:
+    return {
+        "model": {"path": str(checkpoint), "device": "cpu", "prompt_style": "chatml"},
+        "data": {"train": str(data / "train.json"), "validation": str(data / "validation.json"),
+                 "image_folder": str(data)},
+        "adapter": {"r": 2, "factor_cache": False},
+        "training": {
+            "max_steps": 2, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 2,
+            "disable_tqdm": True, "logging_steps": 1, "eval_on_start": True,
+            "learning_rate": 0.01, "optim": "sgd", "save_strategy": "no"},
+        "eval": {"benches": ["pope"], "data_dir": str(data), "blind": False, "limit": 4,
+                 "every_steps": 2, "during_limit": 2},
+    }  # fmt: skip
+
+
+def start_two(values: dict[str, dict], run: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_processes),
-              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-c", JOB, *map(str, words)],
+            [sys.executable, "-c", JOB, json.dumps(values), str(run)],
             env=os.environ | shared | {"RANK": str(n), "LOCAL_RANK": str(n)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for n in range(n_processes)
+        for n in range(2)
     ]  # fmt: skip
 
 
@@ -132,10 +132,8 @@ def test_two_processes_measure_what_one_does_stop_together_and_fail_together(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     write_data(tmp_path)
-    (one,) = start(1, tiny_checkpoint, tmp_path, tmp_path / "one")
-    _, errors = one.communicate(timeout=480)
-    assert one.returncode == 0, errors
-    two = start(2, tiny_checkpoint, tmp_path, tmp_path / "two")
+    run_pipeline(parse_config(settings(tiny_checkpoint, tmp_path, 4)), tmp_path / "one")
+    two = start_two(settings(tiny_checkpoint, tmp_path, 2), tmp_path / "two")
     outputs = ["", ""]
     outputs[1], error = two[1].communicate(timeout=900)
     failed_at = time.monotonic()
@@ -148,7 +146,7 @@ def test_two_processes_measure_what_one_does_stop_together_and_fail_together(
     assert "closed by peer" in error, error
     assert not (tmp_path / "two" / "failed" / "adapter").exists()
 
-    whole = [tmp_path / name / "whole" for name in ("one", "two")]
+    whole = [tmp_path / "one", tmp_path / "two" / "whole"]
     assert scores(whole[1]) == scores(whole[0])
     losses = [measured(run, "validation_loss_nats_per_token") for run in whole]
     # before the first step: both hold the same weights, and each sample counts once
