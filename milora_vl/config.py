@@ -142,7 +142,7 @@ class MiloraConfig(Section):
         train_projector: Train the vision-language projector in full.
         calibration_batches: With init "null_space", how many training batches are measured.
         allow_outside_language_model: Let ``target_modules`` reach the vision tower and an output
-            head of its own weights; otherwise such a pattern is refused.
+            head with separate weights; otherwise such a pattern is refused.
         factor_cache: Keep the factors below ``$MILORA_CACHE/factors`` for the next start.
         quantization_correction: How the quantization error of NF4 is corrected, see
             ``milora_vl.adapter.nf4``.

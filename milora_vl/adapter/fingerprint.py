@@ -128,7 +128,7 @@ def _older_digest(values: Tensor, rounded_to: torch.dtype) -> str:
 def combine_digests(digests: dict[str, dict[str, str]], scheme: str = SCHEME) -> dict[str, str]:
     """Combine per-layer digests (full name -> precision -> digest) into one per precision.
 
-    A precision that is known of some layers only is left out.
+    A precision that is known of only some layers is skipped.
     """
     known = [key for key in PRECISIONS if all(key in one for one in digests.values())]
     lines = {

@@ -181,7 +181,7 @@ class MiloraState:
 
     @property
     def has_anchor(self) -> bool:
-        """Whether the start (A0, B0) is subtracted by an adapter of its own."""
+        """Whether the start (A0, B0) is subtracted by a second adapter."""
         return self.init not in PLAIN_INITS
 
     @property
@@ -342,7 +342,7 @@ def check_not_merged(peft_model: PeftModel) -> None:
     """Refuse a model whose adapters PEFT has added to the base weights (``merge_adapter``).
 
     Its weights are then neither the base's nor W_p, so that a second merge, or taking the adapters
-    off, would give another model without a word.
+    off, would silently give another model.
 
     Raises:
         ValueError: Naming the first merged layer.

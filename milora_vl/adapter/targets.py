@@ -66,7 +66,7 @@ def kind_of(name: str) -> str | None:
 
 
 def holds_experts(name: str, module: nn.Module) -> bool:
-    """Tell whether a module of a decoder layer keeps several experts in one tensor of its own."""
+    """Tell whether a module of a decoder layer keeps several experts in one tensor."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not re.search(r"\.\d+\.", name):
         return False
     return any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
@@ -87,7 +87,7 @@ class Targets:
 
     Attributes:
         modules: Full names of the linear layers that get an adapter, in model order.
-        skipped: Full name -> reason, for layers inside the language model that were left out.
+        skipped: Full name -> reason, for layers of the language model without an adapter.
         projector: Full name of the vision-language projector, or None in a text model.
         rows: Full name -> how its projections share its rows, for fused layers.
     """

@@ -265,7 +265,7 @@ def describe_inputs(
 
 
 def apply_inputs(vlm: VLM, inputs: Mapping[str, Any], where: Path) -> VLM:
-    """Return the model set up as the adapter was trained; what differs all the same is warned of.
+    """Return the model set up as the adapter was trained; remaining differences are warned of.
 
     Args:
         vlm: The base, loaded with the prompt style that the user or the adapter asked for.

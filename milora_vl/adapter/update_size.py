@@ -46,7 +46,7 @@ class UpdateMeter:
         peft_model: From ``attach_milora`` or ``load_adapter``; its weights are read here once.
 
     DoRA rescales rows besides, and layers whose weight is no matrix have no singular directions:
-    they are left out.
+    they are skipped.
     """
 
     def __init__(self, peft_model: PeftModel) -> None:

@@ -347,7 +347,7 @@ def _find_turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION))
     except _DECODE_ERRORS:
-        return None  # the pixels may be readable all the same
+        return None  # the pixels may still be readable
 
 
 def _scale_to_8_bits(image: Image.Image) -> np.ndarray:

@@ -346,7 +346,7 @@ class ChatTemplate:
         processor: A processor or tokenizer of transformers.
         template: The template's source, with the day written out.
         image_token: What it writes for an image; None for a text model.
-        video_token: What it writes for a video; None where the model takes none.
+        video_token: What it writes for a video; None if the model takes no videos.
         day: The day that stands in its prompts, as ISO date; None when it names no day.
         bos: Whether the processor puts BOS before a text that does not begin with it.
         assistant_suffix: The special tokens that end an answer.
@@ -591,7 +591,7 @@ def derive_style(
     Args:
         processor: A processor or tokenizer with a chat template.
         image_token: The processor's mark of an image; None for a text model.
-        day: What a template that asks for the day is told; None: today.
+        day: The date for templates that write it; None: today.
 
     Returns:
         A style that writes what the template writes. Conversations that the template refuses, for

@@ -377,7 +377,7 @@ def finish_adapter(
 def save_from_start(
     folder: Path | str, peft_model: PeftModel, out: Path | str, *, base: str | None = None
 ) -> Path:
-    """Save the portable adapter of a live model that goes on from a start, without the check.
+    """Save the portable adapter of a live model that was trained from a start, without the check.
 
     Args:
         folder: Of ``init_start``.

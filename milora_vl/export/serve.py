@@ -1,7 +1,7 @@
 """The form that inference servers accept: a base with the trained projector, and a LoRA without it.
 
 Servers take LoRA factors and nothing else. vLLM refuses an adapter with ``modules_to_save``, SGLang
-drops what it holds without a word, and llama.cpp's converter stops at it. A projector that was
+drops its content silently, and llama.cpp's converter stops at it. A projector that was
 trained in full therefore goes where it is used anyway, into the checkpoint that the server loads.
 The LoRA beside it holds factors only, with a whole alpha and plain scaling.
 """

@@ -21,12 +21,12 @@ PORTABLE = "portable"
 class SavePortableAdapter(TrainerCallback):
     """Save a portable adapter into ``checkpoint-N/portable/adapter`` at every checkpoint.
 
-    The Trainer's own files are for going on; the portable adapter is a plain PEFT LoRA of rank 2r
+    The Trainer's own files are for resuming; the portable adapter is a plain PEFT LoRA of rank 2r
     for the original base. It also keeps the anchor active when a Trainer resumes, which activates
     one adapter alone.
 
     Args:
-        start: Folder of ``milora-vl init`` that the model goes on from; None for a model that
+        start: Folder of ``milora-vl init`` that the model starts from; None for a model that
             ``attach_milora`` or ``load_adapter`` made.
         base: Id or path of the original base; default: where the model was loaded from.
         processor: Processor of the base; a reference to it is kept beside the adapter.

@@ -231,7 +231,7 @@ def finetune(  # noqa: PLR0913  settings by keyword
         arguments: From ``build_arguments``.
         run_folder: For the adapter, its certificate, checkpoints and metrics.
         projector: Its learning rate.
-        data_facts: What identifies the data, compared when the run goes on; default: from
+        data_facts: What identifies the data, compared when the run is resumed; default: from
             ``dataset``.
         measure: Scores of the model at a step; see ``train``.
         measure_every: Steps between two calls of ``measure``.
