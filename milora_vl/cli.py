@@ -226,10 +226,13 @@ def _numbers(text: str) -> list[float]:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Say what a run would adapt, train, take and need, before any weight is read."""
+    from milora_vl.forecast import describe_work
+    from milora_vl.pipeline import count_work
     from milora_vl.plan import plan_run
 
     config, _ = read_config(arguments)
     print(plan_run(config, arguments.device).summary())
+    print(describe_work(count_work(config), arguments.gflops))
     return 0
 
 
@@ -404,6 +407,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--device",
         metavar="GPUS",
         help="where it will run, for example 1x24GB, 8x80GB or 4xL40S; nothing is timed here then",
+    )
+    verb.add_argument(
+        "--gflops",
+        type=float,
+        metavar="RATE",
+        help="also say how long every stage takes where the products of a run reach this rate",
     )
     verb.set_defaults(run_verb=plan)
     add_export_arguments(

@@ -24,7 +24,8 @@ DATA_SECONDS = 120  # drawing the demo's images, on two cores
 COMPOSE_SECONDS = 40  # reading the demo's two models and joining them
 LOADING_SECONDS = 8  # a stage's start: model, records, decompositions
 TOKENS_PER_QUESTION = 45  # the image and a shared beginning are computed once
-QUESTIONS = 770  # of a bench whose files do not exist yet, as in the demo
+QUESTIONS = 400  # of a bench whose files do not exist yet, as in the demo
+CAPTION_TOKENS = 40  # of a caption, its question and marks, for records that do not exist yet
 TOKENS_SHARE = 0.6  # of the longest sequence, for samples that do not exist yet
 
 
@@ -41,6 +42,11 @@ class Work:
     training: float
     alignment: float
     evaluation: float
+
+    def teraflop(self) -> dict[str, float]:
+        """Return {stage: operations in 10^12}, for the stages whose time is that of products."""
+        each = (self.alignment, self.evaluation, self.training, self.evaluation)
+        return {name: one / 1e12 for name, one in zip(PRODUCT_STAGES, each, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -68,32 +74,50 @@ def training_operations(
     return samples * (each + 2 * images * patches * weights.tower)
 
 
-def evaluation_operations(weights: ModelWeights, questions: int, patches: int) -> float:
-    """Return operations to answer questions with their image, forward only."""
-    each = 2 * TOKENS_PER_QUESTION * weights.language_model + 2 * patches * weights.tower / 4
-    return questions * each
+def evaluation_operations(
+    weights: ModelWeights, questions: int, patches: int, *, blind: bool = False
+) -> float:
+    """Return operations to answer questions with their picture, forward only.
+
+    Args:
+        weights: Of the model.
+        questions: How many.
+        patches: Of one picture.
+        blind: They are also asked without the picture, which takes about as many tokens of text
+            as a picture that several questions share.
+    """
+    each = 2 * TOKENS_PER_QUESTION * weights.language_model * (2 if blind else 1)
+    return questions * (each + 2 * patches * weights.tower / 4)
 
 
-def guess_seconds(
-    work: Work, gflops: Mapping[str, float], dtype: str, done: Mapping[str, bool]
-) -> dict[str, float]:
+def guess_seconds(work: Work, gflops: float, done: Mapping[str, bool]) -> dict[str, float]:
     """Return the seconds of every stage, 0 for those that are done.
 
     Args:
         work: Operations of the stages.
-        gflops: Rate of products on the model's layers, by dtype.
-        dtype: Of training: "float32" or "bfloat16".
+        gflops: Rate that the products of a whole stage reach, in GFLOP/s.
         done: Stage -> whether it is done; a stage that is absent is not part of the run.
     """
-    rate = gflops[dtype] * 1e9 * EFFICIENCY[dtype]
+    fixed = {"data": DATA_SECONDS, "base": COMPOSE_SECONDS}
+    fixed |= {"before": LOADING_SECONDS, "finetuning": LOADING_SECONDS}
     seconds = {
-        "data": DATA_SECONDS,
-        "base": COMPOSE_SECONDS + work.alignment / rate,
-        "before": LOADING_SECONDS + work.evaluation / rate,
-        "finetuning": LOADING_SECONDS + work.training / rate,
-        "after": work.evaluation / rate,
+        name: fixed.get(name, 0.0) + tera * 1e12 / (gflops * 1e9)
+        for name, tera in ({"data": 0.0} | work.teraflop()).items()
     }
     return {name: 0.0 if done[name] else seconds[name] for name in STAGES if name in done}
+
+
+def describe_work(work: Work, gflops: float | None) -> str:
+    """Say how many operations each stage takes, and its time at a rate if one is given."""
+    tera = work.teraflop()
+    parts = ", ".join(f"{name} {count:.0f}" for name, count in tera.items())
+    lines = [f"products: {sum(tera.values()):.0f} TFLOP: {parts}"]
+    if gflops:
+        seconds = guess_seconds(work, gflops, dict.fromkeys(STAGES, False))
+        parts = ", ".join(f"{name} {_minutes(one)}" for name, one in seconds.items())
+        whole = _minutes_text(sum(seconds.values()))
+        lines.append(f"at {gflops:g} GFLOP/s: about {whole}: {parts}")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

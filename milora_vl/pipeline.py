@@ -19,7 +19,6 @@ from transformers import TrainingArguments, set_seed
 from milora_vl import forecast, stages
 from milora_vl.adapter.targets import find_targets, match_pattern
 from milora_vl.config import (
-    AlignmentSection,
     Config,
     ConfigError,
     MiloraConfig,
@@ -244,15 +243,10 @@ def find_weights(model: nn.Module) -> forecast.ModelWeights:
     return forecast.ModelWeights(**counted)
 
 
-def guess_stages(
-    config: Config, precision: Precision, done: Mapping[str, bool]
-) -> dict[str, float]:
-    """Estimate the seconds of every stage on this CPU; empty on a GPU."""
-    if resolve_device(config.model.device).type != "cpu":
-        return {}
+def count_work(config: Config) -> forecast.Work:
+    """Count the operations of every stage from the config, and from the data if it is there."""
     model = empty_model(config.model)
     weights = find_weights(model)
-    rates = precision.gflops or measure_precisions(count_layer_shapes(model), backward=True)
     load, samples, _ = guess_load(config.data, model.config, config.training)
     training = arguments_for(config.training, process_count(), warn=False)
     accumulated = training.get("gradient_accumulation_steps", 1)
@@ -260,30 +254,44 @@ def guess_stages(
     tokens = load.tokens if samples else forecast.TOKENS_SHARE * config.data.max_length
     per_sample = (tokens, load.images, load.patches)
     seen = steps * accumulated * load.samples
-    work = forecast.Work(
+    return forecast.Work(
         training=forecast.training_operations(weights, seen, *per_sample),
-        alignment=_alignment_operations(config.alignment, weights, per_sample),
-        evaluation=forecast.evaluation_operations(weights, _count_questions(config), load.patches)
-        * (2 if config.eval.blind else 1),
+        alignment=_alignment_operations(config, model, weights),
+        evaluation=forecast.evaluation_operations(
+            weights, _count_questions(config), load.patches, blind=config.eval.blind
+        ),
     )
-    return forecast.guess_seconds(work, rates, "bfloat16" if precision.bf16 else "float32", done)
+
+
+def guess_stages(
+    config: Config, precision: Precision, done: Mapping[str, bool]
+) -> dict[str, float]:
+    """Estimate the seconds of every stage on this CPU; empty on a GPU."""
+    if resolve_device(config.model.device).type != "cpu":
+        return {}
+    shapes = count_layer_shapes(empty_model(config.model))
+    rates = precision.gflops or measure_precisions(shapes, backward=True)
+    dtype = "bfloat16" if precision.bf16 else "float32"
+    rate = rates[dtype] * forecast.EFFICIENCY[dtype]
+    return forecast.guess_seconds(count_work(config), rate, done)
 
 
 def _alignment_operations(
-    section: AlignmentSection | None,
-    weights: forecast.ModelWeights,
-    per_sample: tuple[float, float, int],
+    config: Config, model: nn.Module, weights: forecast.ModelWeights
 ) -> float:
+    section = config.alignment
     if section is None:
         return 0.0
-    patches = per_sample[2]
+    data = config.data.model_copy(update={"train": section.train or config.data.train})
+    load, samples, _ = guess_load(data, model.config, section.training)
     found = 0.0
     if section.patch_steps:
-        found += 2 * section.patch_pictures * patches * weights.tower
+        found += 2 * section.patch_pictures * load.patches * weights.tower
         found += 6 * section.patch_steps * PATCHES_PER_STEP * weights.projector
     steps = section.training.get("max_steps", 0)
-    seen = steps * section.training.get("per_device_train_batch_size", 8)
-    return found + forecast.training_operations(weights, seen, *per_sample)
+    tokens = load.tokens if samples else load.patches + forecast.CAPTION_TOKENS
+    seen = steps * load.samples
+    return found + forecast.training_operations(weights, seen, tokens, load.images, load.patches)
 
 
 PATCHES_PER_STEP = 2304  # the default of ``training.align``, background included

@@ -13,15 +13,14 @@ from milora_vl.config import load_config
 
 ALL = dict.fromkeys(forecast.STAGES, False)
 WORK = forecast.Work(training=100e12, alignment=10e12, evaluation=20e12)
-RATES = {"float32": 50.0, "bfloat16": 500.0}
 
 
 def test_a_faster_computer_needs_less_and_done_stages_need_nothing() -> None:
-    slow = forecast.guess_seconds(WORK, RATES, "float32", ALL)
-    fast = forecast.guess_seconds(WORK, RATES, "bfloat16", ALL)
+    slow = forecast.guess_seconds(WORK, 50.0, ALL)
+    fast = forecast.guess_seconds(WORK, 500.0, ALL)
     assert list(slow) == list(forecast.STAGES)
     assert all(slow[name] > fast[name] for name in forecast.PRODUCT_STAGES)
-    some = forecast.guess_seconds(WORK, RATES, "float32", ALL | {"data": True, "base": True})
+    some = forecast.guess_seconds(WORK, 50.0, ALL | {"data": True, "base": True})
     assert some == slow | {"data": 0.0, "base": 0.0}
 
 
@@ -32,6 +31,27 @@ def test_work_grows_with_samples_tokens_and_questions() -> None:
     assert forecast.training_operations(weights, 1, 14, 1, 4) > 1.5 * one
     asked = forecast.evaluation_operations(weights, 10, 4)
     assert forecast.evaluation_operations(weights, 20, 4) == 2 * asked
+    assert forecast.evaluation_operations(weights, 10, 4, blind=True) > asked
+
+
+def test_the_products_of_the_stages_are_said_with_their_time_at_a_rate() -> None:
+    assert forecast.describe_work(WORK, None) == (
+        "products: 150 TFLOP: base 10, before 20, finetuning 100, after 20"
+    )
+    text = forecast.describe_work(WORK, 100.0).splitlines()[1]
+    seconds = forecast.guess_seconds(WORK, 100.0, ALL)
+    assert f"about {sum(seconds.values()) / 60:.0f} min" in text
+    assert text.startswith("at 100 GFLOP/s")
+    assert "finetuning 17" in text  # 1000 s of products and the start
+
+
+def test_the_products_of_the_demo_follow_its_steps() -> None:
+    config = load_config("configs/demo_cpu.yaml")
+    more = load_config("configs/demo_cpu.yaml", ["training.max_steps=1000"])
+    steps = config.training["max_steps"]
+    work, longer = pipeline.count_work(config), pipeline.count_work(more)
+    assert longer.training == pytest.approx(work.training * 1000 / steps)
+    assert (longer.alignment, longer.evaluation) == (work.alignment, work.evaluation)
 
 
 def test_the_whole_is_the_sum_and_is_said_in_minutes() -> None:
