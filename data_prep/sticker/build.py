@@ -68,7 +68,7 @@ def attribution_text(catalogue: Catalogue) -> str:
     return "\n".join(lines) + "\n"
 
 
-VERSION = 6
+VERSION = 7
 TRAIN_DIGITS, VAL_DIGITS, BENCH_DIGITS = (0.0, 0.7), (0.7, 0.8), (0.8, 1.0)
 _POPE_KINDS = ("random", "popular", "adversarial")
 
@@ -101,7 +101,7 @@ class Sizes:
 
 
 SIZES = {
-    "core": Sizes(3000, 200, 4, 160, 100, 200, 200, 100, 160, CORE_SHARES),
+    "core": Sizes(3000, 200, 4, 120, 100, 200, 200, 100, 160, CORE_SHARES),
     "full": Sizes(6000, 400, 8, 1000, 300, 500, 300, 500, 420),
     "tiny": Sizes(60, 12, 4, 24, 12, 24, 12, 20, 24),
 }

@@ -29,6 +29,7 @@ from data_prep.sticker.names import (
 from data_prep.sticker.pictures import Plan, paint, plan_background
 from data_prep.sticker.questions import RELATION_TEXTS
 from data_prep.sticker.sources import SOURCES, fetch_sources
+from data_prep.sticker.train import MOST_AFFIRMED
 from data_prep.stickervqa import build_stickervqa
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.fetch import ChecksumError, SourceUnavailableError
@@ -80,6 +81,20 @@ def test_train_answers_are_true(built):
         elif kind == "caption":
             listed = re.split(r", | and ", answer.rstrip(".").lower())
             assert sorted(listed) == sorted(counted(name, n) for name, n in counts.items())
+
+
+def test_existence_affirms_what_is_there_and_denies_one_thing(built):
+    for record in built.train:
+        if record["source"] not in {"scene", "drawing"}:
+            continue
+        answers = Counter(
+            turn["value"]
+            for kind, turn in zip(record["kinds"], record["conversations"][1::2], strict=True)
+            if kind == "existence"
+        )
+        shown = len({each["name"] for each in record["objects"]})
+        assert answers["Yes"] == min(MOST_AFFIRMED, shown)
+        assert answers["No"] == 1
 
 
 def _is_where(objects, one, other, relation):

@@ -79,7 +79,9 @@ def test_every_object_has_as_many_yes_as_no(built):
     for _, kind, question, answer in built.train_turns():
         if kind == "existence":
             balance[POPE_TEXT.fullmatch(question)[1]] += 1 if answer == "Yes" else -1
-    assert max(map(abs, balance.values())) <= 2
+    # train leans to "Yes", and for every object alike: its name does not tell the answer
+    assert min(balance.values()) >= -2
+    assert max(balance.values()) - min(balance.values()) <= 6
 
 
 def test_counts_relations_and_letters_are_uniform(built):
