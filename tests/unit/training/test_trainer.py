@@ -132,7 +132,10 @@ def test_metrics_hold_the_size_of_the_update_and_decay_to_start_makes_it_smaller
 
 
 def test_no_step_on_a_device_asks_for_a_value(
-    tiny_checkpoint: Path, dataset: ConversationDataset, tmp_path: Path
+    tiny_checkpoint: Path,
+    dataset: ConversationDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vlm = load_vlm(tiny_checkpoint)
     trainer = VlmTrainer(
@@ -142,7 +145,8 @@ def test_no_step_on_a_device_asks_for_a_value(
         data_collator=partial(pad_batch, pad_token_id=0),
         save_weights=lambda _: None,
     )
-    trainer.args.__dict__["_setup_devices"] = torch.device("meta")  # stands for a GPU
+    # stands for a GPU
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
     batch = trainer.loader_options()["collate_fn"]([dataset[0], dataset[3]])
     # tensors without values: whatever has to know one raises
     on_device = {name: value.to("meta") for name, value in batch.items()}
