@@ -24,6 +24,7 @@ from milora_vl.eval.generate_shared import build_answerer
 from milora_vl.eval.items import Answer, EvaluationError, Item, Request, Row
 from milora_vl.eval.judge import Judge
 from milora_vl.eval.published import published_scores
+from milora_vl.eval.scoring import write_submission
 from milora_vl.eval.text_tasks import run_text_tasks
 from milora_vl.files import write_json_atomic, write_text_atomic
 from milora_vl.runtime import process_count, process_rank, wait_for_all
@@ -99,7 +100,8 @@ def run_bench(
         result |= _against_blind(bench, scored, list(blind_rows.values()))
     if not labeled:
         texts = {row.id: row.text for row in rows}
-        paths = bench.write_submission(items, texts, conditions.out_dir, conditions.data_dir)
+        files = bench.submission(items, texts, conditions.data_dir)
+        paths = write_submission(files, conditions.out_dir)
         result["submission"] = [str(path) for path in paths]
         if conditions.judge is not None and is_judged:
             rows = _grade(name, items, rows, conditions.judge, conditions)
@@ -479,8 +481,9 @@ def load_items(
     for name in names:
         if name.startswith(TEXT_PREFIX) or (is_all and data_dir is None and name == "custom"):
             continue
+        bench = BENCHES[name]
         try:
-            items[name] = BENCHES[name].load(data_dir, limit=_limit_of(limit, name))
+            items[name] = bench.sample(bench.load(data_dir), _limit_of(limit, name))
         except FileNotFoundError:
             if not is_all:
                 raise

@@ -235,6 +235,12 @@ def split_rows(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, list[Row
     return parts
 
 
+def take_groups(items: Sequence[Item], n: int | None) -> list[Item]:
+    """Return the items of ``n`` groups, a seeded sample; all if ``n`` is None."""
+    kept = set(take_sample(list(dict.fromkeys(item.group for item in items)), n))
+    return [item for item in items if item.group in kept]
+
+
 def take_sample(values: Sequence[T], n: int | None, seed: int = 0) -> list[T]:
     """Return ``n`` of ``values``, a seeded sample in the original order; all if ``n`` is None.
 

@@ -1,7 +1,7 @@
 """What most benches share: prompt endings, judged rows, mean scores, breakdowns, best guesses."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,12 @@ import numpy as np
 from milora_vl.eval import statistics
 from milora_vl.eval.answers import m4c, m4c_accuracy, most_common
 from milora_vl.eval.items import Item, Row, split_rows
-from milora_vl.files import write_text_atomic
+from milora_vl.files import write_bytes_atomic
+
+Texts = Mapping[str, str | None]
+"""Answers by the id of their item; None where the model failed."""
+Files = dict[str, Any]
+"""Contents of files by name: rows of a ``.jsonl``, text, bytes, or else a JSON value."""
 
 LETTERS = "ABCDEFGHIJ"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -54,7 +59,6 @@ def judged(
 
 def parse_m4c(item: Item, text: str) -> str | None:
     """Return the answer to a short question as it is uploaded and scored."""
-    del item
     return m4c(text)
 
 
@@ -68,7 +72,6 @@ def judge_m4c(item: Item, text: str | None) -> Row:
 
 def parse_free(item: Item, text: str) -> str | None:
     """Return an answer as it is, for a judge model to read; None if it is empty."""
-    del item
     return text.strip() or None
 
 
@@ -80,7 +83,6 @@ def judge_free(item: Item, text: str | None, details: Mapping[str, Any] | None =
 
 def no_majority(items: Sequence[Item]) -> None:
     """Return None: there is no constant answer to compare free text with."""
-    del items
 
 
 def mean_sums(rows: Sequence[Row]) -> statistics.Array:
@@ -147,42 +149,27 @@ def best_constant(
     return total / len(items)
 
 
-def write_json(path: Path, value: Any) -> list[Path]:
-    """Write a submission as one JSON value. Returns the path in a list."""
-    write_text_atomic(path, json.dumps(value, ensure_ascii=False) + "\n")
-    return [path]
-
-
-def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
-    """Write a submission as JSON lines. Returns the path in a list."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomic(path, text)
-    return [path]
-
-
-def answered(items: Sequence[Item], texts: Mapping[str, str | None]) -> list[tuple[Item, str]]:
-    """Return the items that were answered, each with its text; a failed sample has None."""
+def answered(items: Sequence[Item], texts: Texts) -> list[tuple[Item, str]]:
+    """Return the items that were answered, each with its text; a failed sample has none."""
     return [(item, text) for item in items if (text := texts[item.id]) is not None]
 
 
-def submission(
-    name: str, entry: Callable[[Item, str], Mapping[str, Any]]
-) -> Callable[..., list[Path]]:
-    """Return a bench's ``write_submission`` that writes one entry for each answered question.
+def one_file(name: str, entry: Callable[[Item, str], Any]) -> Callable[..., Files]:
+    """Return a bench's ``submission`` of one file with one entry for each answered question."""
 
-    Args:
-        name: File name; ``.jsonl`` gets a line an entry, any other one JSON list.
-        entry: Item and answer -> entry.
-    """
+    def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+        return {name: [entry(*pair) for pair in answered(items, texts)]}
 
-    def write_submission(
-        items: Sequence[Item],
-        texts: Mapping[str, str | None],
-        out_dir: Path,
-        data_dir: Path | None = None,
-    ) -> list[Path]:
-        del data_dir
-        write = write_json_lines if name.endswith(".jsonl") else write_json
-        return write(out_dir / name, [entry(*pair) for pair in answered(items, texts)])
+    return submission
 
-    return write_submission
+
+def write_submission(files: Files, folder: Path) -> list[Path]:
+    """Write the files of a submission. Returns their paths."""
+    for name, content in files.items():
+        if name.endswith(".jsonl"):
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        elif not isinstance(content, (str, bytes)):
+            content = json.dumps(content, ensure_ascii=False) + "\n"
+        data = content.encode() if isinstance(content, str) else content
+        write_bytes_atomic(folder / name, data)
+    return [folder / name for name in files]

@@ -34,7 +34,7 @@ WAYS = ("ours", "one_by_one")
 
 def mmbench_requests(data: Path, n_questions: int) -> list[Request]:
     """Return questions of the official files, each with all its rotations."""
-    items = BENCHES["mmbench"].load(data, limit=n_questions)
+    items = BENCHES["mmbench"].sample(BENCHES["mmbench"].load(data), n_questions)
     return [Request(one.id, one.prompt, one.image) for one in items]
 
 

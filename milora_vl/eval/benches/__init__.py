@@ -1,65 +1,48 @@
-"""The benches by name. A new bench is one file here and one line in ``BENCHES``.
+"""The benches by name. A new bench is one file in this folder; nothing else lists it.
 
-A bench is a module with ``VERSION``, ``METRIC``, ``MAX_NEW_TOKENS`` and the functions ``load``
-(official files, or the hub mirror -> items), ``parse`` and ``judge`` (one answer),
+A bench is a module with
+
+* ``VERSION``, which goes up with any change of prompts or scores, ``METRIC``, ``MAX_NEW_TOKENS``;
+* ``load``: official files, or the hub mirror (``MIRRORS``) -> items;
+* ``parse`` and ``judge``: one answer -> what is read out of it, and its row;
+* ``summarize``: all rows -> the numbers of ``results.json``;
+* ``submission``: items and answers -> contents of files for an evaluation server, by name.
+
+``COMMON`` stands in for what a module leaves out: ``sample`` (which questions a limit keeps),
 ``headline_sums`` and ``headline`` (the score as a function of sums over groups, which is what the
-bootstrap needs), ``summarize`` (all rows -> numbers), ``majority`` and ``write_submission``. One
-that a judge model scores also has ``JUDGE_PROMPT`` (name and version of the wording),
-``judge_prompt``, ``is_usable`` and ``with_reply``. A second
-bench from the same files is the module with some parts exchanged.
+bootstrap needs) and ``majority`` (the best guess that sees no question). ``VARIANTS`` of a module
+are further benches from the same files, with some parts exchanged. A bench that a judge model
+scores also has ``JUDGE_PROMPT`` (name and version of the wording), ``judge_prompt``, ``is_usable``
+and ``with_reply``.
 """
 
-from types import ModuleType, SimpleNamespace
+import pkgutil
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
-from milora_vl.eval.benches import (
-    custom,
-    gqa,
-    llava_w,
-    mmbench,
-    mme,
-    mmmu,
-    mmvet,
-    pope,
-    seed,
-    sqa,
-    textvqa,
-    vizwiz,
-    vqav2,
-)
+from milora_vl.eval import scoring, statistics
+from milora_vl.eval.items import take_sample
 
-Bench = ModuleType | SimpleNamespace
+Bench = SimpleNamespace
 
-
-def variant(bench: ModuleType, **parts: Any) -> SimpleNamespace:
-    """Return a bench that differs from a module in some parts."""
-    return SimpleNamespace(**{**vars(bench), **parts})
-
-
-BENCHES: dict[str, Bench] = {
-    "mmbench": mmbench,
-    "pope": pope,
-    "vqav2": vqav2,
-    "mmbench-cn": variant(mmbench, load=mmbench.load_chinese, MIRRORS=mmbench.MIRRORS_CN),
-    "gqa": gqa,
-    "vizwiz": vizwiz,
-    "sqa": sqa,
-    "sqa-full": variant(
-        sqa, load=sqa.load_full, summarize=sqa.summarize_full, METRIC=sqa.METRIC_FULL
-    ),
-    "textvqa": textvqa,
-    "textvqa-ocr": variant(textvqa, load=textvqa.load_with_ocr),
-    "mme": mme,
-    "seed": seed,
-    "seed-image": variant(
-        seed, load=seed.load_images, summarize=seed.summarize_images, METRIC=seed.METRIC_IMAGE
-    ),
-    "seed-video": variant(
-        seed, load=seed.load_videos, summarize=seed.summarize_videos, METRIC=seed.METRIC_VIDEO
-    ),
-    "mmmu": mmmu,
-    "mmmu-first": variant(mmmu, load=mmmu.load_first),
-    "mmvet": mmvet,
-    "llava-w": llava_w,
-    "custom": custom,
+COMMON: dict[str, Any] = {
+    "sample": take_sample,
+    "headline_sums": scoring.mean_sums,
+    "headline": statistics.ratio,
+    "VARIANTS": {},
 }
+
+
+def _benches() -> dict[str, Bench]:
+    benches: dict[str, Bench] = {}
+    for info in pkgutil.iter_modules(__path__):
+        parts = {**COMMON, **vars(import_module(f"{__name__}.{info.name}"))}
+        parts.setdefault("majority", partial(scoring.best_constant, judge=parts["judge"]))
+        for name, changes in {info.name: {}, **parts["VARIANTS"]}.items():
+            benches[name.replace("_", "-")] = SimpleNamespace(**{**parts, **changes})
+    return benches
+
+
+BENCHES = _benches()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.answers import m4c, parse_option, vqa_official
 from milora_vl.eval.bench_files import (
     Record,
@@ -24,17 +24,13 @@ from milora_vl.eval.bench_files import (
     reject_duplicates,
     shorten,
 )
-from milora_vl.eval.items import Item, Row, take_sample
+from milora_vl.eval.items import Item, Row
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 METRIC = "accuracy"
 MAX_NEW_TOKENS = 32
-
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
-
 
 _KNOWN = (
     *("id", "question", "image", "images", "choices", "answer", "answers", "category", "prompt"),
@@ -43,13 +39,12 @@ _MEANT = {"options": "choices", "label": "answer", "labels": "answers", "gold": 
 """Keys of other formats that would change the question or its score if they were left out."""
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the questions.
 
     Args:
         data_dir: The JSONL file, or a folder with ``custom.jsonl``; images are named relative to
             the file.
-        limit: Number of questions.
     """
     if data_dir is None:
         raise FileNotFoundError("the bench 'custom' has no mirror: name its JSONL file with --data")
@@ -60,7 +55,7 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
     ignored = sorted({str(key) for row in rows for key in row.values} - set(_KNOWN))
     if ignored:
         logger.warning("%s: keys that are not read: %s", path, shorten(", ".join(ignored), 200))
-    return take_sample(items, limit)
+    return items
 
 
 def _item(row: Record, path: Path, number: int) -> Item:
@@ -152,12 +147,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     return scoring.summarize_mean(rows, METRIC)
 
 
-def majority(items: Sequence[Item]) -> float:
-    """Return the accuracy of the best constant answer of each category, or of a random choice."""
-    return scoring.best_constant(items, judge)
-
-
-write_submission = scoring.submission(
+submission = scoring.one_file(
     "custom_answers.jsonl",
     lambda item, text: {"id": item.id, "text": text, "parsed": parse(item, text)},
 )

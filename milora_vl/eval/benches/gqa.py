@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.bench_files import (
     Mirror,
     Record,
@@ -20,7 +20,7 @@ from milora_vl.eval.bench_files import (
     rows_without,
     table_image,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row
 
 VERSION = 1
 METRIC = "exact_match"
@@ -36,14 +36,10 @@ _IMAGE_FOLDERS = ("images", "../images", "data/images", "../../images")
 _NO_STEPS = ("exist", "query: name", "choose name")
 """Operations that the official scorer does not count as steps of reasoning."""
 
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
-
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the balanced questions."""
-    items = _from_files(data_dir) if data_dir is not None else _from_mirror()
-    return take_sample(items, limit)
+    return _from_files(data_dir) if data_dir is not None else _from_mirror()
 
 
 def _from_files(data_dir: Path) -> list[Item]:
@@ -120,7 +116,6 @@ def _count_steps(program: Sequence[Record]) -> int:
 
 def parse(item: Item, text: str) -> str | None:
     """Return the answer as LLaVA scores it: no final periods, lower case, nothing else."""
-    del item
     return text.rstrip(".").lower()
 
 
@@ -171,7 +166,7 @@ def majority(items: Sequence[Item]) -> float:
 
 
 # what GQA's own scorer reads
-write_submission = scoring.submission(
+submission = scoring.one_file(
     "gqa_submission.json",
     lambda item, text: {"questionId": item.id, "prediction": parse(item, text)},
 )

@@ -7,7 +7,7 @@ numbers is no longer offered: scores compare with others of the same judge and v
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from milora_vl.eval.bench_files import (
     read_mirror,
     reject_duplicates,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row, split_rows
+from milora_vl.eval.scoring import Files, Texts
 
 VERSION = 1
 METRIC = "judge_score_over_reference"
@@ -46,10 +47,9 @@ parse = scoring.parse_free
 majority = scoring.no_majority
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read questions, contexts and reference answers."""
-    items = _from_files(data_dir) if data_dir is not None else _from_mirror()
-    return take_sample(items, limit)
+    return _from_files(data_dir) if data_dir is not None else _from_mirror()
 
 
 def _from_files(data_dir: Path) -> list[Item]:
@@ -117,16 +117,6 @@ def judge_prompt(item: Item, text: str) -> str:
     )
 
 
-_write_answers = scoring.submission(
-    "llava_w_answers.jsonl",
-    lambda item, text: {"question_id": item.id, "prompt": item.question, "text": text},
-)
-_write_judge_prompts = scoring.submission(
-    "llava_w_judge_prompts.jsonl",
-    lambda item, text: {"id": item.id, "prompt": judge_prompt(item, text)},
-)
-
-
 def _read_grades(reply: str) -> list[float]:
     first_line = reply.strip().splitlines()[0] if reply.strip() else ""
     return [float(found.group()) for found in _GRADES.finditer(first_line)]
@@ -151,20 +141,15 @@ def headline_sums(rows: Sequence[Row]) -> statistics.Array:
     return statistics.sum_by_group(table, [row.group for row in rows])
 
 
-headline = statistics.ratio
-
-
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the mean grade over the reference's, interval, and the same by category."""
     sums = headline_sums(rows)
     parts = split_rows(rows, [row.category for row in rows])
-    by_category = {
-        name: statistics.total(headline_sums(part), headline) for name, part in parts.items()
-    }
+    by_category = {name: statistics.total(headline_sums(part)) for name, part in parts.items()}
     return {
         "metric": METRIC,
-        "score": statistics.total(sums, headline),
-        "interval_95": list(statistics.bootstrap_interval(sums, headline)),
+        "score": statistics.total(sums),
+        "interval_95": list(statistics.bootstrap_interval(sums)),
         "n": len(rows),
         "by_category": by_category,
         "mean_grade": 10 * float(np.mean([row.score for row in rows])),
@@ -172,14 +157,14 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the official answers file and the judge's prompts."""
-    return [
-        *_write_answers(items, texts, out_dir, data_dir),
-        *_write_judge_prompts(items, texts, out_dir, data_dir),
-    ]
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return the official answers file and the judge's prompts."""
+    pairs = scoring.answered(items, texts)
+    return {
+        "llava_w_answers.jsonl": [
+            {"question_id": item.id, "prompt": item.question, "text": text} for item, text in pairs
+        ],
+        "llava_w_judge_prompts.jsonl": [
+            {"id": item.id, "prompt": judge_prompt(item, text)} for item, text in pairs
+        ],
+    }

@@ -6,10 +6,12 @@ rotated copies of a question are rows of the file, ``index = base + k * 1_000_00
 
 import ast
 import importlib.util
+import io
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,8 @@ from milora_vl.eval.bench_files import (
     shorten,
     table_image,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
-from milora_vl.files import write_text_atomic
+from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_groups
+from milora_vl.eval.scoring import Files, Texts
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +59,13 @@ _MISSING_WORDS = frozenset(
 """What pandas reads as no value unless it is told otherwise."""
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None, *, chinese: bool = False) -> list[Item]:
     """Read the questions, all rotations included.
 
     Args:
         data_dir: Folder with the TSV, or the TSV.
-        limit: Number of base questions; each comes with all its rotations.
+        chinese: Read the Chinese questions; of one TSV its name decides.
     """
-    return _load(data_dir, limit, chinese=False)
-
-
-def load_chinese(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the Chinese questions; see ``load``."""
-    return _load(data_dir, limit, chinese=True)
-
-
-def _load(data_dir: Path | None, limit: int | None, *, chinese: bool) -> list[Item]:
     sources: list[ImageSource] | None = None
     if data_dir is None:
         (mirror,) = MIRRORS_CN if chinese else MIRRORS
@@ -95,10 +88,12 @@ def _load(data_dir: Path | None, limit: int | None, *, chinese: bool) -> list[It
         source = sources[place] if sources else ImageSource(row.where, encoded=resolved[index])
         items.append(_item(row, index, groups[index], source, chinese))
     _check_labels(items)
-    kept = set(take_sample(list(dict.fromkeys(item.group for item in items)), limit))
-    items = [item for item in items if item.group in kept]
     _warn_about_rotations(items, str(data_dir or name))
     return items
+
+
+sample = take_groups
+"""A limit counts base questions; each comes with all its rotations."""
 
 
 def _find_tsv(data_dir: Path, *, chinese: bool) -> Path:
@@ -292,11 +287,6 @@ def headline_sums(rows: Sequence[Row]) -> statistics.Array:
     return np.array([[min(group), 1.0] for _, group in sorted(_scores(rows).items())])
 
 
-def headline(sums: statistics.Array) -> statistics.Array:
-    """Return circular accuracy from sums [R, 2]."""
-    return statistics.ratio(sums)
-
-
 def _scores(rows: Sequence[Row]) -> dict[str, list[float]]:
     scores = defaultdict(list)
     for row in rows:
@@ -306,7 +296,7 @@ def _scores(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 def _circular(rows: Sequence[Row]) -> dict[str, Any]:
     sums = headline_sums(rows)
-    interval = statistics.bootstrap_interval(sums, headline)
+    interval = statistics.bootstrap_interval(sums)
     return {"score": float(sums[:, 0].mean()), "interval_95": list(interval), "n": len(sums)}
 
 
@@ -365,18 +355,11 @@ def _best_constant(items: Sequence[Item]) -> float:
     return max(chance, credit)
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write what the evaluation server takes: the questions with a column ``prediction``.
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return what the evaluation server takes: the questions with a column ``prediction``.
 
-    Returns:
-        The TSV and, if ``openpyxl`` is installed, the XLSX.
+    It is a TSV and, if ``openpyxl`` is installed, an XLSX.
     """
-    del data_dir
     table = pd.DataFrame(
         {
             "index": int(item.id),
@@ -388,12 +371,12 @@ def write_submission(
         }
         for item in items
     )
-    path = out_dir / "mmbench_submission.tsv"
-    write_text_atomic(path, table.to_csv(sep="\t", index=False))
-    if importlib.util.find_spec("openpyxl") is None:
-        return [path]
-    sheet = path.with_suffix(".xlsx")
-    temporary = out_dir / ".mmbench_submission.part.xlsx"
-    table.to_excel(temporary, index=False)
-    temporary.replace(sheet)
-    return [path, sheet]
+    files: Files = {"mmbench_submission.tsv": table.to_csv(sep="\t", index=False)}
+    if importlib.util.find_spec("openpyxl") is not None:
+        sheet = io.BytesIO()
+        table.to_excel(sheet, index=False)
+        files["mmbench_submission.xlsx"] = sheet.getvalue()
+    return files
+
+
+VARIANTS = {"mmbench-cn": {"load": partial(load, chinese=True), "MIRRORS": MIRRORS_CN}}

@@ -7,7 +7,7 @@ of the ten perception categories, each 100 * accuracy + 100 * share of images wi
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from milora_vl.eval.bench_files import (
     read_mirror,
     read_text,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_groups
+from milora_vl.eval.scoring import Files, Texts
 
 VERSION = 1
 METRIC = "perception_points"
@@ -44,18 +45,20 @@ _N_COUNTS = 4  # right, asked, images with both right, images
 _PER_CATEGORY = 200.0
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the questions.
 
     Args:
         data_dir: Folder with the categories' folders, or one above it.
-        limit: Number of questions, rounded up to whole images.
     """
     items = _from_files(data_dir) if data_dir is not None else _from_mirror()
     _check_pairs(items)
-    groups = list(dict.fromkeys(item.group for item in items))
-    kept = set(take_sample(groups, None if limit is None else (limit + 1) // 2))
-    return [item for item in items if item.group in kept]
+    return items
+
+
+def sample(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return a sample of ``limit`` questions, rounded up to whole images."""
+    return take_groups(items, None if limit is None else (limit + 1) // 2)
 
 
 def _from_files(data_dir: Path) -> list[Item]:
@@ -131,7 +134,6 @@ def _check_pairs(items: Sequence[Item]) -> None:
 
 def parse(item: Item, text: str) -> str | None:
     """Return yes or no by MME's rule: the whole answer, else within its first four characters."""
-    del item
     said = text.lower()
     if said in ("yes", "no"):
         return said
@@ -213,29 +215,15 @@ def majority(items: Sequence[Item]) -> float:
     return max(summarize(rows)["score"] or 0.0 for rows in said)
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write one file a category for scoring elsewhere: image, question, label, answer."""
-    del data_dir
-    paths = []
-    for category, part in split_rows(
-        [judge(item, texts[item.id]) for item in items], [item.category for item in items]
-    ).items():
-        by_id = {item.id: item for item in items}
-        rows = [
-            {
-                "image": row.group.rpartition("/")[2],
-                "question": by_id[row.id].question,
-                "label": row.answers[0],
-                "answer": row.text,
-            }
-            for row in part
-            if row.text is not None
-        ]
-        if rows:
-            paths += scoring.write_json_lines(out_dir / "mme" / f"{category}.jsonl", rows)
-    return paths
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return one file a category for scoring elsewhere: image, question, label, answer."""
+    files: Files = {}
+    for item, text in scoring.answered(items, texts):
+        row = {
+            "image": item.group.rpartition("/")[2],
+            "question": item.question,
+            "label": item.answers[0],
+            "answer": text,
+        }
+        files.setdefault(f"mme/{item.category}.jsonl", []).append(row)
+    return files

@@ -7,13 +7,13 @@ Options are written "A. text" as in LLaVA's other prompts, where the authors' ow
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.answers import is_open_answer_right, parse_choice
 from milora_vl.eval.bench_files import (
     BenchError,
@@ -27,7 +27,8 @@ from milora_vl.eval.bench_files import (
     shorten,
     table_image,
 )
-from milora_vl.eval.items import Item, Row, take_sample
+from milora_vl.eval.items import Item, Row
+from milora_vl.eval.scoring import Files, Texts
 
 VERSION = 2
 METRIC = "accuracy"
@@ -38,22 +39,18 @@ _FOLDERS = ("mmmu", "MMMU", ".")
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 _NOT_PUBLISHED = "?"
 
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
-
-def load_first(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load_first(data_dir: Path | None) -> list[Item]:
     """Read the questions, each with its first image alone."""
-    return [replace(item, more_images=()) for item in load(data_dir, limit=limit)]
+    return [replace(item, more_images=()) for item in load(data_dir)]
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the questions.
 
     Args:
         data_dir: Folder with ``*validation*.parquet`` (else ``*test*.parquet``), at any depth below
             it or its folder ``mmmu``; or one such file.
-        limit: Number of questions.
     """
     if data_dir is None:
         table, label = MIRRORS[0].open(), "MMMU mirror"
@@ -66,7 +63,7 @@ def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
         row.reject_other_images((), has_image=True)
         items.append(_item(row, table, place, [name for name in _IMAGES if has[name][place]]))
     reject_duplicates((item.id for item in items), label)
-    return take_sample(items, limit)
+    return items
 
 
 def _open_files(data_dir: Path) -> tuple[Any, str]:
@@ -198,18 +195,10 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def majority(items: Sequence[Item]) -> float:
-    """Return the accuracy of the best constant answer of each subject, or of a random option."""
-    return scoring.best_constant(items, judge)
-
-
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the JSON object that the evaluation server takes: id -> letter or text."""
-    del data_dir
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return the JSON object that the evaluation server takes: id -> letter or text."""
     said = {item.id: parse(item, text) or "" for item, text in scoring.answered(items, texts)}
-    return scoring.write_json(out_dir / "mmmu_submission.json", said)
+    return {"mmmu_submission.json": said}
+
+
+VARIANTS = {"mmmu-first": {"load": load_first}}

@@ -7,14 +7,14 @@ compare with others of the same judge and version only.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.bench_files import (
     Mirror,
     Record,
@@ -23,7 +23,8 @@ from milora_vl.eval.bench_files import (
     locate,
     read_mirror,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row
+from milora_vl.eval.scoring import Files, Texts
 
 VERSION = 1
 METRIC = "judge_score"
@@ -45,23 +46,20 @@ Reply with the grade alone.
 parse = scoring.parse_free
 judge = scoring.judge_free
 majority = scoring.no_majority
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the questions."""
     if data_dir is None:
         rows = read_mirror(MIRRORS, "MM-Vet")
-        items = [_item(row.text("question_id"), row, image) for row, image in rows]
-        return take_sample(items, limit)
+        return [_item(row.text("question_id"), row, image) for row, image in rows]
     path = locate(data_dir, _FOLDERS, ("*mm-vet.json",), "MM-Vet questions")
     items = []
     for key, row in by_id(path, "question"):
         name = row.image_name("imagename") or row.text("imagename")
         row.reject_other_images(("imagename", "imagesource"), has_image=True)
         items.append(_item(key, row, image_file(path, _IMAGE_FOLDERS, row, name)))
-    return take_sample(items, limit)
+    return items
 
 
 def _item(key: str, row: Record, image: ImageSource) -> Item:
@@ -90,12 +88,6 @@ def judge_prompt(item: Item, text: str) -> str:
     )
 
 
-_write_judge_prompts = scoring.submission(
-    "mmvet_judge_prompts.jsonl",
-    lambda item, text: {"id": item.id, "prompt": judge_prompt(item, text)},
-)
-
-
 def is_usable(reply: str) -> bool:
     """Tell whether a reply holds exactly one grade between 0 and 1."""
     return len(_NUMBER.findall(reply)) == 1
@@ -117,16 +109,12 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     return {**scoring.summarize_mean(rows, METRIC), "by_skill": by_skill}
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the official prediction file (id -> text) and the judge's prompts."""
-    del data_dir
-    said = {item.id: text for item, text in scoring.answered(items, texts)}
-    return [
-        *scoring.write_json(out_dir / "mmvet_predictions.json", said),
-        *_write_judge_prompts(items, texts, out_dir),
-    ]
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return the official prediction file (id -> text) and the judge's prompts."""
+    pairs = scoring.answered(items, texts)
+    return {
+        "mmvet_predictions.json": {item.id: text for item, text in pairs},
+        "mmvet_judge_prompts.jsonl": [
+            {"id": item.id, "prompt": judge_prompt(item, text)} for item, text in pairs
+        ],
+    }

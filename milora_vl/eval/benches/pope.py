@@ -6,7 +6,7 @@ Questions are asked as they are written, with the misspelt "imange" of early rel
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from milora_vl.eval.bench_files import (
     reject_duplicates,
 )
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_sample
+from milora_vl.eval.scoring import Files, Texts
 
 logger = logging.getLogger(__name__)
 
@@ -42,22 +43,31 @@ _IMAGE_FOLDERS = (
 _N_COUNTS = 4  # true positive, false positive, false negative, true negative
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the questions of all category files that are there.
 
     Args:
         data_dir: Folder with ``pope/{category}.jsonl`` or ``coco_pope_{category}.json``.
-        limit: Number of questions over all categories; half of them "yes", as far as there are.
     """
     parts = _from_files(data_dir) if data_dir is not None else _from_mirror()
     missing = sorted(set(CATEGORIES) - set(parts))
     if missing:
         logger.warning("POPE without %s: the mean is over %s", ", ".join(missing), ", ".join(parts))
-    items = []
-    for place, part in enumerate(parts.values()):
-        share = None if limit is None else (limit - place + len(parts) - 1) // len(parts)
-        items += _balanced(part, share)
-    return items
+    return [item for part in parts.values() for item in part]
+
+
+def sample(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return a sample spread over the categories, half of it "yes", as far as there are."""
+    if limit is None:
+        return list(items)
+    categories = list(dict.fromkeys(item.category for item in items))
+    kept: set[str] = set()
+    for place, category in enumerate(categories):
+        share = (limit - place + len(categories) - 1) // len(categories)
+        for label, n in (("yes", (share + 1) // 2), ("no", share // 2)):
+            asked = [x.id for x in items if x.category == category and x.answers == (label,)]
+            kept |= set(take_sample(asked, n))
+    return [item for item in items if item.id in kept]
 
 
 def _from_files(data_dir: Path) -> dict[str, list[Item]]:
@@ -116,19 +126,8 @@ def _item(row: Record, category: str, name: str, image: ImageSource, keys: tuple
     )
 
 
-def _balanced(items: Sequence[Item], limit: int | None) -> list[Item]:
-    if limit is None:
-        return list(items)
-    kept = set()
-    for label, share in (("yes", (limit + 1) // 2), ("no", limit // 2)):
-        one_label = [item.id for item in items if item.answers == (label,)]
-        kept |= set(take_sample(one_label, share))
-    return [item for item in items if item.id in kept]
-
-
 def parse(item: Item, text: str) -> str | None:
     """Return "yes" or "no" by POPE's own rule, which takes anything that is not a no for yes."""
-    del item
     return parse_yes_no(text, "official")
 
 
@@ -231,26 +230,14 @@ def majority(items: Sequence[Item]) -> float:
     return float(summarize([judge(item, "yes") for item in items])["score"])
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write one answer file a category, in the form of POPE's own scorer."""
-    del data_dir
-    paths = []
-    for category in CATEGORIES:
-        rows = [
-            {
-                "question_id": item.details["question_id"],
-                "question": item.question,
-                "answer": answer,
-            }
-            for item, answer in scoring.answered(items, texts)
-            if item.category == category
-        ]
-        if rows:
-            path = out_dir / f"pope_{category}_answers.jsonl"
-            paths += scoring.write_json_lines(path, rows)
-    return paths
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return one answer file a category, in the form of POPE's own scorer."""
+    files: Files = {}
+    for item, text in scoring.answered(items, texts):
+        row = {
+            "question_id": item.details["question_id"],
+            "question": item.question,
+            "answer": text,
+        }
+        files.setdefault(f"pope_{item.category}_answers.jsonl", []).append(row)
+    return files

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.bench_files import (
     BenchError,
     Mirror,
@@ -24,7 +24,7 @@ from milora_vl.eval.bench_files import (
     reject_duplicates,
     shorten,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, VideoSource, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row, VideoSource
 
 VERSION = 1
 METRIC = "accuracy"
@@ -38,32 +38,23 @@ _IMAGE_FOLDERS = ("SEED-Bench-image", "SEED-Bench-video-image", "images")
 _VIDEO_FOLDERS = ("SEED-Bench-video", "videos")
 _CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
-
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read all questions, of images and of videos."""
-    return take_sample(_read(data_dir), limit)
-
-
-def load_images(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load_images(data_dir: Path | None) -> list[Item]:
     """Read the image questions."""
-    items = [item for item in _read(data_dir) if item.details["data_type"] == "image"]
-    return take_sample(items, limit)
+    return [item for item in load(data_dir) if item.details["data_type"] == "image"]
 
 
-def load_videos(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load_videos(data_dir: Path | None) -> list[Item]:
     """Read the video questions, each with its video in place of a frame."""
     if data_dir is None:
         raise BenchError(
             "the mirror holds frames: give --data with SEED-Bench-video/ for seed-video"
         )
-    items = [item for item in _read(data_dir, as_videos=True) if item.video]
-    return take_sample(items, limit)
+    return [item for item in load(data_dir, as_videos=True) if item.video]
 
 
-def _read(data_dir: Path | None, as_videos: bool = False) -> list[Item]:
+def load(data_dir: Path | None, *, as_videos: bool = False) -> list[Item]:
+    """Read all questions, of images and of videos, shown as a frame or whole."""
     if data_dir is None:
         rows = read_mirror(MIRRORS, "SEED-Bench", _middle_frame)
         return [_item(row, image, {}) for row, image in rows]
@@ -175,12 +166,12 @@ def _summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     return {**scoring.summarize_mean(rows, metric), **scoring.letter_rates(rows)}
 
 
-def majority(items: Sequence[Item]) -> float:
-    """Return the accuracy of the best constant letter of each question type, or of chance."""
-    return scoring.best_constant(items, judge)
-
-
 # what SEED-Bench's leaderboard takes
-write_submission = scoring.submission(
+submission = scoring.one_file(
     "seed_submission.jsonl", lambda item, text: {"question_id": item.id, "prediction": text}
 )
+
+VARIANTS = {
+    "seed-image": {"load": load_images, "summarize": summarize_images, "METRIC": METRIC_IMAGE},
+    "seed-video": {"load": load_videos, "summarize": summarize_videos, "METRIC": METRIC_VIDEO},
+}

@@ -5,11 +5,11 @@ Official files: ``problems.json`` (by id) and ``pid_splits.json``; images are
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.answers import parse_option
 from milora_vl.eval.bench_files import (
     BenchError,
@@ -26,7 +26,8 @@ from milora_vl.eval.bench_files import (
     shorten,
     table_image,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row
+from milora_vl.eval.scoring import Files, Texts
 
 VERSION = 1
 METRIC = "img_accuracy"
@@ -40,25 +41,18 @@ _OFFICIAL_LETTERS = "ABCDE"
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 _LOWER_GRADES = frozenset(f"grade{number}" for number in range(1, 7))
 
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
-
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read the questions of the test split that have an image."""
-    items = [item for item in _read(data_dir) if item.image is not None]
+    items = [item for item in load_full(data_dir) if item.image is not None]
     if not items:
         source = data_dir or "ScienceQA mirror"
         raise BenchError(f"{source}: no question of the test split has an image; use sqa-full")
-    return take_sample(items, limit)
+    return items
 
 
-def load_full(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load_full(data_dir: Path | None) -> list[Item]:
     """Read all questions of the test split, with and without an image."""
-    return take_sample(_read(data_dir), limit)
-
-
-def _read(data_dir: Path | None) -> list[Item]:
     if data_dir is None:
         table = MIRRORS[0].open()
         # the mirror has no column of ids: its row number is the id
@@ -176,22 +170,14 @@ def _summarize(rows: Sequence[Row], metric: Literal["img_accuracy", "accuracy"])
     }
 
 
-def majority(items: Sequence[Item]) -> float:
-    """Return the accuracy of the best constant letter of each subject, or of a random option."""
-    return scoring.best_constant(items, judge)
-
-
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the results file of ScienceQA's own scorer: id -> number of the option, -1 for none."""
-    del data_dir
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return the results of ScienceQA's own scorer: id -> number of the option, -1 for none."""
     results = {}
     for item in items:
         text = texts[item.id]
         letter = None if text is None else parse(item, text)
         results[item.id] = -1 if letter is None else item.choices.index(letter)
-    return scoring.write_json(out_dir / "sqa_submission.json", {"results": results})
+    return {"sqa_submission.json": {"results": results}}
+
+
+VARIANTS = {"sqa-full": {"load": load_full, "summarize": summarize_full, "METRIC": METRIC_FULL}}

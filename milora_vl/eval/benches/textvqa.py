@@ -5,10 +5,11 @@ Official file: ``TextVQA_0.5.1_val.json``; images are ``train_images/{image_id}.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.answers import m4c
 from milora_vl.eval.bench_files import (
     Mirror,
@@ -21,7 +22,7 @@ from milora_vl.eval.bench_files import (
     read_mirror,
     reject_duplicates,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -38,25 +39,17 @@ _NO_IMAGES = ("image_id", "flickr_original_url", "flickr_300k_url")
 
 parse = scoring.parse_m4c
 judge = scoring.judge_m4c
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions, prompts without OCR words."""
-    return take_sample(_read(data_dir, with_ocr=False), limit)
+def load(data_dir: Path | None, *, with_ocr: bool = False) -> list[Item]:
+    """Read the questions.
 
-
-def load_with_ocr(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
-    """Read the questions, prompts with OCR words as LLaVA-1.5 was evaluated.
-
-    The words come from ``TextVQA_Rosetta_OCR_*_val.json`` or LLaVA's
-    ``llava_textvqa_val_v051_ocr.jsonl`` beside the questions.
+    Args:
+        data_dir: Folder of the official file, or that file.
+        with_ocr: Put OCR words into the prompts, as LLaVA-1.5 was evaluated. They come from
+            ``TextVQA_Rosetta_OCR_*_val.json`` or LLaVA's ``llava_textvqa_val_v051_ocr.jsonl``
+            beside the questions.
     """
-    return take_sample(_read(data_dir, with_ocr=True), limit)
-
-
-def _read(data_dir: Path | None, *, with_ocr: bool) -> list[Item]:
     if data_dir is None:
         return [
             _item(row, image, ", ".join(row.texts("ocr_tokens")) if with_ocr else None)
@@ -129,13 +122,10 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def majority(items: Sequence[Item]) -> float:
-    """Return the accuracy of one constant answer."""
-    return scoring.best_constant(items, judge)
-
-
 # what the evaluation server takes
-write_submission = scoring.submission(
+submission = scoring.one_file(
     "textvqa_submission.json",
     lambda item, text: {"question_id": item.details["question_id"], "answer": m4c(text)},
 )
+
+VARIANTS = {"textvqa-ocr": {"load": partial(load, with_ocr=True)}}

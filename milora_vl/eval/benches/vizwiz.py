@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.answers import m4c
 from milora_vl.eval.bench_files import (
     Mirror,
@@ -19,7 +19,7 @@ from milora_vl.eval.bench_files import (
     read_mirror,
     reject_duplicates,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -33,14 +33,11 @@ _UNANSWERABLE = "When the provided information is insufficient, respond with 'Un
 
 parse = scoring.parse_m4c
 judge = scoring.judge_m4c
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read ``val.json`` (else ``test.json``), or the mirror of the validation split."""
-    items = _from_mirror() if data_dir is None else _from_file(data_dir)
-    return take_sample(items, limit)
+    return _from_mirror() if data_dir is None else _from_file(data_dir)
 
 
 def _from_file(data_dir: Path) -> list[Item]:
@@ -103,6 +100,6 @@ def majority(items: Sequence[Item]) -> float:
 
 
 # what the evaluation server takes
-write_submission = scoring.submission(
+submission = scoring.one_file(
     "vizwiz_submission.json", lambda item, text: {"image": item.id, "answer": m4c(text)}
 )

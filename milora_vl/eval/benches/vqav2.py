@@ -6,11 +6,11 @@ its image itself, under ``image``.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_vl.eval import scoring, statistics
+from milora_vl.eval import scoring
 from milora_vl.eval.answers import m4c, most_common, vqa_accuracy
 from milora_vl.eval.bench_files import (
     Mirror,
@@ -21,7 +21,8 @@ from milora_vl.eval.bench_files import (
     read_mirror,
     reject_duplicates,
 )
-from milora_vl.eval.items import ImageSource, Item, Row, take_sample
+from milora_vl.eval.items import ImageSource, Item, Row
+from milora_vl.eval.scoring import Files, Texts
 
 VERSION = 1
 METRIC = "vqa_accuracy"
@@ -45,19 +46,16 @@ _IMAGE_FOLDERS = (
 _FEWEST_FOR_A_GUESS = 5
 
 parse = scoring.parse_m4c
-headline_sums = scoring.mean_sums
-headline = statistics.ratio
 
 
-def load(data_dir: Path | None, *, limit: int | None = None) -> list[Item]:
+def load(data_dir: Path | None) -> list[Item]:
     """Read questions and, if they are there, the answers.
 
     Args:
         data_dir: Folder with ``vqa/questions.json`` or ``v2_OpenEnded_mscoco_*_questions.json``,
             and the annotations beside it; or that questions file.
-        limit: Number of questions.
     """
-    return take_sample(_from_mirror() if data_dir is None else _from_files(data_dir), limit)
+    return _from_mirror() if data_dir is None else _from_files(data_dir)
 
 
 def _from_files(data_dir: Path) -> list[Item]:
@@ -179,13 +177,8 @@ def majority(items: Sequence[Item]) -> float:
     return total / len(items)
 
 
-def write_submission(
-    items: Sequence[Item],
-    texts: Mapping[str, str | None],
-    out_dir: Path,
-    data_dir: Path | None = None,
-) -> list[Path]:
-    """Write the JSON list that the challenge server takes: question_id and processed answer.
+def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None) -> Files:
+    """Return the JSON list that the challenge server takes: question_id and processed answer.
 
     The server wants every question of test2015. After test-dev alone the others get an empty
     answer, as LLaVA does, if ``v2_OpenEnded_mscoco_test2015_questions.json`` is in ``data_dir``.
@@ -202,4 +195,4 @@ def write_submission(
         ids = [one.get("question_id") for one in rows_of_all]
         if asked <= set(ids):
             rows += [{"question_id": one, "answer": ""} for one in ids if one not in asked]
-    return scoring.write_json(out_dir / "vqav2_submission.json", rows)
+    return {"vqav2_submission.json": rows}

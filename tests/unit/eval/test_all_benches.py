@@ -10,6 +10,7 @@ from milora_vl.eval.benches import BENCHES, mmmu
 from milora_vl.eval.evaluation import judge_all
 from milora_vl.eval.items import Answer, EvaluationError
 from milora_vl.eval.published import LLAVA_15_7B, published_scores
+from milora_vl.eval.scoring import write_submission
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bench_prompts.txt"
 JUDGED = ("mmvet", "llava-w")
@@ -67,7 +68,7 @@ def test_predictions_join_by_id_and_a_missing_one_is_an_error(name, data, tmp_pa
     with pytest.raises(EvaluationError, match="1 items without a prediction"):
         judge_all(bench, items, answers)
     texts = {item.id: None for item in items} | {items[-1].id: "Yes"}
-    paths = bench.write_submission(items, texts, tmp_path)
+    paths = write_submission(bench.submission(items, texts), tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
 
 

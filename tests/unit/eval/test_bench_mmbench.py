@@ -6,6 +6,7 @@ import pytest
 from eval_models import judged, picture_bytes
 
 from milora_vl.eval.benches import mmbench
+from milora_vl.eval.scoring import write_submission
 
 IMAGE = base64.b64encode(picture_bytes(0)).decode()
 STEP = 1_000_000
@@ -164,10 +165,10 @@ def test_mmbench_groups_by_g_index_where_there_is_one(tmp_path):
 def test_mmbench_limit_keeps_whole_questions(tmp_path):
     rows = [row for base in range(20) for row in rotations(base, ["x", "y", "z"], "x")]
     write_tsv(tmp_path / "mmbench.tsv", rows)
-    items = mmbench.load(tmp_path, limit=5)
+    items = mmbench.sample(mmbench.load(tmp_path), 5)
     assert len(items) == 15
     assert len({item.group for item in items}) == 5
-    assert items == mmbench.load(tmp_path, limit=5)
+    assert items == mmbench.sample(mmbench.load(tmp_path), 5)
 
 
 def test_mmbench_file_without_rotations_does_not_claim_circular(tmp_path, caplog):
@@ -194,7 +195,7 @@ def test_mmbench_test_split_has_no_answers_but_a_submission(tmp_path):
     columns = "index question A B category image l2-category"
     items = mmbench.load(write_tsv(tmp_path / "mmbench_test.tsv", rows, columns))
     assert [item.answers for item in items] == [(), ()]
-    paths = mmbench.write_submission(items, {item.id: "B" for item in items}, tmp_path)
+    paths = write_submission(mmbench.submission(items, {item.id: "B" for item in items}), tmp_path)
     lines = paths[0].read_text(encoding="utf-8").splitlines()
     assert lines[0].split("\t")[-1] == "prediction"
     assert lines[2].split("\t")[0] == "1000001"

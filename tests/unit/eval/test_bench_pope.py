@@ -99,7 +99,7 @@ def test_pope_majority_is_always_yes(tmp_path):
 def test_pope_limit_is_balanced(tmp_path):
     rows = [pope_row(number, ["yes", "no"][number % 2]) for number in range(60)]
     write_pope(tmp_path, random=rows, popular=rows, adversarial=rows)
-    items = pope.load(tmp_path, limit=24)
+    items = pope.sample(pope.load(tmp_path), 24)
     for category in pope.CATEGORIES:
         labels = [item.answers[0] for item in items if item.category == category]
         assert (labels.count("yes"), labels.count("no")) == (4, 4)

@@ -8,6 +8,7 @@ from eval_models import judged
 
 from milora_vl.eval.answers import is_open_answer_right, m4c_accuracy, parse_choice
 from milora_vl.eval.benches import custom, gqa, mme, mmmu, mmvet, seed, sqa, textvqa, vizwiz, vqav2
+from milora_vl.eval.scoring import write_submission
 
 
 def test_gqa_wants_the_very_word_but_for_case_and_final_periods(tmp_path):
@@ -48,7 +49,9 @@ def test_vizwiz_prepends_its_own_line_and_test_goes_to_the_server(tmp_path):
     layouts.put(tmp_path / "vizwiz/test.json", test)
     items = vizwiz.load(tmp_path / "vizwiz/test.json")
     assert items[0].answers == ()
-    (path,) = vizwiz.write_submission(items, {"VizWiz_test_0.jpg": "It's, RED?"}, tmp_path)
+    (path,) = write_submission(
+        vizwiz.submission(items, {"VizWiz_test_0.jpg": "It's, RED?"}), tmp_path
+    )
     assert json.loads(path.read_text()) == [{"image": "VizWiz_test_0.jpg", "answer": "it 's red"}]
 
 
@@ -120,7 +123,7 @@ def test_sqa_img_and_full_are_two_numbers(tmp_path):
     image_only = sqa.load(tmp_path)
     assert [item.id for item in image_only] == ["4"]
     assert sqa.summarize(judged(sqa, image_only, ["B"]))["metric"] == "img_accuracy"
-    (path,) = sqa.write_submission(items, {"4": "B", "5": "what"}, tmp_path)
+    (path,) = write_submission(sqa.submission(items, {"4": "B", "5": "what"}), tmp_path)
     assert json.loads(path.read_text())["results"] == {"4": 1, "5": -1}
 
 
@@ -217,7 +220,7 @@ def test_mmmu_reads_lists_as_data_and_gives_no_luck_of_the_draw(tmp_path):
     rows = judged(mmmu, items, ["no idea", "three"])
     assert [row.score for row in rows] == [0, 1]
     assert mmmu.summarize(rows)["unparsed_rate"] == 0.5
-    (path,) = mmmu.write_submission(items, {one.id: "B" for one in items}, tmp_path)
+    (path,) = write_submission(mmmu.submission(items, {one.id: "B" for one in items}), tmp_path)
     assert json.loads(path.read_text()) == {
         "validation_Art_Theory_1": "B",
         "validation_Math_2": "B",
@@ -231,7 +234,7 @@ def test_vqav2_test_dev_answers_are_padded_to_the_whole_test_set(tmp_path):
         layouts.put(path, {"data_subtype": split, "questions": rows})
     items = vqav2.load(tmp_path)
     assert [item.id for item in items] == ["2"]
-    (path,) = vqav2.write_submission(items, {"2": "A dog"}, tmp_path / "out", tmp_path)
+    (path,) = write_submission(vqav2.submission(items, {"2": "A dog"}, tmp_path), tmp_path / "out")
     said = {row["question_id"]: row["answer"] for row in json.loads(path.read_text())}
     assert said == {1: "", 2: "dog", 3: ""}
 

@@ -8,6 +8,7 @@ from eval_models import judged, picture_bytes
 from milora_vl.eval.benches import BENCHES, vqav2
 from milora_vl.eval.evaluation import judge_all
 from milora_vl.eval.items import EvaluationError
+from milora_vl.eval.scoring import write_submission
 
 
 def write_vqa(folder, questions, annotations=None, stem="v2_OpenEnded_mscoco_val2014"):
@@ -66,7 +67,9 @@ def test_vqa_without_annotations_is_for_submission(tmp_path):
     write_vqa(tmp_path, [vqa_question(1), vqa_question(2)], stem="v2_OpenEnded_mscoco_test2015")
     items = vqav2.load(tmp_path)
     assert [item.answers for item in items] == [(), ()]
-    path = vqav2.write_submission(items, {"1": "It's 1,000", "2": "The dog."}, tmp_path)[0]
+    path = write_submission(
+        vqav2.submission(items, {"1": "It's 1,000", "2": "The dog."}), tmp_path
+    )[0]
     assert json.loads(path.read_text()) == [
         {"question_id": 1, "answer": "it 's 1000"},
         {"question_id": 2, "answer": "dog"},
@@ -115,7 +118,7 @@ def test_every_bench_has_the_same_parts(name):
     assert bench.MAX_NEW_TOKENS >= 8
     for part in (
         *("load", "parse", "judge", "headline_sums", "headline", "summarize"),
-        *("majority", "write_submission"),
+        *("majority", "sample", "submission"),
     ):
         assert callable(getattr(bench, part))
 
