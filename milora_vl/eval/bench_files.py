@@ -55,12 +55,12 @@ def is_missing(value: Any) -> bool:
 class Record:
     """One row of a bench's file, checked as it is read. A null counts as an absent key.
 
-    Args:
-        values: The row.
-        where: What errors name, such as "problems.json problem 5".
+    A value that is absent without a default, or of another kind than the method says, is a
+    ``BenchError`` that names row and key.
 
-    Raises:
-        BenchError: If the row is not an object.
+    Args:
+        values: The row, an object.
+        where: What errors name, such as "problems.json problem 5".
     """
 
     def __init__(self, values: Any, where: str) -> None:
@@ -79,11 +79,7 @@ class Record:
         return any(not is_missing(self.values.get(key)) for key in keys)
 
     def get(self, key: str) -> Any:
-        """Return what is under a key, unchecked.
-
-        Raises:
-            BenchError: If there is nothing.
-        """
+        """Return what is under a key, of any kind."""
         if not self.has(key):
             if key in self.values:
                 raise self.error(f"key {key!r} is null")
@@ -98,9 +94,6 @@ class Record:
             key: Where it is.
             default: What an absent key means; None: it must be there.
             blank: Whether a text without a visible character will do.
-
-        Raises:
-            BenchError: If it is absent, blank, or of another kind.
         """
         if default is not None and not self.has(key):
             return default
@@ -110,35 +103,19 @@ class Record:
         return text
 
     def texts(self, key: str, default: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Return a list of texts, some of which may be blank.
-
-        Args:
-            key: Where it is.
-            default: What an absent key means; None: it must be there.
-
-        Raises:
-            BenchError: If it is absent, no list, or holds something else than texts and numbers.
-        """
+        """Return a list of texts and numbers, some of which may be blank."""
         if default is not None and not self.has(key):
             return tuple(default)
         places = enumerate(self._list(key))
         return tuple(self._as_text(value, f"{key}[{place}]") for place, value in places)
 
     def records(self, key: str) -> list["Record"]:
-        """Return a list of objects, each named by its place in errors.
-
-        Raises:
-            BenchError: If it is absent, no list, or holds something else than objects.
-        """
+        """Return a list of objects, each named by its place in errors."""
         places = enumerate(self._list(key))
         return [Record(value, f"{self.where} {key}[{place}]") for place, value in places]
 
     def object(self, key: str) -> "Record":
-        """Return an object below a key; an absent one is empty.
-
-        Raises:
-            BenchError: If it is of another kind.
-        """
+        """Return an object below a key; an absent one is empty."""
         return Record(self.values[key] if self.has(key) else {}, f"{self.where} {key}")
 
     def _list(self, key: str) -> list[Any]:
@@ -163,9 +140,6 @@ class Record:
         """Return the one image that a row names under some keys, None if it names none.
 
         It is a file name, a data URI or base64 text, alone or in a list of one.
-
-        Raises:
-            BenchError: If there are several, or the value is of another kind.
         """
         found = {}
         for key in keys:
@@ -182,15 +156,12 @@ class Record:
         return next(iter(found), None)
 
     def reject_other_images(self, read: Collection[str], *, has_image: bool) -> None:
-        """Check that no key which is not read holds an image, which would silently be left out.
+        """Reject an image under a key that is not read: it would silently be left out.
 
         Args:
             read: Keys that are read, or known to hold no image of the question.
             has_image: Whether the row's image was found; without one also the name of a key
                 tells.
-
-        Raises:
-            BenchError: Naming the key.
         """
         for key, value in self.values.items():
             if key in read or is_missing(value):
@@ -256,22 +227,14 @@ def gold_letter(answer: str, options: Sequence[str], record: Record) -> str:
 
 
 def check_options(options: Sequence[str], record: Record, fewest: int = 2) -> tuple[str, ...]:
-    """Return the options if there are letters for all.
-
-    Raises:
-        BenchError: If there are too few or too many.
-    """
+    """Return the options; an error if there are too few, or more than letters."""
     if not fewest <= len(options) <= 10:
         raise record.error(f"{len(options)} choices, {fewest} to 10 are possible")
     return tuple(options)
 
 
 def gold_yes_no(answer: str, record: Record, key: str) -> str:
-    """Return "yes" or "no"; case, spaces and a final period do not matter.
-
-    Raises:
-        BenchError: If the label is neither.
-    """
+    """Return a label "yes" or "no"; case, spaces and a final period do not matter."""
     label = answer.strip().lower().rstrip(".")
     if label not in ("yes", "no"):
         raise record.error(f"{key} {shorten(repr(answer))} is neither yes nor no")
@@ -340,11 +303,7 @@ def locate(data_dir: Path, names: Sequence[str], patterns: Sequence[str], wanted
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
-
-    Raises:
-        BenchError: Naming the file, if it cannot be read or is not UTF-8.
-    """
+    """Read a UTF-8 file, with or without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -352,15 +311,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, *, unique: bool = False) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        unique: Whether a key that an object has twice is an error; for objects whose keys are ids.
-
-    Raises:
-        BenchError: Naming the file.
-    """
+    """Read a JSON file; ``unique``: a key twice in an object is an error, since keys are ids."""
     hook = _unique_keys if unique else None
     try:
         return json.loads(read_text(path), object_pairs_hook=hook)
@@ -376,11 +327,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
-    """Read a JSON file that holds one object; see ``read_json``.
-
-    Raises:
-        BenchError: Naming the file, if it does not.
-    """
+    """Read a JSON file that holds one object; see ``read_json``."""
     value = read_json(path, unique=unique)
     if not isinstance(value, dict):
         raise BenchError(f"{path}: a JSON object was expected, not {_kind(value)}")
@@ -388,12 +335,7 @@ def read_json_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file of objects; empty lines are skipped.
-
-    Raises:
-        BenchError: Naming file and line, if a line is not a JSON object.
-        FileNotFoundError: If there is no such file.
-    """
+    """Read a JSONL file of objects; empty lines are skipped."""
     rows = []
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -425,11 +367,7 @@ def by_id(path: Path, name: str) -> Iterator[tuple[str, Record]]:
 
 
 def reject_duplicates(ids: Iterable[Hashable], where: str) -> None:
-    """Check that ids are unique.
-
-    Raises:
-        BenchError: Naming the first id that occurs twice.
-    """
+    """Check that ids are unique; the error names the first that occurs twice."""
     seen: set[Hashable] = set()
     for one in ids:
         if one in seen:
@@ -438,24 +376,19 @@ def reject_duplicates(ids: Iterable[Hashable], where: str) -> None:
 
 
 def image_file(path: Path, folders: Sequence[str], record: Record, *names: str) -> ImageSource:
-    """Return the image of a row: the first of ``names`` found in folders or beside ``path``.
-
-    A missing file is not an error yet: it becomes one, naming the row, when the image is read.
-
-    Args:
-        path: The official file.
-        folders: Folders beside it, in order of preference.
-        record: The row, for errors.
-        names: File names, in order of preference; the first may be a data URI or base64 text.
-
-    Raises:
-        BenchError: If a name is a URL, or points out of the folder.
-    """
+    """Return the image of a row, as ``find_image`` does, from folders beside the official file."""
     return find_image([path.parent / folder for folder in (*folders, ".")], record, *names)
 
 
 def find_image(folders: Sequence[Path], record: Record, *names: str) -> ImageSource:
-    """Return the first ``folder / name`` that exists, else the first candidate; see there.
+    """Return the image of a row: the first ``folder / name`` that exists, else the first candidate.
+
+    A missing file is not an error yet: it becomes one, naming the row, when the image is read.
+
+    Args:
+        folders: In order of preference.
+        record: The row, for errors.
+        names: File names, in order of preference; the first may be a data URI or base64 text.
 
     Raises:
         BenchError: If a name is a URL, or points out of the folder.
@@ -544,7 +477,7 @@ def table_image(
     Args:
         table: From ``Mirror.open``.
         place: Number of the row.
-        where: What to name in an error.
+        where: What errors name.
         pick: Row -> image value; None: the column ``image``, which may be a list of one.
     """
 
@@ -587,17 +520,7 @@ def _reject_several_images(table: Any, bench: str) -> None:
 def read_mirror(
     mirrors: Sequence[Mirror], bench: str, pick: Callable[[dict[str, Any]], Any] | None = None
 ) -> Iterator[tuple[Record, ImageSource]]:
-    """Yield the rows of a bench's one mirror, each with its image.
-
-    Args:
-        mirrors: The bench's ``MIRRORS``.
-        bench: Name for errors.
-        pick: As in ``table_image``.
-
-    Raises:
-        MirrorError: If it cannot be loaded.
-        BenchError: If a row has several images and no ``pick`` chooses one.
-    """
+    """Yield the rows of a bench's one mirror, each with its image, which ``pick`` may choose."""
     (mirror,) = mirrors
     table = mirror.open()
     if pick is None:

@@ -8,15 +8,14 @@ where two cannot be compared the page says why.
 import dataclasses
 import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 
 from milora_vl.adapter.certificate import Certificate
@@ -28,15 +27,16 @@ from milora_vl.eval.items import Row
 from milora_vl.eval.pages import (
     bench_title,
     card,
-    cell_text,
+    certificate_part,
     figure,
     html_table,
     is_right,
-    metric_text,
     page,
     parts_or_reason,
     read_items,
     scale_of,
+    score_table,
+    training_part,
     with_interval,
 )
 from milora_vl.files import write_text_atomic
@@ -72,65 +72,20 @@ def compare_folders(before: Path | str, after: Path | str) -> dict[str, dict[str
         after: Another.
 
     Returns:
-        For each bench that both hold: difference of the scores, its 95 % interval, and how many
-        answers turned right or wrong.
+        ``compare_pair`` of each bench that both have scored answers of.
 
     Raises:
         ValueError: If a bench was asked different questions, or scored by different versions.
         FileNotFoundError: If a file is missing.
     """
-    folders = (before, after)
-    results = [read_json_object(Path(folder) / "results.json")["benches"] for folder in folders]
-    all_rows = [read_rows(folder) for folder in folders]
+    runs = [_read_evaluation(Path(folder), str(folder)) for folder in (before, after)]
     changes = {}
-    for name in results[1]:
-        if name not in results[0] or results[1][name]["score"] is None:
-            continue
-        old, new = (one[name]["version"] for one in results)
-        if old != new:
-            raise ValueError(f"{name}: scored by version {old} and {new}; evaluate both again")
-        judges = [judge_of(one[name]) for one in results]
-        if judges[0] != judges[1]:
-            raise ValueError(f"{name}: judged by {judges[0]} and {judges[1]}; judge both alike")
-        changes[name] = _paired_change(name, all_rows[0][name], all_rows[1][name])
+    for bench in bench_order(runs[1:]):
+        if all(bench in run.rows for run in runs):
+            changes[bench] = compare_pair(runs[0], runs[1], bench)
+            if "why_not" in changes[bench]:
+                raise ValueError(f"{bench}: {changes[bench]['why_not']}; evaluate both again")
     return changes
-
-
-def judge_of(entry: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return name of the judge and of its prompt; scores of different ones cannot be compared."""
-    return entry.get("judge"), entry.get("judge_prompt")
-
-
-def _paired_change(name: str, before: list[Row], after: list[Row]) -> dict[str, Any]:
-    before, after = (sorted(rows, key=lambda row: row.id) for rows in (before, after))
-    if [row.id for row in before] != [row.id for row in after]:
-        raise ValueError(f"{name}: the two evaluations asked different questions")
-    result, _ = _paired_test(name, (before, after))
-    pairs = list(zip(before, after, strict=True))
-    return {
-        "difference": result["difference"],
-        "interval_95": result["interval_95"],
-        "n_better": sum(new.score > old.score for old, new in pairs),
-        "n_worse": sum(new.score < old.score for old, new in pairs),
-        "n_rows": len(pairs),
-    }
-
-
-def _paired_test(
-    name: str, pair: Sequence[Sequence[Row]]
-) -> tuple[dict[str, Any], list[statistics.Array]]:
-    """Return the difference of two scores, second minus first, and the sums behind them.
-
-    Args:
-        name: Of the bench.
-        pair: The rows of both, in the same order.
-    """
-    bench = BENCHES[name]
-    sums = [bench.headline_sums(rows) for rows in pair]
-    low, high, p_value = statistics.paired_bootstrap(*sums, bench.headline)
-    first, second = (statistics.total(one, bench.headline) for one in sums)
-    result = {"difference": second - first, "interval_95": [low, high], "p_bootstrap": p_value}
-    return result, sums
 
 
 def read_comparison(run_folder: Path | str) -> dict[str, Any] | None:
@@ -142,8 +97,12 @@ def read_comparison(run_folder: Path | str) -> dict[str, Any] | None:
     return {"before": before, "after": after, "changes": compare_folders(*folders)}
 
 
+Changes = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Bench -> name of a run -> ``compare_pair`` of the first run and it."""
+
 _IMAGES_A_BENCH = 8
 _FACTS = "Throughput, memory and size of the update"
+_HEADS = ("bench", "run", "score (95 %)", "against the first", "p", "n", "s/item")
 _SPEED = ("train_samples_per_second", "train_tokens_per_second", "train_runtime")
 _MEMORY = ("peak_memory_gib", "peak_cuda_memory_gib")
 
@@ -154,7 +113,6 @@ class Run:
 
     Attributes:
         name: Unique among the runs compared.
-        folder: The folder named by the user.
         eval_folder: Where its ``results.json`` and ``predictions.jsonl`` are.
         results: Content of ``results.json``.
         rows: Judged answers by bench.
@@ -164,7 +122,6 @@ class Run:
     """
 
     name: str
-    folder: Path
     eval_folder: Path
     results: dict[str, Any]
     rows: dict[str, list[Row]]
@@ -237,9 +194,7 @@ def verdict(bench: str, first: str, name: str, change: Mapping[str, Any]) -> str
     )
 
 
-def verdicts(
-    runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> list[str]:
+def verdicts(runs: Sequence[Run], changes: Changes) -> list[str]:
     """Return the sentence of ``verdict`` for every bench and every run but the first."""
     return [
         verdict(bench_title(bench, runs[0].results), runs[0].name, name, change)
@@ -283,16 +238,16 @@ def _read(folder: Path, name: str) -> Run:
     before = root / "eval_before/results.json"
     is_after = place.name == "eval_after" and before.is_file()
     text = certificate.read_text(encoding="utf-8") if certificate.is_file() else None
-    return Run(
-        name=name,
-        folder=folder,
-        eval_folder=place,
-        results=read_json_object(place / "results.json"),
-        rows=read_rows(place),
+    return replace(
+        _read_evaluation(place, name),
         metrics=read_json_lines(metrics) if metrics.is_file() else [],
         certificate=None if text is None else Certificate.from_json(text),
         before=read_json_object(before) if is_after else None,
     )
+
+
+def _read_evaluation(folder: Path, name: str) -> Run:
+    return Run(name, folder, read_json_object(folder / "results.json"), read_rows(folder))
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -316,19 +271,26 @@ def compare_pair(first: Run, second: Run, bench: str) -> dict[str, Any]:
     entries = [run.results["benches"].get(bench) for run in (first, second)]
     if any(entry is None or entry["score"] is None for entry in entries):
         return {"why_not": "no score in both"}
-    if entries[0]["version"] != entries[1]["version"]:
-        return {"why_not": "scored by different versions"}
-    if judge_of(entries[0]) != judge_of(entries[1]):
-        return {"why_not": "scored by different judges or with different prompts"}
+    old, new = (entry["version"] for entry in entries)
+    if old != new:
+        return {"why_not": f"scored by version {old} and {new}"}
+    # scores of different judges, or of different wordings, cannot be compared
+    judges = [(entry.get("judge"), entry.get("judge_prompt")) for entry in entries]
+    if judges[0] != judges[1]:
+        return {"why_not": f"scored by different judges or prompts, {judges[0]} and {judges[1]}"}
     pair = [sorted(run.rows.get(bench, []), key=lambda row: row.id) for run in (first, second)]
     if not pair[0] or [row.id for row in pair[0]] != [row.id for row in pair[1]]:
-        return {"why_not": "different questions, or no answers kept"}
-    result, sums = _paired_test(bench, pair)
-    return result | _count_changes(bench, entries[0], sums, pair)
+        return {"why_not": "the two were asked different questions, or answers were not kept"}
+    headline = BENCHES[bench].headline
+    sums = [BENCHES[bench].headline_sums(rows) for rows in pair]
+    low, high, p_value = statistics.paired_bootstrap(*sums, headline)
+    before, after = (statistics.total(one, headline) for one in sums)
+    result = {"difference": after - before, "interval_95": [low, high], "p_bootstrap": p_value}
+    return result | _count_changes(entries[0], sums, pair)
 
 
 def _count_changes(
-    bench: str, entry: Mapping[str, Any], sums: Sequence[Any], pair: Sequence[Sequence[Row]]
+    entry: Mapping[str, Any], sums: Sequence[statistics.Array], pair: Sequence[Sequence[Row]]
 ) -> dict[str, Any]:
     if entry["metric"] == "circular_accuracy":  # the rotations of a question stand or fall together
         units = [one[:, 0] for one in sums]
@@ -403,7 +365,7 @@ def compare_runs(
     }
     write_text_atomic(out, render_comparison(runs, changes))
     console = console or Console()
-    console.print(runs_table(runs, changes))
+    console.print(score_table(_HEADS, runs_rows(runs, changes)))
     lines = verdicts(runs, changes)
     for run in runs:
         if found := forgetting_text(run.forgetting()):
@@ -413,31 +375,25 @@ def compare_runs(
     return changes
 
 
-def runs_table(
-    runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> Table:
-    """Build the terminal table: a row a bench and run."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("bench")
-    table.add_column("run", overflow="fold")
-    for heading in ("score (95 %)", "against the first", "p", "n"):
-        table.add_column(heading, justify="right")
+def runs_rows(runs: Sequence[Run], changes: Changes) -> list[tuple[str, ...]]:
+    """Return the rows of the table: one for each bench and run."""
+    rows = []
     for bench, of_runs in changes.items():
-        for place, run in enumerate(runs):
+        for run in runs:
             entry = run.results["benches"].get(bench)
-            if entry is None:
-                continue
-            title = cell_text(_title(bench, run, entry))
-            change, p_value = _change_cells(of_runs.get(run.name), scale_of(entry))
-            score = with_interval(entry["score"], entry["interval_95"], scale_of(entry))
-            shown = title if place == 0 else ""
-            table.add_row(shown, cell_text(run.name), score, change, p_value, str(entry["n"]))
-        table.add_section()
-    return table
-
-
-def _title(bench: str, run: Run, entry: Mapping[str, Any]) -> str:
-    return f"{bench_title(bench, run.results)}, {metric_text(entry)}"
+            if entry is not None:
+                scale = scale_of(entry)
+                rows.append(
+                    (
+                        bench_title(bench, run.results, entry),
+                        run.name,
+                        with_interval(entry["score"], entry["interval_95"], scale),
+                        *_change_cells(of_runs.get(run.name), scale),
+                        str(entry["n"]),
+                        f"{entry['seconds_per_item']:.3f}",
+                    )
+                )
+    return rows
 
 
 def _change_cells(change: Mapping[str, Any] | None, scale: float) -> tuple[str, str]:
@@ -454,12 +410,9 @@ def _change_cells(change: Mapping[str, Any] | None, scale: float) -> tuple[str, 
     return text, p_value
 
 
-def render_comparison(
-    runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> str:
+def render_comparison(runs: Sequence[Run], changes: Changes) -> str:
     """Build the HTML page; parts that no run has are skipped."""
-    names = [run.name for run in runs]
-    parts = [f"<h1>{html.escape(' · '.join(names))}</h1>", "<h2>Scores</h2>"]
+    parts = [f"<h1>{html.escape(' · '.join(run.name for run in runs))}</h1>", "<h2>Scores</h2>"]
     parts.append(
         "<p>Per cent (MME: points) with 95 % intervals. Differences are to the first run, paired"
         " question by question: bootstrap over questions or images, and McNemar's exact test"
@@ -467,30 +420,29 @@ def render_comparison(
         " does not. No p-value is corrected for the number of comparisons.</p>"
     )
     parts += [f"<p><b>{html.escape(text)}</b></p>" for text in verdicts(runs, changes)]
-    parts += parts_or_reason("Scores", lambda: [_scores(runs, changes)])
-    parts += parts_or_reason("The figure of scores", lambda: _score_figure(runs, list(changes)))
-    parts += parts_or_reason("Training", lambda: _training(runs))
-    parts += parts_or_reason(
-        _FACTS, lambda: _facts(_FACTS, {run.name: run.facts() for run in runs})
-    )
-    parts += parts_or_reason(
-        "Forgetting",
-        lambda: _facts("Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs}),
-    )
+    sections: list[tuple[str, Callable[[], list[str]]]] = [
+        ("Scores", lambda: [html_table(_HEADS, runs_rows(runs, changes))]),
+        ("The figure of scores", lambda: _score_figure(runs, list(changes))),
+        ("Training", lambda: training_part({run.name: run.metrics for run in runs})),
+        (
+            _FACTS,
+            lambda: _facts(_FACTS, {run.name: run.facts() for run in runs}),
+        ),
+        (
+            "Forgetting",
+            lambda: _facts(
+                "Forgetting", {run.name: forgetting_text(run.forgetting()) for run in runs}
+            ),
+        ),
+    ]
     for run in runs:
         if run.certificate is not None:
             title = f"Init certificate: {run.name}"
-            parts += parts_or_reason(
-                title,
-                lambda run=run, title=title: [
-                    f"<h2>{html.escape(title)}</h2>",
-                    f"<pre>{html.escape(run.certificate.summary())}</pre>",
-                ],
-            )
+            sections.append((title, partial(certificate_part, run.certificate, title)))
     for bench in changes:
-        parts += parts_or_reason(
-            f"Disagreements on {bench}", lambda bench=bench: _gallery(runs, bench)
-        )
+        sections.append((f"Disagreements on {bench}", partial(_gallery, runs, bench)))
+    for title, build in sections:
+        parts += parts_or_reason(title, build)
     return page(f"{len(runs)} runs", parts)
 
 
@@ -503,35 +455,7 @@ def _score_figure(runs: Sequence[Run], benches: Sequence[str]) -> list[str]:
     }
     if not scored:
         return []
-    return [
-        figure(plots.plot_run_scores([run.name for run in runs], scored), "scores with intervals")
-    ]
-
-
-def _training(runs: Sequence[Run]) -> list[str]:
-    curves = plots.plot_run_curves({run.name: run.metrics for run in runs})
-    return ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")] if curves else []
-
-
-def _scores(runs: Sequence[Run], changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    rows = []
-    for bench, of_runs in changes.items():
-        for run in runs:
-            entry = run.results["benches"].get(bench)
-            if entry is None:
-                continue
-            change, p_value = _change_cells(of_runs.get(run.name), scale_of(entry))
-            cells = (
-                html.escape(_title(bench, run, entry)),
-                html.escape(run.name),
-                f"<b>{with_interval(entry['score'], entry['interval_95'], scale_of(entry))}</b>",
-                html.escape(change),
-                html.escape(p_value),
-                str(entry["n"]),
-                f"{entry['seconds_per_item']:.3f}",
-            )
-            rows.append(cells)
-    return html_table(("", "run", "score", "against the first", "p", "n", "s/item"), rows)
+    return [figure(plots.plot_scores([run.name for run in runs], scored), "scores with intervals")]
 
 
 def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -539,17 +463,14 @@ def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for values in facts.values() for name in values))
     if not names:
         return []
-    rows = [
-        [html.escape(name), *(_number(values.get(name)) for values in facts.values())]
-        for name in names
-    ]
+    rows = [[name, *(_number(values.get(name)) for values in facts.values())] for name in names]
     return [f"<h2>{title}</h2>", html_table(("", *facts), rows)]
 
 
 def _number(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    return "–" if value is None else html.escape(str(value))
+    return "–" if value is None else str(value)
 
 
 def _gallery(runs: Sequence[Run], bench: str) -> list[str]:

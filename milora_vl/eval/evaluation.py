@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,23 @@ class Conditions:
     judge: Judge | None
     progress: bool
 
+    def longest(self, name: str) -> int:
+        """Return the limit of a bench's answers, in tokens."""
+        return self.max_new_tokens or BENCHES[name].MAX_NEW_TOKENS
+
+    def ask(
+        self, answerer: Asker, name: str, requests: Sequence[Request], note: str = ""
+    ) -> dict[str, Answer]:
+        """Ask a bench's questions; ``note`` is added to its name on the progress bar."""
+        return answerer.answer(
+            requests,
+            label=f"{name}{note}",
+            max_new_tokens=self.longest(name),
+            allow_errors=self.allow_errors,
+            progress=self.progress,
+            journal=self.journal,
+        )
+
 
 def run_bench(
     name: str, items: Sequence[Item], answerer: Asker, conditions: Conditions
@@ -74,14 +91,9 @@ def run_bench(
     bench = BENCHES[name]
     is_judged = hasattr(bench, "judge_prompt")
     labeled = [item for item in items if item.answers]
-    options = {
-        "max_new_tokens": conditions.max_new_tokens or bench.MAX_NEW_TOKENS,
-        "allow_errors": conditions.allow_errors,
-        "progress": conditions.progress,
-        "journal": conditions.journal,
-    }
+    asked, asked_blind = _requests(items, blind=conditions.blind)
     started, resumed_s = time.perf_counter(), conditions.journal.served_seconds
-    answers = answerer.answer(_requests(items), label=name, **options)
+    answers = conditions.ask(answerer, name, asked)
     seconds = time.perf_counter() - started + conditions.journal.served_seconds - resumed_s
     rows = judge_all(bench, items, answers)
     blind_rows: dict[str, Row] = {}
@@ -93,9 +105,8 @@ def run_bench(
     else:
         result |= {"metric": bench.METRIC, "score": None, "interval_95": None, "by_category": {}}
         result["n"] = len(items)
-    if conditions.blind and any(item.image or item.video for item in labeled):
-        requests = [Request(item.id, item.prompt) for item in labeled]
-        blind_answers = answerer.answer(requests, label=f"{name}, no image", **options)
+    if asked_blind:
+        blind_answers = conditions.ask(answerer, name, asked_blind, note=", no image")
         blind_rows = {row.id: row for row in judge_all(bench, labeled, blind_answers)}
         result |= _against_blind(bench, scored, list(blind_rows.values()))
     if not labeled:
@@ -113,20 +124,24 @@ def run_bench(
     result |= {
         "seconds_per_item": seconds / len(items),
         "version": bench.VERSION,
-        "max_new_tokens": options["max_new_tokens"],
+        "max_new_tokens": conditions.longest(name),
     }
     if conditions.parity_check:
+        n = conditions.parity_check
         result["parity"] = check_parity(
-            bench, answerer, items, answers, conditions.parity_check, options["max_new_tokens"]
+            bench, answerer, items, answers, n, conditions.longest(name)
         )
     result["note"] = _note(result, is_judged=is_judged)
     return result, _lines(name, items, answers, rows, blind_rows)
 
 
-def _requests(items: Sequence[Item]) -> list[Request]:
-    return [
-        Request(item.id, item.prompt, item.image, item.more_images, item.video) for item in items
-    ]
+def _requests(items: Sequence[Item], *, blind: bool) -> tuple[list[Request], list[Request]]:
+    """Return what is asked, and what is asked again without images, to score what they add."""
+    asked = [Request(x.id, x.prompt, x.image, x.more_images, x.video) for x in items]
+    labeled = [item for item in items if item.answers]
+    if not blind or not any(item.image or item.video for item in labeled):
+        return asked, []
+    return asked, [Request(item.id, item.prompt) for item in labeled]
 
 
 def _how_it_went(
@@ -270,7 +285,8 @@ def check_parity(
     """
     chosen = {(place * _REPRESENTATIVE_STEP) % len(items) for place in range(min(n, len(items)))}
     spread = [items[place] for place in sorted(chosen) if answers[items[place].id].error is None]
-    single = answerer.answer_one_by_one(_requests(spread), max_new_tokens=max_new_tokens)
+    requests, _ = _requests(spread, blind=False)
+    single = answerer.answer_one_by_one(requests, max_new_tokens=max_new_tokens)
     texts = {item.id: (answers[item.id].text or "", single[item.id].text or "") for item in spread}
     differing = [item for item in spread if texts[item.id][0] != texts[item.id][1]]
     flips = [
@@ -378,7 +394,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         allow_errors=allow_errors,
         parity_check=parity_check,
         judge=judge,
-        progress=progress,
+        progress=progress and rank == 0,
     )
     if answerer is not None:
         _answer_together(items, answerer, conditions)
@@ -415,31 +431,12 @@ def _answer_together(
     What a process cannot answer is left to the main one, which counts its failures.
     """
     rank, count = process_rank(), process_count()
-    if rank == 0:  # also those that an interrupted job of more processes left
-        for file in sorted(conditions.out_dir.glob(SHARED_JOURNALS)):
-            if count == 1:
-                conditions.journal.take_over(file)
-    if count == 1:
-        return
-    for name, all_items in items.items():
-        share = share_of(all_items, rank, count)
-        requests = {name: _requests(share)}
-        if conditions.blind and any(
-            (item.image or item.video) and item.answers for item in all_items
-        ):
-            labeled = [item for item in share if item.answers]
-            requests[f"{name}, no image"] = [Request(item.id, item.prompt) for item in labeled]
-        for label, asked in requests.items():
-            answerer.answer(
-                asked,
-                label=label,
-                max_new_tokens=conditions.max_new_tokens or BENCHES[name].MAX_NEW_TOKENS,
-                allow_errors=len(asked),
-                progress=conditions.progress and rank == 0,
-                journal=conditions.journal,
-            )
+    for name, all_items in items.items() if count > 1 else ():
+        for asked in _requests(share_of(all_items, rank, count), blind=conditions.blind):
+            lenient = replace(conditions, allow_errors=len(asked))
+            lenient.ask(answerer, name, asked)
     wait_for_all()
-    if rank == 0:
+    if rank == 0:  # with one process: what an interrupted job of several left
         for file in sorted(conditions.out_dir.glob(SHARED_JOURNALS)):
             conditions.journal.take_over(file)
 

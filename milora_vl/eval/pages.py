@@ -16,7 +16,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from milora_vl.adapter.certificate import Certificate
 from milora_vl.data.images import load_image
+from milora_vl.eval import plots
 from milora_vl.eval.bench_files import printable, shorten
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.items import Item
@@ -31,7 +33,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:right}
 th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}
-tr.sub td{color:#666;font-size:.9rem;padding-top:0;padding-bottom:0}td small{color:#666}
+td small{color:#666}
 img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
 .card{border:1px solid #ddd;border-radius:.4rem;padding:.7rem;font-size:.85rem}
@@ -58,17 +60,23 @@ def with_interval(value: float | None, interval: list[float] | None, scale: floa
     return f"{as_percent(value, scale)} ({low} to {high})"
 
 
-def bench_title(name: str, results: Mapping[str, Any]) -> str:
-    """Name a bench; questions of another data set in its format are not called by its name."""
+def bench_title(
+    name: str, results: Mapping[str, Any], bench: Mapping[str, Any] | None = None
+) -> str:
+    """Name a bench; questions of another data set in its format are not called by its name.
+
+    Args:
+        name: Of the bench.
+        results: Content of ``results.json``.
+        bench: Its entry there, to name the metric on a second line, and the judge if there is one.
+    """
     data_set = results.get("data_set")
-    return f"{data_set} ({name} format)" if data_set else name
-
-
-def metric_text(bench: Mapping[str, Any]) -> str:
-    """Name the metric and, where a judge model made the scores, the judge and its prompt."""
+    title = f"{data_set} ({name} format)" if data_set else name
+    if bench is None:
+        return title
     judge = bench.get("judge")
     judged = f", judged by {judge} with {bench.get('judge_prompt')}" if judge else ""
-    return bench["metric"].replace("_", " ") + judged
+    return f"{title}\n{bench['metric'].replace('_', ' ')}{judged}"
 
 
 def cell_text(text: str) -> str:
@@ -76,29 +84,48 @@ def cell_text(text: str) -> str:
     return escape(printable(text))
 
 
+def score_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+) -> Table:
+    """Build a terminal table; a row whose first cell begins with a space belongs to the one before.
+
+    Args:
+        heads: Text above each column.
+        rows: Plain text.
+        title: Above the table.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=title and cell_text(title), title_justify="left")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        is_part = row[0].startswith(" ")
+        if not is_part and table.row_count:
+            table.add_section()
+        table.add_row(*map(cell_text, row), style="dim" if is_part else None)
+    return table
+
+
 def results_table(results: Mapping[str, Any]) -> Table:
     """Build the table of one evaluation, scores in per cent."""
-    added = f" + {results['adapter']}" if results.get("adapter") else ""
-    table = Table(
-        box=box.SIMPLE_HEAD, title=cell_text(f"{results['model']}{added}"), title_justify="left"
-    )
-    table.add_column("bench")
-    for heading in ("score (95 %)", "no image", "majority", "n", "s/item"):
-        table.add_column(heading, justify="right")
+    rows = []
     for name, bench in results["benches"].items():
         scale = scale_of(bench)
-        table.add_row(
-            f"{cell_text(bench_title(name, results))}\n{cell_text(metric_text(bench))}",
-            with_interval(bench["score"], bench["interval_95"], scale),
-            with_interval(bench["blind"], bench["blind_interval_95"], scale),
-            as_percent(bench["majority"], scale),
-            str(bench["n"]),
-            f"{bench['seconds_per_item']:.2f}",
+        rows.append(
+            (
+                bench_title(name, results, bench),
+                with_interval(bench["score"], bench["interval_95"], scale),
+                with_interval(bench["blind"], bench["blind_interval_95"], scale),
+                as_percent(bench["majority"], scale),
+                str(bench["n"]),
+                f"{bench['seconds_per_item']:.2f}",
+            )
         )
-        for category, score in bench["by_category"].items():
-            table.add_row(f"  {cell_text(category)}", as_percent(score, scale), style="dim")
-        table.add_section()
-    return table
+        rows += [
+            (f"  {name}", as_percent(one, scale)) for name, one in bench["by_category"].items()
+        ]
+    heads = ("bench", "score (95 %)", "no image", "majority", "n", "s/item")
+    added = f" + {results['adapter']}" if results.get("adapter") else ""
+    return score_table(heads, rows, f"{results['model']}{added}")
 
 
 def results_notes(results: Mapping[str, Any]) -> list[str]:
@@ -118,44 +145,48 @@ def published_text(published: Mapping[str, Any]) -> str:
     return f"{scores} ({published['split']})"
 
 
-def comparison_table(
+COMPARISON_HEADS = (
+    *("bench", "before (95 %)", "after (95 %)", "change", "no image", "majority", "n"),
+)
+
+
+def comparison_rows(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     changes: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Table:
-    """Build the table of two evaluations of the same questions, scores in per cent.
+    *,
+    categories: bool = True,
+) -> list[tuple[str, ...]]:
+    """Return the rows of two evaluations of the same questions, scores in per cent.
 
     Args:
         before: Results.
         after: Results.
         changes: From ``compare_folders``; without it the difference has no interval.
+        categories: Add a row for each category.
     """
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("bench")
-    for heading in ("before (95 %)", "after (95 %)", "change", "no image", "majority", "n"):
-        table.add_column(heading, justify="right")
+    rows: list[tuple[str, ...]] = []
     for name, new in after["benches"].items():
         old = before["benches"].get(name)
         if old is None:
             continue
         scale = scale_of(new)
-        change = change_text(old["score"], new["score"], (changes or {}).get(name), scale)
-        table.add_row(
-            f"{cell_text(bench_title(name, after))}\n{cell_text(metric_text(new))}",
-            with_interval(old["score"], old["interval_95"], scale),
-            with_interval(new["score"], new["interval_95"], scale),
-            change,
-            as_percent(new["blind"], scale),
-            as_percent(new["majority"], scale),
-            str(new["n"]),
+        rows.append(
+            (
+                bench_title(name, after, new),
+                with_interval(old["score"], old["interval_95"], scale),
+                with_interval(new["score"], new["interval_95"], scale),
+                change_text(old["score"], new["score"], (changes or {}).get(name), scale),
+                with_interval(new["blind"], new["blind_interval_95"], scale),
+                as_percent(new["majority"], scale),
+                str(new["n"]),
+            )
         )
-        for category, score in new["by_category"].items():
+        for category, score in new["by_category"].items() if categories else ():
             first = old["by_category"].get(category)
-            shown = change_text(first, score, None, scale)
-            values = (as_percent(first, scale), as_percent(score, scale), shown)
-            table.add_row(f"  {cell_text(category)}", *values, style="dim")
-        table.add_section()
-    return table
+            values = (as_percent(first, scale), as_percent(score, scale))
+            rows.append((f"  {category}", *values, change_text(first, score, None, scale)))
+    return rows
 
 
 def change_text(
@@ -200,19 +231,28 @@ def page(title: str, parts: Sequence[str]) -> str:
     return printable(text)
 
 
-def html_table(heads: Sequence[str], rows: Sequence[Sequence[str] | str]) -> str:
-    """Return an HTML table.
-
-    Args:
-        heads: Text above each column.
-        rows: The cells of a row, which are HTML, or the HTML of a whole row.
-    """
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return plain text as an HTML table; the first line of a cell is its title."""
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    lines = [
-        row if isinstance(row, str) else f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
-        for row in rows
-    ]
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    lines = ("".join(f"<td>{_cell(text)}</td>" for text in row) for row in rows)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _cell(text: str) -> str:
+    first, *more = html.escape(text).split("\n", 1)
+    return f"{first}<br><small>{more[0]}</small>" if more else first
+
+
+def training_part(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Return the loss curves of runs by name as HTML; nothing if no loss was logged."""
+    curves = plots.plot_curves(logs)
+    return ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")] if curves else []
+
+
+def certificate_part(certificate: Certificate, title: str = "Init certificate") -> list[str]:
+    """Return a certificate as HTML."""
+    summary = html.escape(certificate.summary())
+    return [f"<h2>{html.escape(title)}</h2>", f"<pre>{summary}</pre>"]
 
 
 def card(

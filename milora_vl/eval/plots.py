@@ -16,8 +16,9 @@ from matplotlib.text import Text
 from milora_vl.eval.bench_files import printable, shorten
 
 # Okabe and Ito's palette, told apart by people with any color vision.
-BEFORE, AFTER, BLIND, MAJORITY = "#999999", "#0072B2", "#D55E00", "#333333"
-CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_GUESS = "#333333"
+_GUESSES = (("blind", "no image", "x"), ("majority", "majority", "|"))
 DPI = 110
 MOST_BARS = 60
 """Most categories drawn; more cannot be read, and a figure has a largest size."""
@@ -54,126 +55,18 @@ def _draw_score(axes: Axes, bench: Mapping[str, Any] | None, height: float, **st
 
 
 def plot_scores(
-    rows: Sequence[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]],
+    names: Sequence[str],
+    entries: Mapping[str, Sequence[Mapping[str, Any] | None]],
+    *,
+    with_guesses: bool = False,
 ) -> str:
-    """Draw scores with their 95 % intervals, before and after, beside what needs no image.
-
-    Args:
-        rows: (title, results before or None, results after) of each bench.
-
-    Returns:
-        Base64 PNG.
-    """
-    figure = Figure(figsize=(7.5, 0.9 + 0.85 * len(rows)), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    for place, (_, before, after) in enumerate(rows):
-        for bench, color, shift, label in (
-            (before, BEFORE, -0.16, "before"),
-            (after, AFTER, 0.16, "after"),
-        ):
-            _draw_score(
-                axes,
-                bench,
-                place + shift,
-                capsize=4,
-                color=color,
-                label=label if place == len(rows) - 1 else None,
-            )
-        for name, marker, color in (("blind", "x", BLIND), ("majority", "|", MAJORITY)):
-            if after.get(name) is not None:
-                label = "no image" if name == "blind" else "majority"
-                axes.scatter(
-                    100 * after[name] / after.get("maximum", 1.0),
-                    place + (0.16 if name == "blind" else 0),
-                    marker=marker,
-                    s=80,
-                    color=color,
-                    label=label if place == len(rows) - 1 else None,
-                    zorder=3,
-                )
-    axes.set_yticks(range(len(rows)), [label_of(title) for title, _, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(-2, 102)
-    axes.set_xlabel("score in per cent, with its 95 % interval")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    return finish_figure(figure)
-
-
-def plot_categories(
-    before: Mapping[str, float] | None, after: Mapping[str, float], scale: float = 100.0
-) -> str:
-    """Draw a bench's first ``MOST_BARS`` categories as bars, before and after, as base64 PNG."""
-    names = list(after)[:MOST_BARS]
-    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(names)), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    height = 0.38 if before else 0.7
-    places = range(len(names))
-    if before:
-        axes.barh(
-            [place - height / 2 for place in places],
-            [scale * (before.get(name) or 0.0) for name in names],
-            height,
-            color=BEFORE,
-            label="before",
-        )
-    axes.barh(
-        [place + (height / 2 if before else 0) for place in places],
-        [scale * (after[name] or 0.0) for name in names],
-        height,
-        color=AFTER,
-        label="after",
-    )
-    axes.set_yticks(places, [label_of(name) for name in names])
-    axes.invert_yaxis()
-    if scale == 100:
-        axes.set_xlim(0, 100)
-    axes.set_xlabel("score in per cent" if scale == 100 else "points")
-    if before:
-        axes.legend(frameon=False)
-    return finish_figure(figure)
-
-
-def plot_curves(entries: Sequence[Mapping[str, Any]]) -> str | None:
-    """Draw the losses of each training stage over its steps.
-
-    Args:
-        entries: Lines of ``metrics.jsonl``: ``stage``, ``step``, values with units in their keys.
-
-    Returns:
-        Base64 PNG, or None if no line holds a loss.
-    """
-    stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for entry in entries:
-        for name, value in entry.items():
-            is_loss = "loss" in name and name != "train_loss"
-            if is_loss and isinstance(value, (int, float)) and "step" in entry:
-                stage = stages.setdefault(str(entry.get("stage", "training")), {})
-                stage.setdefault(name, []).append((entry["step"], value))
-    if not stages:
-        return None
-    width = 4.2 * len(stages) if len(stages) > 1 else 7.5
-    figure = Figure(figsize=(width, 3.2), dpi=DPI, layout="constrained")
-    for axes, (stage, series) in zip(
-        figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True
-    ):
-        for color, (name, points) in zip(CURVE_COLORS * len(series), series.items(), strict=False):
-            steps, values = zip(*points, strict=True)
-            style = "o-" if len(points) <= 12 else "-"
-            axes.plot(steps, values, style, color=color, label=label_of(name.replace("_", " ")))
-        axes.set_title(label_of(stage))
-        axes.set_xlabel("optimizer step")
-        axes.legend(frameon=False, fontsize="small")
-    return finish_figure(figure)
-
-
-def plot_run_scores(names: Sequence[str], entries: Mapping[str, Sequence[Any]]) -> str:
     """Draw every bench's scores with their 95 % intervals, one color a run.
 
     Args:
         names: Of the runs.
         entries: Title of a bench -> results of each run, None where it has none. A bench with its
             own points is drawn as a share of its maximum.
+        with_guesses: Draw what the last run scores without the image, and the best constant guess.
 
     Returns:
         Base64 PNG.
@@ -183,49 +76,86 @@ def plot_run_scores(names: Sequence[str], entries: Mapping[str, Sequence[Any]]) 
     axes = figure.subplots()
     step = 0.7 / max(1, len(names))
     for run, name in enumerate(names):
-        color = CURVE_COLORS[run % len(CURVE_COLORS)]
+        color = COLORS[run % len(COLORS)]
         axes.plot([], [], "o", color=color, label=label_of(name))
         for place, results in enumerate(entries.values()):
-            height = place + (run - (len(names) - 1) / 2) * step
-            _draw_score(axes, results[run], height, capsize=3, color=color, markersize=4)
+            row = place + (run - (len(names) - 1) / 2) * step
+            _draw_score(axes, results[run], row, capsize=3, color=color, markersize=4)
+    for key, label, marker in _GUESSES if with_guesses else ():
+        last = [results[-1] for results in entries.values()]
+        found = [(place, one) for place, one in enumerate(last) if one and one.get(key) is not None]
+        shares = [100 * one[key] / one.get("maximum", 1.0) for _, one in found]
+        style = {"marker": marker, "color": _GUESS, "label": label, "zorder": 3}
+        axes.scatter(shares, [place for place, _ in found], s=60, **style)
     axes.set_yticks(range(len(entries)), [label_of(name) for name in entries])
     axes.invert_yaxis()
     axes.set_xlabel("score in per cent (MME: of its maximum), with its 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=min(3, len(names)), frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return finish_figure(figure)
 
 
-def plot_run_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """Draw training (line) and validation (dots) losses of the runs' last stage over its steps.
+def plot_categories(
+    before: Mapping[str, float], after: Mapping[str, float], scale: float = 100.0
+) -> str:
+    """Draw a bench's first ``MOST_BARS`` categories as bars, before and after, as base64 PNG."""
+    names = list(after)[:MOST_BARS]
+    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(names)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    places, height = range(len(names)), 0.38
+    for label, scores, shift, color in (
+        ("before", before, -height / 2, COLORS[0]),
+        ("after", after, height / 2, COLORS[1]),
+    ):
+        rows = [place + shift for place in places]
+        lengths = [scale * (scores.get(name) or 0.0) for name in names]
+        axes.barh(rows, lengths, height, color=color, label=label)
+    axes.set_yticks(places, [label_of(name) for name in names])
+    axes.invert_yaxis()
+    if scale == 100:
+        axes.set_xlim(0, 100)
+    axes.set_xlabel("score in per cent" if scale == 100 else "points")
+    axes.legend(frameon=False)
+    return finish_figure(figure)
+
+
+def plot_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+    """Draw the losses of each training stage over its steps.
 
     Args:
-        logs: Name of a run -> lines of its ``metrics.jsonl``.
+        logs: Name of a run -> lines of its ``metrics.jsonl``: ``stage``, ``step``, and values with
+            units in their keys.
 
     Returns:
-        Base64 PNG, or None if no run has logged a loss.
+        Base64 PNG, or None if no line holds a loss.
     """
-    figure = Figure(figsize=(7.5, 3.4), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    n_drawn = 0
-    for place, (name, entries) in enumerate(logs.items()):
-        color = CURVE_COLORS[place % len(CURVE_COLORS)]
-        stage = entries[-1].get("stage") if entries else None
-        for key, style in (("loss_nats_per_token", "-"), ("validation_loss_nats_per_token", "o")):
-            points = [
-                (entry["step"], entry[key])
-                for entry in entries
-                if key in entry and entry.get("stage") == stage
-            ]
-            if points:
-                label = None if style == "o" else label_of(f"{name}: {stage}")
-                axes.plot(*zip(*points, strict=True), style, color=color, label=label)
-                n_drawn += 1
-    if not n_drawn:
+    stages: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
+    for run, entries in logs.items():
+        for entry in entries:
+            for key, value in entry.items():
+                is_loss = "loss" in key and key != "train_loss"
+                if is_loss and isinstance(value, (int, float)) and "step" in entry:
+                    series = stages.setdefault(str(entry.get("stage", "training")), {})
+                    series.setdefault((run, key), []).append((entry["step"], value))
+    if not stages:
         return None
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats a token")
-    axes.legend(frameon=False, fontsize="small")
+    width = 4.2 * len(stages) if len(stages) > 1 else 7.5
+    figure = Figure(figsize=(width, 3.2), dpi=DPI, layout="constrained")
+    for axes, (stage, series) in zip(
+        figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True
+    ):
+        for place, ((run, key), points) in enumerate(series.items()):
+            name = f"{run}: {key}" if len(logs) > 1 else key
+            style = "o-" if len(points) <= 12 else "-"
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                color=COLORS[place % len(COLORS)],
+                label=label_of(name.replace("_", " ")),
+            )
+        axes.set_title(label_of(stage))
+        axes.set_xlabel("optimizer step")
+        axes.legend(frameon=False, fontsize="small")
     return finish_figure(figure)
 
 
@@ -241,7 +171,7 @@ def plot_dial(series: Mapping[str, Sequence[tuple[float, ...]]], retention: str)
     """
     figure = Figure(figsize=(7.5, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for color, (title, points) in zip(CURVE_COLORS * len(series), series.items(), strict=False):
+    for color, (title, points) in zip(COLORS * len(series), series.items(), strict=False):
         strengths, *columns = zip(*points, strict=True)
         (x, x_low, x_high), (y, y_low, y_high) = columns[:3], columns[3:]
         reach = [
@@ -277,14 +207,12 @@ def plot_update(entries: Sequence[Mapping[str, Any]]) -> str:
         "update_norm_ratio": "update / weights, %",
         "update_principal_share": "in their strongest directions, %",
     }
-    for axes, color, (key, name) in zip(
-        figure.subplots(1, 2), CURVE_COLORS, names.items(), strict=False
-    ):
+    for axes, color, (key, name) in zip(figure.subplots(1, 2), COLORS, names.items(), strict=False):
         axes.plot([e["step"] for e in entries], [100 * e[key] for e in entries], color=color)
         axes.set_ylabel(name)
         axes.set_xlabel("optimizer step")
         axes.set_ylim(bottom=0)
     last = entries[-1]["update_principal_share_if_random"]
-    axes.axhline(100 * last, color=MAJORITY, linestyle=":", label="without preference")
+    axes.axhline(100 * last, color=_GUESS, linestyle=":", label="without preference")
     axes.legend(frameon=False, fontsize="small")
     return finish_figure(figure)

@@ -6,7 +6,8 @@ A report never fails a run: what cannot be shown is named in its place. All fore
 import html
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,22 @@ from milora_vl.eval.bench_files import read_json_lines, read_json_object, shorte
 from milora_vl.eval.comparison import compare_folders, read_comparison
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
 from milora_vl.eval.pages import (
-    as_percent,
+    COMPARISON_HEADS,
     bench_title,
     card,
-    change_text,
-    comparison_table,
+    certificate_part,
+    comparison_rows,
     figure,
     html_table,
     is_right,
-    metric_text,
     page,
     parts_or_reason,
     read_items,
     results_notes,
     results_table,
     scale_of,
-    with_interval,
+    score_table,
+    training_part,
 )
 from milora_vl.files import write_text_atomic
 
@@ -78,33 +79,36 @@ def render_report(
     """
     parts = [f"<h1>Run {html.escape(run_folder.resolve().name)}</h1>"]
     parts += [f"<p><b>{html.escape(text)}</b></p>" for text in remarks]
+    sections: list[tuple[str, Callable[[], list[str]]]] = []
     if comparison is not None:
-        parts += parts_or_reason("Scores", lambda: _scores(comparison))
-        parts += parts_or_reason("Categories", lambda: _categories(comparison))
-        parts += parts_or_reason("Forgetting", lambda: _forgetting(comparison))
-    parts += parts_or_reason("Training", lambda: _training(run_folder))
+        sections += [
+            ("Scores", partial(_scores, comparison)),
+            ("The figure of scores", partial(_score_figure, comparison)),
+            *_categories(comparison),
+            ("Forgetting", partial(_forgetting, comparison)),
+        ]
+    sections.append(("Training", partial(_training, run_folder)))
     if comparison is not None:
-        parts += parts_or_reason(
-            "Questions and answers", lambda: _gallery(run_folder, comparison, data_dir)
-        )
-    parts += parts_or_reason("Init certificate", lambda: _certificate(run_folder))
-    parts += parts_or_reason("Size of the update", lambda: _update(run_folder))
-    parts += parts_or_reason("Settings and environment", lambda: _files(run_folder))
+        gallery = partial(_gallery, run_folder, comparison, data_dir)
+        sections.append(("Questions and answers", gallery))
+    sections.append(("Init certificate", partial(_certificate, run_folder)))
+    sections.append(("Size of the update", partial(_update, run_folder)))
+    sections.append(("Settings and environment", partial(_files, run_folder)))
+    for title, build in sections:
+        parts += parts_or_reason(title, build)
     return page(run_folder.resolve().name, parts)
 
 
 def _training(run_folder: Path) -> list[str]:
     metrics = run_folder / "metrics.jsonl"
-    curves = plots.plot_curves(read_json_lines(metrics)) if metrics.is_file() else None
-    return ["<h2>Training</h2>", figure(curves, "losses over optimizer steps")] if curves else []
+    return training_part({"": read_json_lines(metrics)}) if metrics.is_file() else []
 
 
 def _certificate(run_folder: Path) -> list[str]:
     file = run_folder / "certificate.json"
     if not file.is_file():
         return []
-    summary = Certificate.from_json(file.read_text(encoding="utf-8")).summary()
-    return ["<h2>Init certificate</h2>", f"<pre>{html.escape(summary)}</pre>"]
+    return certificate_part(Certificate.from_json(file.read_text(encoding="utf-8")))
 
 
 def _update(run_folder: Path) -> list[str]:
@@ -118,7 +122,7 @@ def _update(run_folder: Path) -> list[str]:
     certificate = Certificate.from_json(file.read_text(encoding="utf-8"))
     line, rows = summarize_update(entries[-1], [layer.name for layer in certificate.layers])
     body = [
-        (html.escape(name), f"{100 * ratio:.3g}", f"{100 * share:.3g}")
+        (name, f"{100 * ratio:.3g}", f"{100 * share:.3g}")
         for name, ratio, share in rows[:_LAYERS_SHOWN]
     ]
     heads = ("layers that moved most", "update / weight, %", "in the strongest directions, %")
@@ -131,60 +135,39 @@ def _update(run_folder: Path) -> list[str]:
 
 
 def _scores(comparison: Mapping[str, Any]) -> list[str]:
-    before, after = comparison["before"], comparison["after"]
-    names = [name for name in after["benches"] if name in before["benches"]]
-    body: list[Sequence[str] | str] = []
-    for name in names:
-        old, new = before["benches"][name], after["benches"][name]
-        scale = scale_of(new)
-        change = change_text(old["score"], new["score"], comparison["changes"].get(name), scale)
-        title = html.escape(bench_title(name, after))
-        cells = (
-            f"{title}<br><small>{html.escape(metric_text(new))}</small>",
-            with_interval(old["score"], old["interval_95"], scale),
-            f"<b>{with_interval(new['score'], new['interval_95'], scale)}</b>",
-            change,
-            with_interval(new["blind"], new["blind_interval_95"], scale),
-            as_percent(new["majority"], scale),
-            str(new["n"]),
-        )
-        body.append(cells)
-        if new.get("note"):
-            body.append(f'<tr class="sub"><td colspan="7">{html.escape(new["note"])}</td></tr>')
-    heads = ("", "before", "after", "change", "no image", "majority", "n")
-    scored = [name for name in names if after["benches"][name]["score"] is not None]
-    rows = [
-        (bench_title(name, after), before["benches"][name], after["benches"][name])
-        for name in scored
-    ]
-    parts = [
+    notes = [f"<br>{html.escape(note)}" for note in results_notes(comparison["after"])]
+    return [
         "<h2>Scores</h2>",
         "<p>Per cent, with 95 % intervals (bootstrap over questions or images; the change is"
         " paired). “No image” is the trained model asked without the image, “majority” the best"
         " constant guess.</p>",
-        html_table(heads, body),
+        html_table(COMPARISON_HEADS, comparison_rows(**comparison, categories=False)),
+        f"<p><small>{''.join(notes)}</small></p>",
     ]
-    if rows:
-        parts += parts_or_reason(
-            "The figure of scores",
-            lambda: [figure(plots.plot_scores(rows), "scores before and after with intervals")],
-        )
-    return parts
 
 
-def _categories(comparison: Mapping[str, Any]) -> list[str]:
+def _score_figure(comparison: Mapping[str, Any]) -> list[str]:
     before, after = comparison["before"], comparison["after"]
-    parts = []
-    for name, new in after["benches"].items():
-        if name in before["benches"]:
-            title = bench_title(name, after)
-            parts += parts_or_reason(
-                f"{title} by category",
-                lambda old=before["benches"][name], new=new, title=title: _category_figure(
-                    title, old, new
-                ),
-            )
-    return parts
+    entries = {
+        bench_title(name, after): (before["benches"][name], new)
+        for name, new in after["benches"].items()
+        if name in before["benches"] and new["score"] is not None
+    }
+    if not entries:
+        return []
+    drawn = plots.plot_scores(("before", "after"), entries, with_guesses=True)
+    return [figure(drawn, "scores before and after with intervals")]
+
+
+def _categories(comparison: Mapping[str, Any]) -> list[tuple[str, Callable[[], list[str]]]]:
+    """Return a section for each bench, so that a damaged one does not take the others with it."""
+    before, after = comparison["before"]["benches"], comparison["after"]
+    titles = {name: bench_title(name, after) for name in after["benches"] if name in before}
+    return [
+        (f"{title} by category", partial(_category_figure, title, before[name], new))
+        for name, title in titles.items()
+        if (new := after["benches"][name])
+    ]
 
 
 def _category_figure(title: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -290,7 +273,8 @@ def print_comparison(
         changes: From ``compare_folders``: adds the interval of each change.
         console: Where to; None: standard output.
     """
-    (console or Console()).print(comparison_table(before, after, changes))
+    rows = comparison_rows(before, after, changes)
+    (console or Console()).print(score_table(COMPARISON_HEADS, rows))
 
 
 def write_report(run_folder: Path | str, *, data_dir: Path | str | None = None) -> Path:

@@ -72,13 +72,13 @@ def test_textvqa_ocr_words_come_from_llavas_file_too_joined_by_question(tmp_path
     layouts.textvqa(tmp_path)
     next((tmp_path / "textvqa").glob("*Rosetta*")).unlink()
     with pytest.raises(FileNotFoundError, match="textvqa-ocr needs the OCR words"):
-        textvqa.load_with_ocr(tmp_path)
+        textvqa.load(tmp_path, with_ocr=True)
     rows = [
         {"question_id": "aa", "text": f"{question}\nReference OCR token: {words}\nAnswer"}
         for question, words in (("Year?", "1998"), ("What brand?", "Ford, F"))
     ]
     layouts.put(tmp_path / "textvqa/llava_textvqa_val_v051_ocr.jsonl", layouts.lines(rows))
-    words = [item.details["ocr_words"] for item in textvqa.load_with_ocr(tmp_path)]
+    words = [item.details["ocr_words"] for item in textvqa.load(tmp_path, with_ocr=True)]
     assert words == ["Ford, F", "1998"]
 
 
@@ -89,11 +89,11 @@ def test_textvqa_malformed_files_are_errors(tmp_path):
     for text in ("What brand?\nAnswer", "What brand?\nReference OCR tokens\n"):
         layouts.put(path, layouts.lines([{"question_id": "aa", "text": text}]))
         with pytest.raises(ValueError, match=r"ocr\.jsonl row 1: question, OCR words"):
-            textvqa.load_with_ocr(tmp_path)
+            textvqa.load(tmp_path, with_ocr=True)
     row = {"question_id": "ab", "text": "Year?\nReference OCR token: x\nAnswer"}
     layouts.put(path, layouts.lines([row]))
     with pytest.raises(ValueError, match=r"data\[0\]: no OCR words for image aa"):
-        textvqa.load_with_ocr(tmp_path)
+        textvqa.load(tmp_path, with_ocr=True)
     row = {"question_id": 7, "image_id": "aa", "question": "What?", "answers": ["red"] * 9}
     layouts.put(tmp_path / "textvqa/TextVQA_0.5.1_val.json", {"data": [row]})
     with pytest.raises(ValueError, match=r"data\[0\]: 9 answers, 10 expected"):

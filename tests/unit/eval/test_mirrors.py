@@ -152,7 +152,7 @@ def test_textvqa_mirror_with_and_without_ocr_words(data, tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(textvqa, "MIRRORS", (save_mirror(tmp_path / "m", rows),))
     assert facts(textvqa.load(None)) == facts(textvqa.load(data))
-    assert facts(textvqa.load_with_ocr(None)) == facts(textvqa.load_with_ocr(data))
+    assert facts(textvqa.load(None, with_ocr=True)) == facts(textvqa.load(data, with_ocr=True))
 
 
 @pytest.mark.parametrize("name", ["mmbench", "mmbench-cn"])
