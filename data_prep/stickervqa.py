@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,10 @@ def find_catalogue(size: str, *, allow_fetch: bool, show_progress: bool = False)
         return drawn_catalogue()
     need_packages("StickerVQA's pictures", "resvg_py")
 
-    def track(rows: Sequence, text: str, unit: str) -> tqdm:
-        return tqdm(rows, f"StickerVQA {text}", unit=unit, disable=not show_progress)
-
-    files, left_out = fetch_sources(track(SOURCES, "sources", "source"))
-    catalogue = load_catalogue(
-        "full" if size == "full" else "core",
-        files,
-        left_out,
-        lambda rows: track(rows, "drawings", "concept"),
-    )
+    bar = partial(tqdm, disable=not show_progress)
+    files, left_out = fetch_sources(bar(SOURCES, "StickerVQA sources", unit="source"))
+    track = partial(bar, desc="StickerVQA drawings", unit="concept")
+    catalogue = load_catalogue("full" if size == "full" else "core", files, left_out, track)
     if catalogue is not None:
         return catalogue
     logger.warning("no drawings with names could be had: using the small set drawn in code")

@@ -7,11 +7,11 @@ import base64
 import csv
 import io
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
-from typing import Any
 
 from data_prep.sticker.charts import (
     N_BARS,
@@ -23,23 +23,30 @@ from data_prep.sticker.charts import (
     short_words,
     word_items,
 )
-from data_prep.sticker.names import Concept, may_deny, plural
+from data_prep.sticker.names import Concept, may_deny
 from data_prep.sticker.pictures import Plan, difference_hash, encode_png, is_near_duplicate, paint
 from data_prep.sticker.questions import (
     LETTERS,
+    NAME_QUESTION,
     RELATIONS,
     Item,
     choice_item,
     count_item,
     count_options,
-    count_question,
     existence_question,
     names_in,
     what_is_where_item,
     where_item,
 )
 from data_prep.sticker.sources import PHOTO_STYLE
-from data_prep.sticker.train import Split, plan_counting, plan_drawing, plan_presence, plan_relation
+from data_prep.sticker.train import (
+    Split,
+    Stage,
+    plan_counting,
+    plan_drawing,
+    plan_presence,
+    plan_relation,
+)
 
 ROTATION_STEP = 1_000_000
 DATA_SUBTYPE = "stickervqa"
@@ -65,7 +72,7 @@ class BenchPicture:
     """A painted bench picture.
 
     Attributes:
-        number: Names the file: see ``picture_name``.
+        number: Names the file.
         plan: What it shows.
         png: The file.
         source: Where its cut-outs come from, for example "fluent".
@@ -78,13 +85,8 @@ class BenchPicture:
 
     @property
     def file_name(self) -> str:
-        """Return the name of the file below ``images/bench`` or ``images/val``."""
-        return picture_name(self.number)
-
-
-def picture_name(number: int) -> str:
-    """Return the VQA-style file name of a picture number."""
-    return f"{DATA_SUBTYPE}_{number:012d}.png"
+        """Return the name of the file below ``images/bench`` or ``images/val``, as VQA has it."""
+        return f"{DATA_SUBTYPE}_{self.number:012d}.png"
 
 
 def mmbench_tsv(rows: Sequence[tuple[BenchPicture, Item, str]], split: str) -> str:
@@ -165,9 +167,9 @@ def balanced_existence(
     return rows
 
 
-def pope_rows(rows: Iterable[tuple[BenchPicture, str, str]]) -> list[dict[str, Any]]:
-    """Return questions from ``balanced_existence`` as POPE records."""
-    return [
+def pope_lines(rows: Iterable[tuple[BenchPicture, str, str]]) -> str:
+    """Return questions from ``balanced_existence`` as POPE's JSON lines."""
+    records = (
         {
             "question_id": index,
             "image": picture.file_name,
@@ -175,7 +177,8 @@ def pope_rows(rows: Iterable[tuple[BenchPicture, str, str]]) -> list[dict[str, A
             "label": label,
         }
         for index, (picture, name, label) in enumerate(rows, start=1)
-    ]
+    )
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _has_mate(concepts: dict[str, Concept], name: str, names: Iterable[str]) -> bool:
@@ -184,11 +187,7 @@ def _has_mate(concepts: dict[str, Concept], name: str, names: Iterable[str]) -> 
 
 
 def vqa_files(rows: Sequence[tuple[BenchPicture, Item]]) -> tuple[dict, dict]:
-    """Return questions and annotations in the layout of VQA v2, ten equal answers each.
-
-    Args:
-        rows: (picture, item) of each question.
-    """
+    """Return questions and annotations in the layout of VQA v2, ten equal answers each."""
     head = {
         "info": {"description": "StickerVQA bench questions in VQA v2 format", "version": "1"},
         "license": {"name": "see ATTRIBUTION.md", "url": ""},
@@ -202,7 +201,7 @@ def vqa_files(rows: Sequence[tuple[BenchPicture, Item]]) -> tuple[dict, dict]:
         annotations.append(
             {
                 **key,
-                "question_type": _question_type(item.question),
+                "question_type": " ".join(item.question.rstrip("?").lower().split()[:2]),
                 "answer_type": answer_type(item.answer),
                 "multiple_choice_answer": item.answer,
                 "answers": [
@@ -222,30 +221,6 @@ def answer_type(answer: str) -> str:
     if answer in ("yes", "no"):
         return "yes/no"
     return "number" if answer.isdigit() else "other"
-
-
-def _question_type(question: str) -> str:
-    words = question.rstrip("?").lower().split()
-    return " ".join(words[:2])
-
-
-def json_lines(rows: Iterable[dict]) -> str:
-    """Return one JSON object a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def letter_counts(rows: Sequence[tuple[BenchPicture, Item, str]]) -> dict[str, int]:
-    """Return how often each letter is the right one in the base rows."""
-    counts = Counter(item.letter for _, item, _ in rows)
-    return {letter: counts[letter] for letter in LETTERS}
-
-
-def category_counts(categories: Iterable[str]) -> dict[str, int]:
-    """Return how many of each, sorted by name."""
-    counts: dict[str, int] = defaultdict(int)
-    for category in categories:
-        counts[category] += 1
-    return dict(sorted(counts.items()))
 
 
 CATEGORY_SHARES = {
@@ -268,12 +243,7 @@ class BenchPainter:
     """Paints bench pictures that keep clear of the train pictures, and numbers them from 1."""
 
     def __init__(self, sprites: dict[str, dict[str, list[bytes]]], keep_off: Sequence[int]) -> None:
-        """Start at picture 1.
-
-        Args:
-            sprites: style -> concept -> PNG files.
-            keep_off: Difference hashes that no picture may come near.
-        """
+        """Keep the cut-outs, and the difference hashes that no picture may come near."""
         self.sprites = sprites
         self.keep_off = keep_off
         self.number = 0
@@ -317,12 +287,7 @@ class BenchPlanner:
         return replace(self.split, stage=replace(self.split.stage, styles=styles))
 
     def lettered(self, rng: Random, n_questions: int) -> Iterator[tuple[BenchPicture, Item, str]]:
-        """Yield (picture, lettered item, category) for the MMBench-like file.
-
-        Args:
-            rng: Random source.
-            n_questions: How many base questions.
-        """
+        """Yield picture, lettered item and category of each base question of the MMBench file."""
         for category, count in self._category_counts(n_questions).items():
             made = 0
             while made < count:
@@ -357,13 +322,10 @@ class BenchPlanner:
     def open_questions(
         self, rng: Random, scenes: list[BenchPicture], n_questions: int
     ) -> Iterator[tuple[BenchPicture, Item]]:
-        """Yield (picture, short-answer item) for the VQA-like files.
+        """Yield (picture, short-answer item) for the VQA files.
 
-        Args:
-            rng: Random source.
-            scenes: Pictures for the yes/no questions.
-            n_questions: How many; 40 % yes/no, 25 % counts, the rest names and positions, of those
-                the split teaches.
+        40 % are yes/no questions about ``scenes``, 25 % counts, the rest names and positions; what
+        the split does not teach is not asked.
         """
         taught = self.split.shares
         n_yes_no = int(0.4 * n_questions) // 2 * 2
@@ -406,89 +368,76 @@ class BenchPlanner:
         """Paint a counting scene of drawings; returns it with its question."""
         split = self.restricted(self.styles()[0])
         picture = self.paint(lambda: plan_counting(rng, split.stage, only_held_out=self.held_out))
-        name, count = picture.plan.content["target"], picture.plan.content["count"]
-        return picture, count_item(count_question(plural(name)), count, name)
+        return picture, count_item(picture.plan.content["target"], picture.plan.content["count"])
+
+    def relation(
+        self, rng: Random, max_objects: int | None = None
+    ) -> tuple[BenchPicture, tuple[str, str], str]:
+        """Paint two drawings in a clear relation; returns the scene, their names, the relation."""
+        stage = self.restricted(self.styles()[0]).stage
+        stage = replace(stage, max_objects=max_objects or stage.max_objects)
+        picture = self.paint(lambda: plan_relation(rng, stage, only_held_out=self.held_out))
+        return picture, picture.plan.content["pair"], picture.plan.content["relation"]
 
     def _what(self, rng: Random) -> tuple[BenchPicture, Item]:
-        split = self.restricted(self.styles()[0])
-        stage = replace(split.stage, max_objects=2)
-        picture = self.paint(lambda: plan_relation(rng, stage, only_held_out=self.held_out))
-        (one, other), relation = picture.plan.content["pair"], picture.plan.content["relation"]
+        picture, (one, other), relation = self.relation(rng, max_objects=2)
         return picture, what_is_where_item(one, other, relation)
 
     def _name(self, rng: Random) -> tuple[BenchPicture, Item]:
         drawings, photos = self.styles()
-        split = self.restricted(photos if photos and rng.random() < 0.5 else drawings)
-        picture = self.paint(lambda: plan_drawing(rng, split.stage))
+        stage = self.restricted(photos if photos and rng.random() < 0.5 else drawings).stage
+        picture = self.paint(lambda: plan_drawing(rng, stage))
         name = picture.plan.objects[0].name
-        return picture, Item("naming", "What is shown in the picture?", name, obj=name)
+        return picture, Item("naming", NAME_QUESTION, name, obj=name)
 
 
-def _naming(planner: BenchPlanner, rng: Random, styles: tuple[str, ...]) -> tuple | None:
-    split = planner.restricted(styles)
-    picture = planner.paint(lambda: plan_drawing(rng, split.stage))
+def _one_of_four(
+    planner: BenchPlanner, rng: Random, plan: Callable[[Random, Stage], Plan], *, photos: bool
+) -> tuple[BenchPicture, Item] | None:
+    split = planner.restricted(planner.styles()[photos])
+    picture = planner.paint(lambda: plan(rng, split.stage))
     # wrong options come from the same pool as the answers: what may be shown tells nothing
     item = choice_item(rng, picture.plan, split.ledger, split.concepts, split.stage.pool())
     return None if item is None else (picture, item)
 
 
-def _naming_photos(planner: BenchPlanner, rng: Random) -> tuple | None:
-    return _naming(planner, rng, planner.styles()[1])
-
-
-def _naming_drawings(planner: BenchPlanner, rng: Random) -> tuple | None:
-    return _naming(planner, rng, planner.styles()[0])
-
-
-def _presence(planner: BenchPlanner, rng: Random) -> tuple | None:
-    split = planner.restricted(planner.styles()[0])
-    picture = planner.paint(lambda: plan_presence(rng, split.stage))
-    item = choice_item(rng, picture.plan, split.ledger, split.concepts, split.stage.pool())
-    return None if item is None else (picture, item)
-
-
-def _counting(planner: BenchPlanner, rng: Random) -> tuple:
+def _counting(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
     picture, item = planner.count(rng)
     wrong = count_options(int(item.answer), planner.split.stage.max_objects)
     return picture, planner.split.ledger.lettered(rng, item, wrong)
 
 
-def _position(planner: BenchPlanner, rng: Random) -> tuple:
-    split = planner.restricted(planner.styles()[0])
-    picture = planner.paint(lambda: plan_relation(rng, split.stage, only_held_out=planner.held_out))
-    (one, other), relation = picture.plan.content["pair"], picture.plan.content["relation"]
+def _position(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
+    picture, (one, other), relation = planner.relation(rng)
     wrong = [each for each in RELATIONS if each != relation]
-    return picture, split.ledger.lettered(rng, where_item(one, other, relation), wrong)
+    return picture, planner.split.ledger.lettered(rng, where_item(one, other, relation), wrong)
 
 
-def _digits(planner: BenchPlanner, rng: Random) -> tuple:
-    split = planner.split
+def _digits(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
+    split, held_out = planner.split, planner.held_out
     digits = split.stage.catalogue.digits
-    picture = planner.paint(
-        lambda: plan_digits(rng, digits, split.digit_span, held_out=planner.held_out)
-    )
+    picture = planner.paint(lambda: plan_digits(rng, digits, split.digit_span, held_out=held_out))
     return picture, digits_items(rng, split.ledger, picture.plan)[1]
 
 
-def _words(planner: BenchPlanner, rng: Random) -> tuple:
-    split = planner.split
-    words = short_words(split.concepts)
+def _words(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
+    words = short_words(planner.split.concepts)
     word = rng.choice(words)
     picture = planner.paint(lambda: plan_word(rng, word, held_out=planner.held_out))
-    return picture, word_items(rng, split.ledger, picture.plan, words)[1]
+    return picture, word_items(rng, planner.split.ledger, picture.plan, words)[1]
 
 
-def _charts(planner: BenchPlanner, rng: Random) -> tuple:
-    split = planner.split
-    picture = planner.paint(
-        lambda: plan_chart(rng, split.series, N_BARS, held_out=planner.held_out)
-    )
+def _charts(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
+    split, held_out = planner.split, planner.held_out
+    picture = planner.paint(lambda: plan_chart(rng, split.series, N_BARS, held_out=held_out))
     word = rng.choice(("highest", "lowest"))
     return picture, bar_item(rng, split.ledger, picture.plan, word, lettered=True)
 
 
-_LETTERED: dict[str, Callable[[BenchPlanner, Random], tuple | None]] = {
-    "naming photos": _naming_photos, "naming drawings": _naming_drawings, "presence": _presence,
+_LETTERED: dict[str, Callable[[BenchPlanner, Random], tuple[BenchPicture, Item] | None]] = {
+    "naming photos": partial(_one_of_four, plan=plan_drawing, photos=True),
+    "naming drawings": partial(_one_of_four, plan=plan_drawing, photos=False),
+    "presence": partial(_one_of_four, plan=plan_presence, photos=False),
     "counting": _counting, "position": _position, "digits": _digits, "words": _words,
     "charts": _charts,
 }  # fmt: skip

@@ -17,11 +17,8 @@ from data_prep.sticker.benches import (
     BenchPicture,
     BenchPlanner,
     balanced_existence,
-    category_counts,
-    json_lines,
-    letter_counts,
     mmbench_tsv,
-    pope_rows,
+    pope_lines,
     vqa_files,
 )
 from data_prep.sticker.charts import BENCH_TABLES, TRAIN_TABLES, bar_series
@@ -42,11 +39,7 @@ from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
 
 
 def attribution_text(catalogue: Catalogue) -> str:
-    """Return Markdown that names author, package, version and licence of every source used.
-
-    Args:
-        catalogue: What the set was made from.
-    """
+    """Return Markdown that names author, package, version and licence of every source used."""
     lines = [
         "# Attribution of this StickerVQA set",
         "",
@@ -114,15 +107,7 @@ class Builder:
     def __init__(
         self, folder: Path, catalogue: Catalogue, sizes: Sizes, seed: int, show_progress: bool
     ) -> None:
-        """Keep what the steps share.
-
-        Args:
-            folder: Empty folder to fill.
-            catalogue: What pictures are made from.
-            sizes: How much of everything.
-            seed: Decides everything that is drawn by chance.
-            show_progress: Show a bar while painting.
-        """
+        """Keep what the steps share; ``seed`` decides everything that is drawn by chance."""
         self.folder = folder
         self.catalogue = catalogue
         self.sizes = sizes
@@ -134,15 +119,7 @@ class Builder:
         self.counts: dict[str, Any] = {}
 
     def build(self, n_train: int, size: str) -> dict[str, Any]:
-        """Fill the folder.
-
-        Args:
-            n_train: Records in train.
-            size: Name of the size, for the manifest.
-
-        Returns:
-            The manifest, also written.
-        """
+        """Fill the empty folder, with ``n_train`` records in train; returns the manifest."""
         for name in ("train", "val", "bench"):
             (self.folder / "images" / name).mkdir(parents=True)
         tables = self.catalogue.tables
@@ -210,12 +187,12 @@ class Builder:
         self._write(name, scenes)
         pope = {}
         for kind in _POPE_KINDS if held_out else _POPE_KINDS[:1]:
-            rows = pope_rows(balanced_existence(rng, kind, scenes, split.concepts, n_pope))
-            write_text_atomic(place / "pope" / f"{kind}.jsonl", json_lines(rows))
-            pope[kind] = dict(sorted(Counter(row["label"] for row in rows).items()))
+            rows = balanced_existence(rng, kind, scenes, split.concepts, n_pope)
+            write_text_atomic(place / "pope" / f"{kind}.jsonl", pope_lines(rows))
+            pope[kind] = _count(label for _, _, label in rows)
         counts: dict[str, Any] = {
-            "mmbench_base": category_counts(category for _, _, category in lettered),
-            "mmbench_letters": letter_counts(lettered),
+            "mmbench_base": _count(category for _, _, category in lettered),
+            "mmbench_letters": dict.fromkeys("ABCD", 0) | _count(x.letter for _, x, _ in lettered),
             "pope": pope,
         }
         if held_out:
@@ -229,8 +206,7 @@ class Builder:
             shown = [*scenes, *(picture for picture, _ in rows)]
             truth = {picture.file_name: boxes_of(picture.plan) for picture in shown}
             write_json_atomic(place / "bench_objects.json", truth)
-            types = (row["answer_type"] for row in annotations["annotations"])
-            counts["vqa"] = category_counts(types)
+            counts["vqa"] = _count(row["answer_type"] for row in annotations["annotations"])
         self.counts[f"{name}_benches"] = counts
 
     def _write(self, name: str, pictures: Sequence[BenchPicture]) -> None:
@@ -302,20 +278,23 @@ def _paint_one(
 
 
 def _record_counts(records: list[dict]) -> dict[str, Any]:
-    answers: Counter = Counter()
-    counts: Counter = Counter()
-    for record in records:
-        turns = record["conversations"]
-        for item, answer in zip(record["kinds"], turns[1::2], strict=True):
-            counts[item] += 1
-            if answer["value"] in "ABCD":
-                answers[answer["value"]] += 1
-            elif item == "existence":
-                answers[answer["value"].lower()] += 1
+    asked = [
+        (kind, answer["value"])
+        for record in records
+        for kind, answer in zip(record["kinds"], record["conversations"][1::2], strict=True)
+    ]
     return {
         "records": len(records),
-        "turns": sum(counts.values()),
-        "sources": category_counts(record["source"] for record in records),
-        "questions": dict(sorted(counts.items())),
-        "answers": dict(sorted(answers.items())),
+        "turns": len(asked),
+        "sources": _count(record["source"] for record in records),
+        "questions": _count(kind for kind, _ in asked),
+        "answers": _count(
+            answer if answer in "ABCD" else answer.lower()
+            for kind, answer in asked
+            if answer in "ABCD" or kind == "existence"
+        ),
     }
+
+
+def _count(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))

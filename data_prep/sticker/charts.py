@@ -1,5 +1,7 @@
 """Bars, digit strings and words: pictures that are not made of cut-outs, and their questions."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,24 +41,8 @@ def font_path(name: str) -> str:
 
 
 def bar_series(tables: dict[str, Any], names: tuple[str, ...]) -> list[list[tuple[str, float]]]:
-    """Turn tables into series of short labels and positive values.
-
-    Args:
-        tables: Parsed JSON by table name.
-        names: Which tables.
-
-    Returns:
-        One list of (label, value) a series, each with at least ``N_BARS`` entries.
-    """
-    readers = {
-        "gapminder": _gapminder,
-        "countries": _countries,
-        "obesity": _obesity,
-        "budget": _budget,
-        "penguins": _penguins,
-        "wheat": _wheat,
-    }
-    series = [row for name in names if name in tables for row in readers[name](tables[name])]
+    """Turn some tables, parsed by name, into series of two or more short labels with values."""
+    series = [row for name in names if name in tables for row in _READERS[name](tables[name])]
     return [
         kept
         for row in series
@@ -67,16 +53,9 @@ def bar_series(tables: dict[str, Any], names: tuple[str, ...]) -> list[list[tupl
 def plan_chart(
     rng: Random, series: list[list[tuple[str, float]]], n_bars: int, *, held_out: bool
 ) -> Plan | None:
-    """Plan a bar chart whose highest and lowest bars stand out.
+    """Plan a bar chart whose highest and lowest bars stand out; None if no such were found.
 
-    Args:
-        rng: Random source.
-        series: From ``bar_series``.
-        n_bars: How many bars.
-        held_out: Use the background hues and font of the bench.
-
-    Returns:
-        None if no such bars were found.
+    ``series`` is from ``bar_series``; ``held_out`` takes background hues and font of the bench.
     """
     for _ in range(200):
         row = rng.choice(series)
@@ -93,9 +72,7 @@ def plan_chart(
     colours = [tuple(rng.randrange(30, 200) for _ in range(3)) for _ in bars]
     font = BENCH_FONT if held_out else rng.choice(TRAIN_FONTS[:4])
     size_px = 17 if max(len(label) for label, _ in bars) * n_bars <= 16 else 13
-    content = {
-        "bars": bars, "colours": colours, "font": font_path(font), "size_px": size_px,
-    }  # fmt: skip
+    content = {"bars": bars, "colours": colours, "font": font_path(font), "size_px": size_px}
     return Plan("chart", background, content=content)
 
 
@@ -108,7 +85,7 @@ def plan_digits(
         rng: Random source.
         digits: digit -> uint8 [n, 28, 28].
         span: Which part of each digit's pictures may be used, as fractions.
-        held_out: Use the background hues of the bench.
+        held_out: Take the background hues of the bench.
     """
     length = rng.randint(1, 3)
     low = 10 ** (length - 1) if length > 1 else 0
@@ -134,13 +111,7 @@ def plan_digits(
 
 
 def plan_word(rng: Random, word: str, *, held_out: bool) -> Plan:
-    """Plan a printed word.
-
-    Args:
-        rng: Random source.
-        word: What to print.
-        held_out: Use the font and background hues of the bench.
-    """
+    """Plan a printed word; ``held_out`` takes font and background hues of the bench."""
     font = BENCH_FONT if held_out else rng.choice(TRAIN_FONTS)
     content = {
         "text": word,
@@ -207,15 +178,7 @@ def chart_items(rng: Random, ledger: Ledger, plan: Plan) -> list[Item]:
     return [*items, Item("charts", BARS_QUESTION, str(n_bars))]
 
 
-def _gapminder(rows: list[dict]) -> list[list[tuple[str, float]]]:
-    return _by_year(rows, "fertility")
-
-
-def _countries(rows: list[dict]) -> list[list[tuple[str, float]]]:
-    return _by_year(rows, "life_expect")
-
-
-def _by_year(rows: list[dict], column: str) -> list[list[tuple[str, float]]]:
+def _by_year(column: str, rows: list[dict]) -> list[list[tuple[str, float]]]:
     years = sorted({row["year"] for row in rows})
     return [
         [
@@ -260,3 +223,9 @@ def _wheat(rows: list[dict]) -> list[list[tuple[str, float]]]:
         [(str(row["year"]), float(row[column])) for row in rows if row.get(column)]
         for column in ("wheat", "wages")
     ]
+
+
+_READERS: dict[str, Callable[[list[dict]], list[list[tuple[str, float]]]]] = {
+    "gapminder": partial(_by_year, "fertility"), "countries": partial(_by_year, "life_expect"),
+    "obesity": _obesity, "budget": _budget, "penguins": _penguins, "wheat": _wheat,
+}  # fmt: skip

@@ -86,12 +86,7 @@ class Wanted:
 
 
 def plan_background(rng: Random, *, held_out: bool) -> dict[str, Any]:
-    """Choose a light background: plain, a gradient or a soft texture.
-
-    Args:
-        rng: Random source.
-        held_out: Use the hues kept for the bench, instead of all others.
-    """
+    """Choose a light background, in the hues kept for the bench or in all others."""
 
     def hue() -> float:
         while True:
@@ -115,15 +110,9 @@ def plan_background(rng: Random, *, held_out: bool) -> dict[str, Any]:
 
 
 def place(rng: Random, wanted: list[Wanted]) -> tuple[Placed, ...]:
-    """Find places with little overlap for all cut-outs.
+    """Find places inside the picture for all cut-outs, in their order.
 
-    Args:
-        rng: Random source.
-        wanted: One entry a cut-out.
-
-    Returns:
-        The cut-outs in the given order, boxes inside the picture, overlapping by less than 8 % of
-        the smaller box.
+    Two boxes overlap by less than 8 % of the smaller one.
     """
     low, high = _SIDE_RATIOS.get(len(wanted), _SMALL_SIDE_RATIO)
     shrink = 1.0
@@ -147,13 +136,7 @@ def place(rng: Random, wanted: list[Wanted]) -> tuple[Placed, ...]:
 
 
 def place_pair(rng: Random, wanted: list[Wanted], relation: str) -> tuple[Placed, ...]:
-    """Place the first cut-out in a clear relation to the second, and others anywhere.
-
-    Args:
-        rng: Random source.
-        wanted: At least two.
-        relation: "left", "right", "above" or "below": of the first as seen from the second.
-    """
+    """Place the first cut-out in a clear relation, as seen from the second, and others anywhere."""
     while True:
         placed = place(rng, wanted)
         if relation_of(placed[0], placed[1]) == relation:
@@ -174,8 +157,13 @@ def relation_of(one: Placed, other: Placed) -> str | None:
     return None
 
 
+def extent(aspect: float, side: float) -> tuple[float, float]:
+    """Return width and height of a cut-out whose longer side is ``side``."""
+    return (side, side / aspect) if aspect >= 1 else (side * aspect, side)
+
+
 def _box_at(rng: Random, aspect: float, side: float) -> Box:
-    width, height = (side, side / aspect) if aspect >= 1 else (side * aspect, side)
+    width, height = extent(aspect, side)
     x0 = rng.uniform(_MARGIN_RATIO, 1 - _MARGIN_RATIO - width)
     y0 = rng.uniform(_MARGIN_RATIO, 1 - _MARGIN_RATIO - height)
     return x0, y0, x0 + width, y0 + height
@@ -195,15 +183,7 @@ NEAR_DUPLICATE_BITS = 6
 
 
 def paint(plan: Plan, sprites: dict[str, dict[str, list[bytes]]]) -> Image.Image:
-    """Paint a plan.
-
-    Args:
-        plan: What to show.
-        sprites: style -> concept -> PNG files.
-
-    Returns:
-        RGB picture of ``PICTURE_PX`` a side.
-    """
+    """Paint a plan as an RGB picture, ``PICTURE_PX`` a side, from PNG files by style and name."""
     image = _paint_background(plan.background)
     for item in plan.objects:
         with Image.open(io.BytesIO(sprites[item.style][item.name][item.variant])) as sprite:
@@ -226,14 +206,8 @@ def paint(plan: Plan, sprites: dict[str, dict[str, list[bytes]]]) -> Image.Image
 def vary(cut_out: Image.Image, rng: Random) -> Image.Image:
     """Change hue, saturation, contrast, brightness, slant, angle and sometimes sharpness.
 
-    A few artists do not show how differently others draw; this widens what they show.
-
-    Args:
-        cut_out: RGBA picture.
-        rng: Decides everything.
-
-    Returns:
-        RGBA picture of the same size.
+    A few artists do not show how differently others draw; this widens what they show. The cut-out
+    and what is returned are RGBA pictures of one size.
     """
     alpha, colours = cut_out.getchannel("A"), cut_out.convert("RGB")
     if rng.random() < 0.7:
@@ -336,11 +310,7 @@ def difference_hash(image: Image.Image) -> int:
 def paint_to_file(
     plan: Plan, sprites: dict[str, dict[str, list[bytes]]], path: Path
 ) -> tuple[str, int]:
-    """Paint a plan into a PNG file.
-
-    Returns:
-        SHA-256 of the file and the picture's difference hash.
-    """
+    """Paint a plan into a PNG file. Returns its SHA-256 and the picture's difference hash."""
     image = paint(plan, sprites)
     data = encode_png(image)
     path.write_bytes(data)

@@ -7,10 +7,10 @@ or a wrong option, and the option letters. Counts are uniform because scenes are
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
-from data_prep.sticker.names import Concept, counted, may_deny, with_article
+from data_prep.sticker.names import Concept, counted, may_deny, plural, with_article
 from data_prep.sticker.pictures import Placed, Plan, relation_of
 
 LETTERS = "ABCD"
@@ -103,10 +103,7 @@ class Ledger:
 
     def lettered(self, rng: Random, item: Item, wrong: Sequence[str]) -> Item:
         """Return the item as a lettered question with the given wrong options."""
-        return Item(
-            item.category, item.question, item.answer,
-            self.arrange(rng, item.answer, wrong), item.obj,
-        )  # fmt: skip
+        return replace(item, options=self.arrange(rng, item.answer, wrong))
 
     def wrong_names(
         self, rng: Random, answer: str, present: Iterable[Concept], pool: Sequence[Concept]
@@ -169,8 +166,9 @@ def existence_item(
     plan: Plan,
     ledger: Ledger,
     concepts: dict[str, Concept],
-    asked: Iterable[str] = (),
-    yes: bool | None = None,
+    asked: Iterable[str],
+    *,
+    yes: bool,
 ) -> Item | None:
     """Ask "Is there a dog in the image?", balanced for each object.
 
@@ -182,16 +180,12 @@ def existence_item(
         ledger: Of the split.
         concepts: All, by name.
         asked: Names this picture was asked about already.
-        yes: The answer wanted; None lets the ledger decide.
+        yes: The right answer.
 
     Returns:
         None if nothing is left to ask for.
     """
     names = [name for name in names_in(plan) if name not in asked]
-    if yes is None:
-        yes = bool(names) and ledger.say_yes(rng, "existence")
-        if not names:
-            ledger.truths["existence"] -= 1
     if not yes:
         present = [concepts[name] for name in names_in(plan)]
         names = [
@@ -220,15 +214,7 @@ def choice_item(
     concepts: dict[str, Concept],
     pool: Sequence[Concept] | None = None,
 ) -> Item | None:
-    """Ask for the one option that is in the picture.
-
-    Args:
-        rng: Random source.
-        plan: The picture.
-        ledger: Of the split.
-        concepts: All, by name.
-        pool: Where wrong options come from; all concepts by default.
-    """
+    """Ask for the one option that is in the picture; wrong ones come from ``pool``, or from all."""
     names = names_in(plan)
     rng.shuffle(names)
     answer = min(names, key=lambda name: ledger.right_minus_wrong[name])
@@ -241,14 +227,9 @@ def choice_item(
     return ledger.lettered(rng, Item(category, question, answer, obj=answer), wrong)
 
 
-def count_question(name_plural: str) -> str:
-    """Return the counting question."""
-    return f"How many {name_plural} are in the picture?"
-
-
-def count_item(question: str, count: int, name: str) -> Item:
+def count_item(name: str, count: int) -> Item:
     """Ask how many; the answer is a figure."""
-    return Item("counting", question, str(count), obj=name)
+    return Item("counting", f"How many {plural(name)} are in the picture?", str(count), obj=name)
 
 
 def count_options(count: int, highest: int) -> list[str]:

@@ -14,7 +14,6 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,14 @@ from milora_vl.data.fetch import (
     fetch_pypi,
 )
 
+logger = logging.getLogger(__name__)
+
+HELD_OUT_STYLE = "fluent"
+PHOTO_STYLE = "photo"
+N_CORE_CONCEPTS = 150
 SPRITE_PX = 144
+_CORE_TRAIN_STYLES = ("noto", "twemoji", "emojione", "fxemoji", "openmoji")
+_FULL_TRAIN_STYLES = _CORE_TRAIN_STYLES[:4]
 _PHOTO_CAPTION = re.compile(r"(?:An?|Some) ([a-zA-Z -]{3,30})\.")
 _PHOTO_ADJECTIVES = frozenset(
     (
@@ -57,39 +63,37 @@ def read_members(package: Path, wanted: Callable[[str], bool]) -> dict[str, byte
         }
 
 
+def read_tables(package: Path, *names: str) -> list[Any]:
+    """Return the parsed JSON files of an npm package, in the order named."""
+    paths = [f"package/{name}.json" for name in names]
+    found = read_members(package, paths.__contains__)
+    return [json.loads(found[path]) for path in paths]
+
+
 def emoji_entries(package: Path) -> list[dict]:
     """Return label, key, subgroup, tags and version of the emoji in the five groups used."""
-    names = ("package/en/data.json", "package/meta/groups.json")
-    found = {
-        name: json.loads(data) for name, data in read_members(package, names.__contains__).items()
-    }
-    subgroups = found[names[1]]["subgroups"]
-    groups = {"animals-nature", "food-drink", "travel-places", "activities", "objects"}
-    wanted = {int(key) for key, name in found[names[1]]["groups"].items() if name in groups}
+    emoji, meta = read_tables(package, "en/data", "meta/groups")
+    names = {"animals-nature", "food-drink", "travel-places", "activities", "objects"}
+    groups = {int(key) for key, name in meta["groups"].items() if name in names}
     return [
         {
             "label": entry["label"],
             "key": entry["hexcode"].lower().replace("-fe0f", ""),
-            "subgroup": subgroups[str(entry["subgroup"])],
+            "subgroup": meta["subgroups"][str(entry["subgroup"])],
             "tags": [tag.lower() for tag in entry.get("tags", [])],
             "version": entry["version"],
         }
-        for entry in found[names[0]]
-        if entry.get("group") in wanted
+        for entry in emoji
+        if entry.get("group") in groups
     ]
 
 
 def icons(package: Path) -> dict:
     """Return bodies, code points and size of an icon set."""
-    names = ("package/icons.json", "package/chars.json")
-    found = {
-        name: json.loads(data) for name, data in read_members(package, names.__contains__).items()
-    }
-    icons = found[names[0]]
-    chars = {key.replace("-fe0f", ""): name for key, name in found[names[1]].items()}
+    icons, chars = read_tables(package, "icons", "chars")
     return {
         "icons": icons["icons"],
-        "chars": chars,
+        "chars": {key.replace("-fe0f", ""): name for key, name in chars.items()},
         "width": icons.get("width", 16),
         "height": icons.get("height", 16),
     }
@@ -163,14 +167,10 @@ def photo_files(package: Path) -> dict[str, list[Path]]:
 
 
 def is_photo(path: Path) -> bool:
-    """Tell a cut-out photo from line art by the small noise of neighbouring pixels.
+    """Tell a cut-out photo, an RGBA PNG, from line art by the small noise of neighboring pixels.
 
-    Args:
-        path: RGBA PNG.
-
-    Returns:
-        True if more than 30 % of the neighbours inside the cut-out differ by 0.5 to 12 grey levels
-        and the picture is not tiny.
+    It is one if more than 30 % of the neighbors inside the cut-out differ by 0.5 to 12 gray levels
+    and the picture is not tiny.
     """
     with Image.open(path) as opened:
         pixels = np.asarray(opened.convert("RGBA"), dtype=np.float32)  # [H, W, 4]
@@ -204,17 +204,8 @@ def digits(package: Path) -> dict[int, np.ndarray]:
 def tables(package: Path) -> dict[str, Any]:
     """Return the tables with clear licences, parsed, by name."""
     names = ("gapminder", "countries", "penguins", "wheat", "obesity", "budget")
-    members = {f"package/data/{name}.json": name for name in names}
-    return {
-        members[path]: json.loads(data)
-        for path, data in read_members(package, members.__contains__).items()
-    }
-
-
-logger = logging.getLogger(__name__)
-
-HELD_OUT_STYLE = "fluent"
-PHOTO_STYLE = "photo"
+    found = read_tables(package, *(f"data/{name}" for name in names))
+    return dict(zip(names, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -317,9 +308,6 @@ def fetch_sources(
 ) -> tuple[dict[str, Path], list[tuple[Source, str]]]:
     """Provide every source that can be had.
 
-    Args:
-        sources: What to fetch.
-
     Returns:
         name -> package file, and [(source, reason)] of those left out, each also logged.
 
@@ -344,11 +332,6 @@ def fetch_sources(
     return files, left_out
 
 
-N_CORE_CONCEPTS = 150
-_CORE_TRAIN_STYLES = ("noto", "twemoji", "emojione", "fxemoji", "openmoji")
-_FULL_TRAIN_STYLES = _CORE_TRAIN_STYLES[:4]
-
-
 def load_catalogue(
     size: str,
     files: dict[str, Path],
@@ -371,12 +354,13 @@ def load_catalogue(
     if not {"names", HELD_OUT_STYLE} <= set(files) or not set(_FULL_TRAIN_STYLES) & set(files):
         return None
     missing = list(left_out)
-    drawings = {style: icons(files[style]) for style in _CORE_TRAIN_STYLES if style in files}
-    fluent = fluent_files(files[HELD_OUT_STYLE])
-    photos: dict[str, list[Path]] = {}
+    drawings = Drawings(
+        {style: icons(files[style]) for style in _CORE_TRAIN_STYLES if style in files},
+        fluent_files(files[HELD_OUT_STYLE]),
+    )
     if "photos" in files:
         try:
-            photos = photo_files(files["photos"])
+            drawings.photos = photo_files(files["photos"])
         except SourceUnavailableError as error:
             source = next(each for each in SOURCES if each.name == "photos")
             logger.warning("photos left out, which means %s: %s", source.without, error)
@@ -384,18 +368,21 @@ def load_catalogue(
     train_styles = _CORE_TRAIN_STYLES if size == "core" else _FULL_TRAIN_STYLES
     train_styles = tuple(style for style in train_styles if style in files)
     choose = _core_concepts if size == "core" else _full_concepts
-    chosen = choose(emoji_entries(files["names"]), drawings, train_styles, fluent, photos)
-    render = partial(_render_concept, drawings, fluent, photos)
-    sprites = _render_all(chosen, render, track)
+    chosen = choose(emoji_entries(files["names"]), drawings, train_styles)
+    sprites: dict[str, dict[str, list[bytes]]] = defaultdict(dict)
+    with worker_pool(drawings.render) as results:
+        for (concept, _), found in zip(track(chosen), results(chosen), strict=True):
+            for style, pngs in found.items():
+                sprites[style][concept.name] = pngs
     bench_styles = [HELD_OUT_STYLE]
-    if size == "full" and "openmoji" in drawings:
+    if size == "full" and "openmoji" in drawings.icons:
         bench_styles.append("openmoji")
     if PHOTO_STYLE in sprites:
         bench_styles.append(PHOTO_STYLE)
     names_left_out = {source.name for source, _ in missing}
     return Catalogue(
         concepts=[concept for concept, _ in chosen],
-        sprites=sprites,
+        sprites=dict(sprites),
         train_styles=train_styles,
         bench_styles=tuple(bench_styles),
         digits=digits(files["digits"]) if "digits" in files else {},
@@ -405,86 +392,73 @@ def load_catalogue(
     )
 
 
-def _render_all(
-    chosen: list[tuple[Concept, str]],
-    render: Callable[[tuple[Concept, str]], dict[str, list[bytes]]],
-    track: Callable[[list], Iterable],
-) -> dict[str, dict[str, list[bytes]]]:
-    """Render every concept with a few processes, in a fixed order."""
-    sprites: dict[str, dict[str, list[bytes]]] = defaultdict(dict)
-    with worker_pool(render) as results:
-        for (concept, _), found in zip(track(chosen), results(chosen), strict=True):
-            for style, files in found.items():
-                sprites[style][concept.name] = files
-    return dict(sprites)
+@dataclass
+class Drawings:
+    """What cut-outs are made from.
 
+    Attributes:
+        icons: style -> icon set, from ``icons``.
+        fluent: Pictures of the held-out artist by code point.
+        photos: Cut-out photos by caption.
+    """
 
-def _render_concept(
-    drawings: dict[str, dict],
-    fluent: dict[str, bytes],
-    photos: dict[str, list[Path]],
-    row: tuple[Concept, str],
-) -> dict[str, list[bytes]]:
-    concept, label = row
-    found: dict[str, list[bytes]] = {}
-    for style, icon_set in drawings.items():
-        icon = find_icon(icon_set, concept.key, label)
-        if icon is not None:
-            found[style] = [render_icon(icon_set, icon)]
-    found[HELD_OUT_STYLE] = [trimmed_png(fluent[concept.key])]
-    cut_outs = photos_of(photos, {concept.name, label.lower()})
-    if cut_outs:
-        found[PHOTO_STYLE] = [trimmed_png(path) for path in cut_outs]
-    return found
+    icons: dict[str, dict]
+    fluent: dict[str, bytes]
+    photos: dict[str, list[Path]] = field(default_factory=dict)
+
+    def n_styles(self, entry: dict, styles: Iterable[str]) -> int:
+        """Return how many of some styles have a drawing of an emoji."""
+        found = (find_icon(self.icons[style], entry["key"], entry["label"]) for style in styles)
+        return sum(icon is not None for icon in found)
+
+    def render(self, row: tuple[Concept, str]) -> dict[str, list[bytes]]:
+        """Return the PNG files of a concept, given with its label, by style."""
+        concept, label = row
+        found: dict[str, list[bytes]] = {}
+        for style, icon_set in self.icons.items():
+            icon = find_icon(icon_set, concept.key, label)
+            if icon is not None:
+                found[style] = [render_icon(icon_set, icon)]
+        found[HELD_OUT_STYLE] = [trimmed_png(self.fluent[concept.key])]
+        cut_outs = photos_of(self.photos, {concept.name, label.lower()})
+        if cut_outs:
+            found[PHOTO_STYLE] = [trimmed_png(path) for path in cut_outs]
+        return found
 
 
 def _core_concepts(
-    entries: list[dict],
-    drawings: dict[str, dict],
-    styles: tuple[str, ...],
-    fluent: dict[str, bytes],
-    photos: dict[str, list[Path]],
+    entries: list[dict], drawings: Drawings, styles: tuple[str, ...]
 ) -> list[tuple[Concept, str]]:
     ranked = []
     for order, entry in enumerate(entries):
         name = core_name(entry["label"])
-        if name is None or entry["key"] not in fluent:
+        if name is None or entry["key"] not in drawings.fluent:
             continue
-        n_styles = _n_styles(drawings, styles, entry)
+        n_styles = drawings.n_styles(entry, styles)
         if n_styles < min(3, len(styles)):
             continue
-        has_photo = bool(photos_of(photos, {name, entry["label"].lower()}))
+        has_photo = bool(photos_of(drawings.photos, {name, entry["label"].lower()}))
         # an old emoji is a common thing; the sub-group keeps mates for the adversarial questions
         rank = (not has_photo, -n_styles, entry["version"], order)
         ranked.append((rank, order, name, entry))
     kept = sorted(sorted(ranked, key=lambda row: row[0])[:N_CORE_CONCEPTS], key=lambda row: row[1])
-    return [(_concept(name, entry), entry["label"]) for _, _, name, entry in kept]
+    return [_concept(name, entry) for _, _, name, entry in kept]
 
 
 def _full_concepts(
-    entries: list[dict],
-    drawings: dict[str, dict],
-    styles: tuple[str, ...],
-    fluent: dict[str, bytes],
-    photos: dict[str, list[Path]],
+    entries: list[dict], drawings: Drawings, styles: tuple[str, ...]
 ) -> list[tuple[Concept, str]]:
-    del photos
-    chosen = []
-    for entry in entries:
-        name = full_name(entry["label"])
-        if name is None or entry["key"] not in fluent or _n_styles(drawings, styles, entry) < 2:
-            continue
-        if "openmoji" in drawings and not _n_styles(drawings, ("openmoji",), entry):
-            continue
-        chosen.append((_concept(name, entry), entry["label"]))
-    return chosen
+    extra = [style for style in ("openmoji",) if style in drawings.icons]
+    return [
+        _concept(name, entry)
+        for entry in entries
+        if (name := full_name(entry["label"])) is not None
+        and entry["key"] in drawings.fluent
+        and drawings.n_styles(entry, styles) >= 2
+        and drawings.n_styles(entry, extra) == len(extra)
+    ]
 
 
-def _concept(name: str, entry: dict) -> Concept:
-    return Concept(name, entry["subgroup"], frozenset(entry["tags"]), entry["key"])
-
-
-def _n_styles(drawings: dict[str, dict], styles: Iterable[str], entry: dict) -> int:
-    return sum(
-        find_icon(drawings[style], entry["key"], entry["label"]) is not None for style in styles
-    )
+def _concept(name: str, entry: dict) -> tuple[Concept, str]:
+    concept = Concept(name, entry["subgroup"], frozenset(entry["tags"]), entry["key"])
+    return concept, entry["label"]

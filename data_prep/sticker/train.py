@@ -18,12 +18,13 @@ from data_prep.sticker.charts import (
     short_words,
     word_items,
 )
-from data_prep.sticker.names import Concept, plural
+from data_prep.sticker.names import Concept
 from data_prep.sticker.pictures import (
     PICTURE_PX,
     Placed,
     Plan,
     Wanted,
+    extent,
     place,
     place_pair,
     plan_background,
@@ -39,7 +40,6 @@ from data_prep.sticker.questions import (
     count_held_out,
     count_item,
     count_options,
-    count_question,
     existence_item,
     is_where_item,
     kind_item,
@@ -111,9 +111,7 @@ def plan_drawing(rng: Random, stage: Stage, name: str | None = None) -> Plan:
     name = name or stage.pick(rng, [concept.name for concept in stage.pool()])
     wanted = stage.cut_out(rng, name)
     side = rng.uniform(0.55, 0.92)
-    width, height = (side, side / wanted.aspect) if wanted.aspect >= 1 else (
-        side * wanted.aspect, side,
-    )  # fmt: skip
+    width, height = extent(wanted.aspect, side)
     x0, y0 = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
     box = (x0, y0, x0 + width, y0 + height)
     placed = Placed(name, wanted.style, wanted.variant, box, rng.random() < 0.5)
@@ -123,13 +121,8 @@ def plan_drawing(rng: Random, stage: Stage, name: str | None = None) -> Plan:
 def plan_counting(rng: Random, stage: Stage, *, only_held_out: bool = False) -> Plan:
     """Plan a scene around n copies of one thing, n uniform from 1 to the most allowed.
 
-    Args:
-        rng: Random source.
-        stage: Of the split.
-        only_held_out: Choose a held-out (object, count); otherwise such are avoided.
-
-    Returns:
-        A scene; ``content["target"]`` and ``content["count"]`` say what to count.
+    Held-out pairs of object and count alone are chosen, or all but these. The content of the plan
+    says the ``target`` and the ``count``.
     """
     names = [concept.name for concept in stage.pool()]
     highest = stage.max_objects
@@ -151,13 +144,8 @@ def plan_counting(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
 def plan_relation(rng: Random, stage: Stage, *, only_held_out: bool = False) -> Plan:
     """Plan a scene in which two things are in a clear relation, the four relations uniform.
 
-    Args:
-        rng: Random source.
-        stage: Of the split.
-        only_held_out: Choose a held-out (pair, relation); otherwise such are avoided.
-
-    Returns:
-        A scene; ``content["pair"]`` and ``content["relation"]`` say what to ask.
+    Held-out relations of a pair alone are chosen, or all but these. The content of the plan says
+    the ``pair`` and the ``relation``.
     """
     names = [concept.name for concept in stage.pool()]
     relation = str(stage.least_asked(rng, RELATIONS))
@@ -375,7 +363,7 @@ def _counting(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_counting(rng, split.stage)
     items = _common_items(rng, split, plan)
     name, count = plan.content["target"], plan.content["count"]
-    item = count_item(count_question(plural(name)), count, name)
+    item = count_item(name, count)
     if rng.random() < 0.5:
         wrong = count_options(count, split.stage.max_objects)
         item = split.ledger.lettered(rng, item, wrong)
