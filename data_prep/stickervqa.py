@@ -3,7 +3,7 @@
     python data_prep/stickervqa.py --size core --seed 0 --out DIR
 
 Writes a train and a validation split as LLaVA JSON, and benches on held-out artists, photos,
-combinations, digits, fonts, chart tables and background colours in the file formats of MMBench,
+combinations, digits, fonts, chart tables and background colors in the file formats of MMBench,
 POPE and VQA v2. Scores on them are StickerVQA scores, not scores of those benchmarks.
 """
 

@@ -69,10 +69,10 @@ def plan_chart(
     else:
         return None
     background = {**plan_background(rng, held_out=held_out), "kind": "plain"}
-    colours = [tuple(rng.randrange(30, 200) for _ in range(3)) for _ in bars]
+    colors = [tuple(rng.randrange(30, 200) for _ in range(3)) for _ in bars]
     font = BENCH_FONT if held_out else rng.choice(TRAIN_FONTS[:4])
     size_px = 17 if max(len(label) for label, _ in bars) * n_bars <= 16 else 13
-    content = {"bars": bars, "colours": colours, "font": font_path(font), "size_px": size_px}
+    content = {"bars": bars, "colors": colors, "font": font_path(font), "size_px": size_px}
     return Plan("chart", background, content=content)
 
 

@@ -35,8 +35,6 @@ _SHAPES: dict[str, tuple[str, Sequence[tuple[float, float]]]] = {
     "octagon": ("shape-cornered", _regular(8, 22.5)),
     "trapezoid": ("shape-cornered", [(0.25, 0.2), (0.75, 0.2), (1, 0.8), (0, 0.8)]),
     "circle": ("shape-round", _regular(48)),
-    "oval": ("shape-round", [(x, 0.25 + y / 2) for x, y in _regular(48)]),
-    "disc": ("shape-round", []),
     "star": ("sign-pointed", _regular(10, -90, 0.42)),
     "burst": ("sign-pointed", _regular(24, -90, 0.62)),
     "arrow": ("sign-pointed", [(0, 0.35), (0.55, 0.35), (0.55, 0.1), (1, 0.5), (0.55, 0.9),
@@ -48,7 +46,6 @@ _SHAPES: dict[str, tuple[str, Sequence[tuple[float, float]]]] = {
     "house": ("sign-crossed", [(0.5, 0), (1, 0.45), (0.85, 0.45), (0.85, 1), (0.15, 1),
                                (0.15, 0.45), (0, 0.45)]),
 }  # fmt: skip
-del _SHAPES["disc"], _SHAPES["oval"]
 
 
 def drawn_catalogue() -> Catalogue:
@@ -76,15 +73,15 @@ def drawn_catalogue() -> Catalogue:
 def _draw(points: Sequence[tuple[float, float]], style: str, index: int) -> bytes:
     side = _SIDE_PX
     rng = np.random.default_rng([index, sum(style.encode())])
-    colour = tuple(int(value) for value in rng.integers(20, 200, 3))
+    color = tuple(int(value) for value in rng.integers(20, 200, 3))
     corners = [(4 + x * (side - 8), 4 + y * (side - 8)) for x, y in points]
     image = Image.new("RGBA", (side, side))
     draw = ImageDraw.Draw(image)
     if style == "outlined":
         draw.polygon(corners, fill=(255, 255, 255, 255))
-        draw.line([*corners, corners[0], corners[1]], fill=(*colour, 255), width=6, joint="curve")
+        draw.line([*corners, corners[0], corners[1]], fill=(*color, 255), width=6, joint="curve")
     else:
-        draw.polygon(corners, fill=(*colour, 255))
+        draw.polygon(corners, fill=(*color, 255))
     if style == _BENCH_STYLE:
         light = np.linspace(70, -50, side)[:, None, None]  # [side, 1, 1]
         image = _add_light(image, light)

@@ -41,7 +41,7 @@ class Placed:
         variant: Which of the style's cut-outs of the concept.
         box: x0, y0, x1, y1 as fractions of the side.
         flip: Mirrored left to right.
-        variation: Seed of a change of colours, slant and sharpness; None paints it as it is.
+        variation: Seed of a change of colors, slant and sharpness; None paints it as it is.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Placed:
     variation: int | None = None
 
     @property
-    def centre(self) -> tuple[float, float]:
-        """Return the centre of the box, as fractions."""
+    def center(self) -> tuple[float, float]:
+        """Return the center of the box, as fractions."""
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
@@ -64,7 +64,7 @@ class Plan:
 
     Attributes:
         kind: "scene", "drawing", "digits", "word" or "chart".
-        background: Colours and texture, from ``plan_background``.
+        background: Colors and texture, from ``plan_background``.
         objects: Cut-outs, back to front.
         content: What digits, words and charts show.
     """
@@ -94,16 +94,16 @@ def plan_background(rng: Random, *, held_out: bool) -> dict[str, Any]:
             if any(low <= value < high for low, high in BENCH_HUES) == held_out:
                 return value
 
-    def colour() -> tuple[int, int, int]:
+    def color() -> tuple[int, int, int]:
         red, green, blue = colorsys.hsv_to_rgb(
             hue(), rng.uniform(0.06, 0.38), rng.uniform(0.86, 1.0)
         )
         return round(255 * red), round(255 * green), round(255 * blue)
 
-    first = colour()
+    first = color()
     return {
         "kind": rng.choice(("plain", "gradient", "soft")),
-        "colours": (first, colour()),
+        "colors": (first, color()),
         "angle": rng.randrange(4),
         "noise_seed": rng.randrange(1 << 30),
     }
@@ -146,10 +146,10 @@ def place_pair(rng: Random, wanted: list[Wanted], relation: str) -> tuple[Placed
 def relation_of(one: Placed, other: Placed) -> str | None:
     """Return where ``one`` is as seen from ``other``, or None where it is not clear-cut.
 
-    Clear-cut: the centres are at least 0.30 of the side apart along one axis and at most 0.14
+    Clear-cut: the centers are at least 0.30 of the side apart along one axis and at most 0.14
     along the other.
     """
-    across, down = (a - b for a, b in zip(one.centre, other.centre, strict=True))
+    across, down = (a - b for a, b in zip(one.center, other.center, strict=True))
     if abs(across) >= _MIN_GAP_RATIO and abs(down) <= _MAX_OFF_AXIS_RATIO:
         return "left" if across < 0 else "right"
     if abs(down) >= _MIN_GAP_RATIO and abs(across) <= _MAX_OFF_AXIS_RATIO:
@@ -209,31 +209,31 @@ def vary(cut_out: Image.Image, rng: Random) -> Image.Image:
     A few artists do not show how differently others draw; this widens what they show. The cut-out
     and what is returned are RGBA pictures of one size.
     """
-    alpha, colours = cut_out.getchannel("A"), cut_out.convert("RGB")
+    alpha, colors = cut_out.getchannel("A"), cut_out.convert("RGB")
     if rng.random() < 0.7:
-        hue, saturation, value = colours.convert("HSV").split()
+        hue, saturation, value = colors.convert("HSV").split()
         turn = rng.randint(-30, 30)  # of 256
         hue = hue.point(lambda at: (at + turn) % 256)
-        colours = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    colours = ImageEnhance.Color(colours).enhance(rng.uniform(0.2, 1.4))
-    colours = ImageEnhance.Contrast(colours).enhance(rng.uniform(0.6, 1.4))
-    colours = ImageEnhance.Brightness(colours).enhance(rng.uniform(0.7, 1.25))
+        colors = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    colors = ImageEnhance.Color(colors).enhance(rng.uniform(0.2, 1.4))
+    colors = ImageEnhance.Contrast(colors).enhance(rng.uniform(0.6, 1.4))
+    colors = ImageEnhance.Brightness(colors).enhance(rng.uniform(0.7, 1.25))
     if rng.random() < 0.2:
-        colours = colours.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
-    colours.putalpha(alpha)
+        colors = colors.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
+    colors.putalpha(alpha)
     slant = rng.uniform(-0.2, 0.2)
     affine = (1, slant, -slant * cut_out.height / 2, 0, 1, 0)
-    slanted = colours.transform(
+    slanted = colors.transform(
         cut_out.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
     )
     return slanted.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR)
 
 
 def _paint_background(background: dict[str, Any]) -> Image.Image:
-    first, second = (np.array(colour, dtype=np.float32) for colour in background["colours"])
+    first, second = (np.array(color, dtype=np.float32) for color in background["colors"])
     side = PICTURE_PX
     if background["kind"] == "plain":
-        return Image.new("RGB", (side, side), background["colours"][0])
+        return Image.new("RGB", (side, side), background["colors"][0])
     if background["kind"] == "gradient":
         ramp = np.linspace(0, 1, side, dtype=np.float32)
         weight = np.rot90(np.tile(ramp, (side, 1)), background["angle"])
@@ -248,8 +248,8 @@ def _paint_background(background: dict[str, Any]) -> Image.Image:
 def _paint_digits(image: Image.Image, content: dict[str, Any]) -> None:
     ink = Image.new("RGB", (content["size_px"],) * 2, tuple(content["ink"]))
     for index, digit in enumerate(content["pictures"]):
-        grey = Image.frombytes("L", (28, 28), digit)
-        mask = grey.resize(ink.size, Image.Resampling.BICUBIC)
+        gray = Image.frombytes("L", (28, 28), digit)
+        mask = gray.resize(ink.size, Image.Resampling.BICUBIC)
         x0 = content["left_px"] + round(index * content["size_px"] * 0.78)
         image.paste(ink, (x0, content["top_px"]), mask)
 
@@ -284,8 +284,8 @@ def _paint_chart(image: Image.Image, content: dict[str, Any]) -> None:
     for index, (label, value) in enumerate(content["bars"]):
         x0 = left + index * slot + slot * 0.18
         height = (bottom - top) * value / highest
-        colour = tuple(content["colours"][index])
-        draw.rectangle((x0, bottom - height, x0 + slot * 0.64, bottom - 1), fill=colour)
+        color = tuple(content["colors"][index])
+        draw.rectangle((x0, bottom - height, x0 + slot * 0.64, bottom - 1), fill=color)
         draw.text((x0 + slot * 0.32, bottom + 6), label, font=font, fill=(30, 30, 30), anchor="ma")
 
 
@@ -299,11 +299,11 @@ def encode_png(image: Image.Image) -> bytes:
 def difference_hash(image: Image.Image) -> int:
     """Return a 256-bit hash that is nearly the same for nearly the same pictures.
 
-    Each bit tells whether a cell of a 17 x 16 grey thumbnail is brighter than its right neighbour.
+    Each bit tells whether a cell of a 17 x 16 gray thumbnail is brighter than its right neighbour.
     """
     small = image.convert("L").resize((17, 16), Image.Resampling.BOX)
-    grey = np.asarray(small, dtype=np.int16)  # [16, 17]
-    bits = grey[:, 1:] > grey[:, :-1]
+    gray = np.asarray(small, dtype=np.int16)  # [16, 17]
+    bits = gray[:, 1:] > gray[:, :-1]
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

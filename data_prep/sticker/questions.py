@@ -149,7 +149,7 @@ def count_held_out(name: str, count: int) -> bool:
 
 def names_in(plan: Plan) -> list[str]:
     """Return the different names in a picture, from left to right."""
-    ordered = sorted(plan.objects, key=lambda item: item.centre[0])
+    ordered = sorted(plan.objects, key=lambda item: item.center[0])
     return list(dict.fromkeys(item.name for item in ordered))
 
 

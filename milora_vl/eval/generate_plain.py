@@ -1,6 +1,5 @@
 """Greedy answers of any model by plain batched ``model.generate``: what works for every family."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from milora_vl.constants import IMAGE_TOKEN, VIDEO_TOKEN
 from milora_vl.data.collate import pad_batch
 from milora_vl.data.encode import encode
-from milora_vl.data.images import ImageTransform, load_image
+from milora_vl.data.images import ImageTransform
 from milora_vl.data.records import Turn
 from milora_vl.data.videos import Video, load_frames
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
@@ -197,12 +196,7 @@ class PlainAnswerer:
         return generate(self.vlm, prompts, max_new_tokens, sorted(self.stop_ids))
 
     def _prompt(self, request: Request) -> dict[str, Any]:
-        images = []
-        for source in request.images:
-            try:
-                images.append(load_image(io.BytesIO(source.read())))
-            except ValueError as error:
-                raise ValueError(f"{source.where}: {error}") from error
+        images = [source.open() for source in request.images]
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
         videos = []
         if (video := request.video) is not None:

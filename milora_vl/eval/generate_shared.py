@@ -5,7 +5,6 @@ in exact arithmetic the result is that of ``model.generate`` on one question at 
 ``SharedAnswerer.answer_one_by_one`` is that reference.
 """
 
-import io
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +13,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.encode import encode
-from milora_vl.data.images import ImageTransform, load_image
+from milora_vl.data.images import ImageTransform
 from milora_vl.data.prompts import get_style
 from milora_vl.data.records import Turn
 from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
-from milora_vl.eval.generate_plain import PlainAnswerer
+from milora_vl.eval.generate_plain import PlainAnswerer, generate
 from milora_vl.eval.items import Answer, EvaluationError, ImageSource, Request
 from milora_vl.eval.prefix_tree import build_tree, generate_over_trees, plan_trees, tree_logits
 from milora_vl.model.load import count_image_tokens
@@ -101,22 +100,14 @@ class SharedAnswerer:
         self, requests: Sequence[Request], *, max_new_tokens: int
     ) -> dict[str, Answer]:
         """Answer with plain ``model.generate``, one request at a time: slow, for comparison."""
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(self.stop_ids),
-            pad_token_id=min(self.stop_ids),
-        )
         answers = {}
-        with torch.inference_mode():
-            for request in requests:
-                ids = torch.tensor([self.encode(request)], device=self.model.device)
-                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                if request.images:
-                    pixels = torch.stack([self._read_pixels(one) for one in request.images])
-                    inputs["pixel_values"] = pixels.to(self.model.device, self.model.dtype)
-                output = self.vlm.model.generate(**inputs, generation_config=config)
-                answers[request.id] = read_answer(self, output[0, ids.shape[1] :].tolist())
+        for request in requests:
+            sample: dict[str, Any] = {"input_ids": self.encode(request)}
+            if request.images:
+                pixels = [self.transform(source.open()) for source in request.images]
+                sample["pixel_values"] = torch.stack(pixels)
+            (tokens,) = generate(self.vlm, [sample], max_new_tokens, sorted(self.stop_ids))
+            answers[request.id] = read_answer(self, tokens)
         return answers
 
     def encode(self, request: Request) -> list[int]:
@@ -214,7 +205,7 @@ class SharedAnswerer:
         # a key of several images is that of each, joined
         parts = {key: key.split("+") for key in sources if key is not None}
         new = {
-            part: self._read_pixels(source)
+            part: self.transform(source.open())
             for key, names in parts.items()
             for part, source in zip(names, sources[key], strict=True)
             if part not in self._features
@@ -230,12 +221,6 @@ class SharedAnswerer:
         while sum(one.nbytes for one in self._features.values()) > _FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)
         return result
-
-    def _read_pixels(self, source: ImageSource) -> Tensor:
-        try:
-            return self.transform(load_image(io.BytesIO(source.read())))
-        except ValueError as error:
-            raise ValueError(f"{source.where}: {source.path or 'base64 image'}: {error}") from error
 
 
 def encode_images(

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import io
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
+from milora_vl.data.images import load_image
 from milora_vl.errors import MiloraError
 
 T = TypeVar("T")
@@ -69,6 +73,19 @@ class ImageSource:
             return decode_base64(self.encoded)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from error
+
+    def open(self) -> Image.Image:
+        """Return the image, RGB.
+
+        Raises:
+            ValueError: If it is damaged, missing or no image; names the row.
+            OSError: If the file cannot be read; names the row.
+        """
+        data = self.read()
+        try:
+            return load_image(io.BytesIO(data))
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {self.path or 'base64 image'}: {error}") from error
 
     def key(self) -> str:
         """Return a hash of the image file's bytes; raises as ``read`` does."""

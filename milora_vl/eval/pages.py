@@ -17,7 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from milora_vl.adapter.certificate import Certificate
-from milora_vl.data.images import load_image
 from milora_vl.eval import plots
 from milora_vl.eval.bench_files import printable, shorten
 from milora_vl.eval.benches import BENCHES
@@ -302,7 +301,7 @@ def thumbnail(item: Item) -> str:
     if item.image is None:
         return ""
     try:
-        image = load_image(io.BytesIO(item.image.read()))
+        image = item.image.open()
     except (OSError, ValueError) as error:
         return f"<p>{html.escape(str(error))}</p>"
     image.thumbnail((_IMAGE_PX, _IMAGE_PX))

@@ -2,7 +2,8 @@
 
 A bench is a module with
 
-* ``VERSION``, which goes up with any change of prompts or scores, ``METRIC``, ``MAX_NEW_TOKENS``;
+* ``FILES``, the official files as ``--help`` names them, ``METRIC``, ``MAX_NEW_TOKENS`` and
+  ``VERSION``, which goes up with any change of prompts or scores;
 * ``load``: official files, or the hub mirror (``MIRRORS``) -> items;
 * ``parse`` and ``judge``: one answer -> what is read out of it, and its row;
 * ``summarize``: all rows -> the numbers of ``results.json``;

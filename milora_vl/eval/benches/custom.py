@@ -28,6 +28,7 @@ from milora_vl.eval.items import Item, Row
 
 logger = logging.getLogger(__name__)
 
+FILES = "a JSONL file: question, image, and choices + answer, or answers"
 VERSION = 1
 METRIC = "accuracy"
 MAX_NEW_TOKENS = 32

@@ -22,6 +22,7 @@ from milora_vl.eval.bench_files import (
 )
 from milora_vl.eval.items import ImageSource, Item, Row
 
+FILES = "testdev_balanced_questions.json"
 VERSION = 1
 METRIC = "exact_match"
 MAX_NEW_TOKENS = 16

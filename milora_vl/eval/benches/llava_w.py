@@ -28,6 +28,7 @@ from milora_vl.eval.bench_files import (
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows
 from milora_vl.eval.scoring import Files, Texts
 
+FILES = "questions.jsonl, context.jsonl, answers_gpt4.jsonl"
 VERSION = 1
 METRIC = "judge_score_over_reference"
 MAX_NEW_TOKENS = 1024

@@ -40,6 +40,7 @@ from milora_vl.eval.scoring import Files, Texts
 
 logger = logging.getLogger(__name__)
 
+FILES = "*mmbench*.tsv, rotated rows included, as published"
 VERSION = 1
 METRIC = "circular_accuracy"
 MAX_NEW_TOKENS = 8
@@ -379,4 +380,4 @@ def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None
     return files
 
 
-VARIANTS = {"mmbench-cn": {"load": partial(load, chinese=True), "MIRRORS": MIRRORS_CN}}
+VARIANTS = {"mmbench-cn": {"FILES": "the same, *cn*", "load": partial(load, chinese=True)}}

@@ -26,6 +26,7 @@ from milora_vl.eval.bench_files import (
 from milora_vl.eval.items import ImageSource, Item, Row, split_rows, take_groups
 from milora_vl.eval.scoring import Files, Texts
 
+FILES = "a folder a category below MME_Benchmark_release_version"
 VERSION = 1
 METRIC = "perception_points"
 MAX_NEW_TOKENS = 8

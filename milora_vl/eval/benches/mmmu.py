@@ -30,6 +30,7 @@ from milora_vl.eval.bench_files import (
 from milora_vl.eval.items import Item, Row
 from milora_vl.eval.scoring import Files, Texts
 
+FILES = "*validation*.parquet"
 VERSION = 2
 METRIC = "accuracy"
 MAX_NEW_TOKENS = 32
@@ -201,4 +202,4 @@ def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None
     return {"mmmu_submission.json": said}
 
 
-VARIANTS = {"mmmu-first": {"load": load_first}}
+VARIANTS = {"mmmu-first": {"FILES": "the same: one image a question", "load": load_first}}

@@ -26,6 +26,7 @@ from milora_vl.eval.bench_files import (
 from milora_vl.eval.items import ImageSource, Item, Row
 from milora_vl.eval.scoring import Files, Texts
 
+FILES = "mm-vet.json"
 VERSION = 1
 METRIC = "judge_score"
 MAX_NEW_TOKENS = 1024

@@ -29,6 +29,7 @@ from milora_vl.eval.scoring import Files, Texts
 
 logger = logging.getLogger(__name__)
 
+FILES = "coco_pope_random.json (popular, adversarial), or pope/random.jsonl ..."
 VERSION = 1
 METRIC = "mean_f1"
 MAX_NEW_TOKENS = 8

@@ -26,6 +26,7 @@ from milora_vl.eval.bench_files import (
 )
 from milora_vl.eval.items import ImageSource, Item, Row, VideoSource
 
+FILES = "SEED-Bench.json: images, and middle frames of videos"
 VERSION = 1
 METRIC = "accuracy"
 METRIC_IMAGE = "image_accuracy"
@@ -172,6 +173,16 @@ submission = scoring.one_file(
 )
 
 VARIANTS = {
-    "seed-image": {"load": load_images, "summarize": summarize_images, "METRIC": METRIC_IMAGE},
-    "seed-video": {"load": load_videos, "summarize": summarize_videos, "METRIC": METRIC_VIDEO},
+    "seed-image": {
+        "FILES": "the same: images alone",
+        "load": load_images,
+        "summarize": summarize_images,
+        "METRIC": METRIC_IMAGE,
+    },
+    "seed-video": {
+        "FILES": "the same: videos, from SEED-Bench-video/, of a model that takes videos",
+        "load": load_videos,
+        "summarize": summarize_videos,
+        "METRIC": METRIC_VIDEO,
+    },
 }

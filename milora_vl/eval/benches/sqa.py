@@ -29,6 +29,7 @@ from milora_vl.eval.bench_files import (
 from milora_vl.eval.items import ImageSource, Item, Row
 from milora_vl.eval.scoring import Files, Texts
 
+FILES = "problems.json + pid_splits.json: questions with an image"
 VERSION = 1
 METRIC = "img_accuracy"
 METRIC_FULL = "accuracy"
@@ -180,4 +181,11 @@ def submission(items: Sequence[Item], texts: Texts, data_dir: Path | None = None
     return {"sqa_submission.json": {"results": results}}
 
 
-VARIANTS = {"sqa-full": {"load": load_full, "summarize": summarize_full, "METRIC": METRIC_FULL}}
+VARIANTS = {
+    "sqa-full": {
+        "FILES": "the same: all questions",
+        "load": load_full,
+        "summarize": summarize_full,
+        "METRIC": METRIC_FULL,
+    },
+}

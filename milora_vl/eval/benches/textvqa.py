@@ -24,6 +24,7 @@ from milora_vl.eval.bench_files import (
 )
 from milora_vl.eval.items import ImageSource, Item, Row
 
+FILES = "TextVQA_0.5.1_val.json"
 VERSION = 1
 METRIC = "vqa_accuracy"
 MAX_NEW_TOKENS = 16
@@ -128,4 +129,9 @@ submission = scoring.one_file(
     lambda item, text: {"question_id": item.details["question_id"], "answer": m4c(text)},
 )
 
-VARIANTS = {"textvqa-ocr": {"load": partial(load, with_ocr=True)}}
+VARIANTS = {
+    "textvqa-ocr": {
+        "FILES": "also TextVQA_Rosetta_OCR_v0.2_val.json",
+        "load": partial(load, with_ocr=True),
+    },
+}

@@ -21,6 +21,7 @@ from milora_vl.eval.bench_files import (
 )
 from milora_vl.eval.items import ImageSource, Item, Row
 
+FILES = "val.json, test.json"
 VERSION = 1
 METRIC = "vqa_accuracy"
 MAX_NEW_TOKENS = 16

@@ -24,6 +24,10 @@ from milora_vl.eval.bench_files import (
 from milora_vl.eval.items import ImageSource, Item, Row
 from milora_vl.eval.scoring import Files, Texts
 
+FILES = (
+    "v2_OpenEnded_mscoco_{val2014,test-dev2015,test2015}_questions.json +\n"
+    "annotations; or vqa/questions.json of the demo's set"
+)
 VERSION = 1
 METRIC = "vqa_accuracy"
 MAX_NEW_TOKENS = 16

@@ -163,7 +163,7 @@ def test_held_out_artists_are_only_in_the_bench(built):
         } <= train_names
 
 
-def test_held_out_digits_fonts_tables_and_colours():
+def test_held_out_digits_fonts_tables_and_colors():
     catalogue = drawn_catalogue()
     rng = Random(0)
     seen = {}
@@ -185,13 +185,13 @@ def test_held_out_digits_fonts_tables_and_colours():
     assert not set(charts.TRAIN_TABLES) & set(charts.BENCH_TABLES)
     for held_out in (True, False):
         for _ in range(200):
-            for colour in plan_background(rng, held_out=held_out)["colours"]:
-                assert _has_bench_hue(colour, slack=0.03 if held_out else -0.03) == held_out
+            for color in plan_background(rng, held_out=held_out)["colors"]:
+                assert _has_bench_hue(color, slack=0.03 if held_out else -0.03) == held_out
 
 
-def _has_bench_hue(colour, slack):
-    """Hue of an 8-bit colour; ``slack`` allows for the rounding of pale colours."""
-    hue = colorsys.rgb_to_hsv(*(value / 255 for value in colour))[0]
+def _has_bench_hue(color, slack):
+    """Hue of an 8-bit color; ``slack`` allows for the rounding of pale colors."""
+    hue = colorsys.rgb_to_hsv(*(value / 255 for value in color))[0]
     return any(low - slack <= hue < high + slack for low, high in BENCH_HUES)
 
 

@@ -150,7 +150,7 @@ def test_bench_names():
     assert bench_names("lm:arc_easy,gsm8k,gqa") == ["lm:arc_easy", "lm:gsm8k", "gqa"]
     assert bench_names("stickervqa") == ["mmbench", "pope", "vqav2"]
     for wrong in ("mm", "", "pope,gqba"):
-        with pytest.raises(ValueError, match="mmbench, .*pope, .*vqav2"):
+        with pytest.raises(ValueError, match=r"mmbench, .*pope, .*vqav2"):
             bench_names(wrong)
 
 
