@@ -13,40 +13,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from data_prep.sticker.charts import (
-    N_BARS,
-    bar_item,
-    digits_items,
-    plan_chart,
-    plan_digits,
-    plan_word,
-    short_words,
-    word_items,
-)
+from data_prep.sticker import charts, questions, train
 from data_prep.sticker.names import Concept, may_deny
 from data_prep.sticker.pictures import Plan, difference_hash, encode_png, is_near_duplicate, paint
-from data_prep.sticker.questions import (
-    LETTERS,
-    NAME_QUESTION,
-    RELATIONS,
-    Item,
-    choice_item,
-    count_item,
-    count_options,
-    existence_question,
-    names_in,
-    what_is_where_item,
-    where_item,
-)
+from data_prep.sticker.questions import LETTERS, RELATIONS, Item
 from data_prep.sticker.sources import PHOTO_STYLE
-from data_prep.sticker.train import (
-    Split,
-    Stage,
-    plan_counting,
-    plan_drawing,
-    plan_presence,
-    plan_relation,
-)
+from data_prep.sticker.train import Split, Stage
 
 ROTATION_STEP = 1_000_000
 DATA_SUBTYPE = "stickervqa"
@@ -137,7 +109,7 @@ def balanced_existence(
     Returns:
         (picture, object, "yes" or "no"), shuffled, no question twice about a picture.
     """
-    holds = [(picture, names_in(picture.plan)) for picture in pictures]
+    holds = [(picture, questions.names_in(picture.plan)) for picture in pictures]
     shown = Counter(name for _, names in holds for name in names)
     wanted = list(shown)
     if kind == "popular":
@@ -173,7 +145,7 @@ def pope_lines(rows: Iterable[tuple[BenchPicture, str, str]]) -> str:
         {
             "question_id": index,
             "image": picture.file_name,
-            "text": existence_question(name),
+            "text": questions.existence_question(name),
             "label": label,
         }
         for index, (picture, name, label) in enumerate(rows, start=1)
@@ -194,10 +166,10 @@ def vqa_files(rows: Sequence[tuple[BenchPicture, Item]]) -> tuple[dict, dict]:
         "data_type": "mscoco",
         "data_subtype": DATA_SUBTYPE,
     }
-    questions, annotations = [], []
+    asked, annotations = [], []
     for index, (picture, item) in enumerate(rows):
         key = {"question_id": picture.number * 1000 + index % 1000, "image_id": picture.number}
-        questions.append({"image_id": key["image_id"], "question": item.question, **key})
+        asked.append({"image_id": key["image_id"], "question": item.question, **key})
         annotations.append(
             {
                 **key,
@@ -211,7 +183,7 @@ def vqa_files(rows: Sequence[tuple[BenchPicture, Item]]) -> tuple[dict, dict]:
             }
         )
     return (
-        {**head, "task_type": "Open-Ended", "questions": questions},
+        {**head, "task_type": "Open-Ended", "questions": asked},
         {**head, "annotations": annotations},
     )
 
@@ -317,7 +289,9 @@ class BenchPlanner:
             stage = self.restricted(photos if photos and index % 4 == 3 else drawings).stage
             here = [concept.name for concept in stage.pool() if concept.name in mated]
             with_mate = [stage.pick(rng, here)] if here and index % 2 == 0 else []
-            yield self.paint(lambda stage=stage, names=with_mate: plan_presence(rng, stage, names))
+            yield self.paint(
+                lambda stage=stage, names=with_mate: train.plan_presence(rng, stage, names)
+            )
 
     def open_questions(
         self, rng: Random, scenes: list[BenchPicture], n_questions: int
@@ -332,7 +306,7 @@ class BenchPlanner:
         n_counts = int(0.25 * n_questions) if "counting" in taught else 0
         rows = balanced_existence(rng, "random", scenes, self.split.concepts, n_yes_no)
         for picture, name, label in rows:
-            yield picture, Item("existence", existence_question(name), label, obj=name)
+            yield picture, Item("existence", questions.existence_question(name), label, obj=name)
         for _ in range(n_counts):
             yield self.count(rng)
         for index in range(n_questions - n_yes_no - n_counts):
@@ -356,9 +330,9 @@ class BenchPlanner:
             del shares["naming photos"]
         if not self.split.stage.catalogue.digits:
             shares.pop("digits", None)
-        if not any(len(row) >= N_BARS for row in self.split.series):
+        if not any(len(row) >= charts.N_BARS for row in self.split.series):
             shares.pop("charts", None)
-        if not short_words(self.split.concepts):
+        if not charts.short_words(self.split.concepts):
             shares.pop("words", None)
         counts = {category: int(n_questions * share / total) for category, share in shares.items()}
         counts["naming drawings"] += n_questions - sum(counts.values())
@@ -367,8 +341,12 @@ class BenchPlanner:
     def count(self, rng: Random) -> tuple[BenchPicture, Item]:
         """Paint a counting scene of drawings; returns it with its question."""
         split = self.restricted(self.styles()[0])
-        picture = self.paint(lambda: plan_counting(rng, split.stage, only_held_out=self.held_out))
-        return picture, count_item(picture.plan.content["target"], picture.plan.content["count"])
+        picture = self.paint(
+            lambda: train.plan_counting(rng, split.stage, only_held_out=self.held_out)
+        )
+        return picture, questions.count_item(
+            picture.plan.content["target"], picture.plan.content["count"]
+        )
 
     def relation(
         self, rng: Random, max_objects: int | None = None
@@ -376,19 +354,19 @@ class BenchPlanner:
         """Paint two drawings in a clear relation; returns the scene, their names, the relation."""
         stage = self.restricted(self.styles()[0]).stage
         stage = replace(stage, max_objects=max_objects or stage.max_objects)
-        picture = self.paint(lambda: plan_relation(rng, stage, only_held_out=self.held_out))
+        picture = self.paint(lambda: train.plan_relation(rng, stage, only_held_out=self.held_out))
         return picture, picture.plan.content["pair"], picture.plan.content["relation"]
 
     def _what(self, rng: Random) -> tuple[BenchPicture, Item]:
         picture, (one, other), relation = self.relation(rng, max_objects=2)
-        return picture, what_is_where_item(one, other, relation)
+        return picture, questions.what_is_where_item(one, other, relation)
 
     def _name(self, rng: Random) -> tuple[BenchPicture, Item]:
         drawings, photos = self.styles()
         stage = self.restricted(photos if photos and rng.random() < 0.5 else drawings).stage
-        picture = self.paint(lambda: plan_drawing(rng, stage))
+        picture = self.paint(lambda: train.plan_drawing(rng, stage))
         name = picture.plan.objects[0].name
-        return picture, Item("naming", NAME_QUESTION, name, obj=name)
+        return picture, Item("naming", questions.NAME_QUESTION, name, obj=name)
 
 
 def _one_of_four(
@@ -397,47 +375,55 @@ def _one_of_four(
     split = planner.restricted(planner.styles()[photos])
     picture = planner.paint(lambda: plan(rng, split.stage))
     # wrong options come from the same pool as the answers: what may be shown tells nothing
-    item = choice_item(rng, picture.plan, split.ledger, split.concepts, split.stage.pool())
+    item = questions.choice_item(
+        rng, picture.plan, split.ledger, split.concepts, split.stage.pool()
+    )
     return None if item is None else (picture, item)
 
 
 def _counting(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
     picture, item = planner.count(rng)
-    wrong = count_options(int(item.answer), planner.split.stage.max_objects)
+    wrong = questions.count_options(int(item.answer), planner.split.stage.max_objects)
     return picture, planner.split.ledger.lettered(rng, item, wrong)
 
 
 def _position(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
     picture, (one, other), relation = planner.relation(rng)
     wrong = [each for each in RELATIONS if each != relation]
-    return picture, planner.split.ledger.lettered(rng, where_item(one, other, relation), wrong)
+    return picture, planner.split.ledger.lettered(
+        rng, questions.where_item(one, other, relation), wrong
+    )
 
 
 def _digits(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
     split, held_out = planner.split, planner.held_out
     digits = split.stage.catalogue.digits
-    picture = planner.paint(lambda: plan_digits(rng, digits, split.digit_span, held_out=held_out))
-    return picture, digits_items(rng, split.ledger, picture.plan)[1]
+    picture = planner.paint(
+        lambda: charts.plan_digits(rng, digits, split.digit_span, held_out=held_out)
+    )
+    return picture, charts.digits_items(rng, split.ledger, picture.plan)[1]
 
 
 def _words(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
-    words = short_words(planner.split.concepts)
+    words = charts.short_words(planner.split.concepts)
     word = rng.choice(words)
-    picture = planner.paint(lambda: plan_word(rng, word, held_out=planner.held_out))
-    return picture, word_items(rng, planner.split.ledger, picture.plan, words)[1]
+    picture = planner.paint(lambda: charts.plan_word(rng, word, held_out=planner.held_out))
+    return picture, charts.word_items(rng, planner.split.ledger, picture.plan, words)[1]
 
 
 def _charts(planner: BenchPlanner, rng: Random) -> tuple[BenchPicture, Item]:
     split, held_out = planner.split, planner.held_out
-    picture = planner.paint(lambda: plan_chart(rng, split.series, N_BARS, held_out=held_out))
+    picture = planner.paint(
+        lambda: charts.plan_chart(rng, split.series, charts.N_BARS, held_out=held_out)
+    )
     word = rng.choice(("highest", "lowest"))
-    return picture, bar_item(rng, split.ledger, picture.plan, word, lettered=True)
+    return picture, charts.bar_item(rng, split.ledger, picture.plan, word, lettered=True)
 
 
 _LETTERED: dict[str, Callable[[BenchPlanner, Random], tuple[BenchPicture, Item] | None]] = {
-    "naming photos": partial(_one_of_four, plan=plan_drawing, photos=True),
-    "naming drawings": partial(_one_of_four, plan=plan_drawing, photos=False),
-    "presence": partial(_one_of_four, plan=plan_presence, photos=False),
+    "naming photos": partial(_one_of_four, plan=train.plan_drawing, photos=True),
+    "naming drawings": partial(_one_of_four, plan=train.plan_drawing, photos=False),
+    "presence": partial(_one_of_four, plan=train.plan_presence, photos=False),
     "counting": _counting, "position": _position, "digits": _digits, "words": _words,
     "charts": _charts,
 }  # fmt: skip

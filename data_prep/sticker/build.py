@@ -12,29 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.sticker.benches import (
-    BenchPainter,
-    BenchPicture,
-    BenchPlanner,
-    balanced_existence,
-    mmbench_tsv,
-    pope_lines,
-    vqa_files,
-)
+from data_prep.sticker import benches, train
+from data_prep.sticker.benches import BenchPainter, BenchPicture, BenchPlanner
 from data_prep.sticker.charts import BENCH_TABLES, TRAIN_TABLES, bar_series
 from data_prep.sticker.pictures import Plan, paint_to_file
 from data_prep.sticker.pool import worker_pool
 from data_prep.sticker.sources import Catalogue
-from data_prep.sticker.train import (
-    CORE_SHARES,
-    FULL_SHARES,
-    VARIED_RATIO,
-    Split,
-    Stage,
-    boxes_of,
-    caption_records,
-    plan_records,
-)
+from data_prep.sticker.train import Split, Stage
 from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
 
 
@@ -90,11 +74,11 @@ class Sizes:
     n_val_pope: int
     n_vqa: int
     n_scenes: int
-    shares: Mapping[str, float] = field(default_factory=lambda: FULL_SHARES)
+    shares: Mapping[str, float] = field(default_factory=lambda: train.FULL_SHARES)
 
 
 SIZES = {
-    "core": Sizes(3000, 200, 4, 120, 100, 200, 200, 100, 160, CORE_SHARES),
+    "core": Sizes(3000, 200, 4, 120, 100, 200, 200, 100, 160, train.CORE_SHARES),
     "full": Sizes(6000, 400, 8, 1000, 300, 500, 300, 500, 420),
     "tiny": Sizes(60, 12, 4, 24, 12, 24, 12, 20, 24),
 }
@@ -124,14 +108,15 @@ class Builder:
             (self.folder / "images" / name).mkdir(parents=True)
         tables = self.catalogue.tables
         train_styles, bench_styles = self.catalogue.train_styles, self.catalogue.bench_styles
-        train = self._split(train_styles, False, TRAIN_DIGITS, bar_series(tables, TRAIN_TABLES))
-        train.varied_ratio = VARIED_RATIO
-        val = self._split(train_styles, False, VAL_DIGITS, bar_series(tables, TRAIN_TABLES))
-        bench = self._split(bench_styles, True, BENCH_DIGITS, bar_series(tables, BENCH_TABLES))
-        self._records("train", train, n_train)
-        self._records("val", val, self.sizes.n_val)
-        self._benches("val", val, held_out=False)
-        self._benches("bench", bench, held_out=True)
+        learned, held_out = bar_series(tables, TRAIN_TABLES), bar_series(tables, BENCH_TABLES)
+        train_split = self._split(train_styles, False, TRAIN_DIGITS, learned)
+        train_split.varied_ratio = train.VARIED_RATIO
+        val_split = self._split(train_styles, False, VAL_DIGITS, learned)
+        self._records("train", train_split, n_train)
+        self._records("val", val_split, self.sizes.n_val)
+        self._benches("val", val_split, held_out=False)
+        bench_split = self._split(bench_styles, True, BENCH_DIGITS, held_out)
+        self._benches("bench", bench_split, held_out=True)
         write_text_atomic(self.folder / "ATTRIBUTION.md", attribution_text(self.catalogue))
         manifest = self._manifest(size)
         write_json_atomic(self.folder / "manifest.json", manifest)
@@ -148,7 +133,7 @@ class Builder:
         return Split(stage, digit_span, series, shares=self.sizes.shares)
 
     def _records(self, name: str, split: Split, n_records: int) -> None:
-        records, plans = plan_records(Random(f"{self.seed}/{name}"), split, n_records, name)
+        records, plans = train.plan_records(Random(f"{self.seed}/{name}"), split, n_records, name)
         paint_job = partial(_paint_one, self.catalogue.sprites, self.folder)
         with worker_pool(paint_job) as results:
             done = zip(self._bar(plans, name), results(plans), strict=True)
@@ -161,7 +146,7 @@ class Builder:
             self.folder / f"{name}.json", json.dumps(records, ensure_ascii=False, indent=0) + "\n"
         )
         if name == "train":
-            captions = json.dumps(caption_records(records), ensure_ascii=False, indent=0)
+            captions = json.dumps(train.caption_records(records), ensure_ascii=False, indent=0)
             write_text_atomic(self.folder / "captions.json", captions + "\n")
 
     def _benches(self, name: str, split: Split, *, held_out: bool) -> None:
@@ -180,15 +165,15 @@ class Builder:
         lettered = list(
             self._bar(planner.lettered(rng, n_mmbench), f"{name} lettered questions", n_mmbench)
         )
-        write_text_atomic(place / "mmbench.tsv", mmbench_tsv(lettered, name))
+        write_text_atomic(place / "mmbench.tsv", benches.mmbench_tsv(lettered, name))
         scenes = list(
             self._bar(planner.scenes(rng, sizes.n_scenes), f"{name} scenes", sizes.n_scenes)
         )
         self._write(name, scenes)
         pope = {}
         for kind in _POPE_KINDS if held_out else _POPE_KINDS[:1]:
-            rows = balanced_existence(rng, kind, scenes, split.concepts, n_pope)
-            write_text_atomic(place / "pope" / f"{kind}.jsonl", pope_lines(rows))
+            rows = benches.balanced_existence(rng, kind, scenes, split.concepts, n_pope)
+            write_text_atomic(place / "pope" / f"{kind}.jsonl", benches.pope_lines(rows))
             pope[kind] = _count(label for _, _, label in rows)
         counts: dict[str, Any] = {
             "mmbench_base": _count(category for _, _, category in lettered),
@@ -200,11 +185,11 @@ class Builder:
                 self._bar(planner.open_questions(rng, scenes, n_vqa), "open questions", n_vqa)
             )
             self._write(name, [picture for picture, _ in rows])
-            questions, annotations = vqa_files(rows)
+            questions, annotations = benches.vqa_files(rows)
             write_json_atomic(place / "vqa" / "questions.json", questions)
             write_json_atomic(place / "vqa" / "annotations.json", annotations)
             shown = [*scenes, *(picture for picture, _ in rows)]
-            truth = {picture.file_name: boxes_of(picture.plan) for picture in shown}
+            truth = {picture.file_name: train.boxes_of(picture.plan) for picture in shown}
             write_json_atomic(place / "bench_objects.json", truth)
             counts["vqa"] = _count(row["answer_type"] for row in annotations["annotations"])
         self.counts[f"{name}_benches"] = counts

@@ -9,46 +9,10 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from data_prep.sticker.charts import (
-    chart_items,
-    digits_items,
-    plan_chart,
-    plan_digits,
-    plan_word,
-    short_words,
-    word_items,
-)
+from data_prep.sticker import charts, pictures, questions
 from data_prep.sticker.names import Concept
-from data_prep.sticker.pictures import (
-    PICTURE_PX,
-    Placed,
-    Plan,
-    Wanted,
-    extent,
-    place,
-    place_pair,
-    plan_background,
-)
-from data_prep.sticker.questions import (
-    NAME_QUESTION,
-    RELATIONS,
-    Item,
-    Ledger,
-    caption_item,
-    choice_item,
-    clear_pairs,
-    count_held_out,
-    count_item,
-    count_options,
-    existence_item,
-    is_where_item,
-    kind_item,
-    names_in,
-    relation_held_out,
-    what_is_where_item,
-    what_kind_item,
-    where_item,
-)
+from data_prep.sticker.pictures import PICTURE_PX, Placed, Plan, Wanted, plan_background
+from data_prep.sticker.questions import RELATIONS, Item, Ledger
 from data_prep.sticker.sources import Catalogue
 from milora_vl.constants import IMAGE_TOKEN
 
@@ -111,7 +75,7 @@ def plan_drawing(rng: Random, stage: Stage, name: str | None = None) -> Plan:
     name = name or stage.pick(rng, [concept.name for concept in stage.pool()])
     wanted = stage.cut_out(rng, name)
     side = rng.uniform(0.55, 0.92)
-    width, height = extent(wanted.aspect, side)
+    width, height = pictures.extent(wanted.aspect, side)
     x0, y0 = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
     box = (x0, y0, x0 + width, y0 + height)
     placed = Placed(name, wanted.style, wanted.variant, box, rng.random() < 0.5)
@@ -127,7 +91,7 @@ def plan_counting(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
     names = [concept.name for concept in stage.pool()]
     highest = stage.max_objects
     fitting = {
-        count: [name for name in names if count_held_out(name, count) == only_held_out]
+        count: [name for name in names if questions.count_held_out(name, count) == only_held_out]
         for count in range(1, highest + 1)
     }
     count = int(stage.least_asked(rng, [count for count, found in fitting.items() if found]))
@@ -138,7 +102,7 @@ def plan_counting(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
     wanted += [stage.cut_out(rng, name) for name in others]
     content = {"target": target, "count": count}
     background = plan_background(rng, held_out=stage.held_out)
-    return Plan("scene", background, place(rng, wanted), content)
+    return Plan("scene", background, pictures.place(rng, wanted), content)
 
 
 def plan_relation(rng: Random, stage: Stage, *, only_held_out: bool = False) -> Plan:
@@ -152,7 +116,7 @@ def plan_relation(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
     for _ in range(_TRIES):
         one = rng.choice(names)
         other = rng.choice(names)
-        if one != other and relation_held_out(one, relation, other) == only_held_out:
+        if one != other and questions.relation_held_out(one, relation, other) == only_held_out:
             break
     stage.shown.update((one, other))
     n_more = rng.choice((0, 0, 1, 2)) if stage.max_objects > 3 else 0
@@ -160,7 +124,7 @@ def plan_relation(rng: Random, stage: Stage, *, only_held_out: bool = False) -> 
     wanted = [stage.cut_out(rng, name) for name in (one, other, *others)]
     content = {"pair": (one, other), "relation": relation}
     background = plan_background(rng, held_out=stage.held_out)
-    return Plan("scene", background, place_pair(rng, wanted, relation), content)
+    return Plan("scene", background, pictures.place_pair(rng, wanted, relation), content)
 
 
 def plan_presence(rng: Random, stage: Stage, names: Sequence[str] = ()) -> Plan:
@@ -170,7 +134,7 @@ def plan_presence(rng: Random, stage: Stage, names: Sequence[str] = ()) -> Plan:
     wanted = [stage.cut_out(rng, name) for name in (*names, *others)]
     rng.shuffle(wanted)
     background = plan_background(rng, held_out=stage.held_out)
-    return Plan("scene", background, place(rng, wanted))
+    return Plan("scene", background, pictures.place(rng, wanted))
 
 
 def boxes_of(plan: Plan) -> list[dict]:
@@ -332,13 +296,13 @@ def _common_items(rng: Random, split: Split, plan: Plan) -> list[Item]:
     """Ask for things in it, for one that is not, and for letters."""
     found: list[Item | None] = []
     asked: list[str] = []
-    n_affirmed = min(MOST_AFFIRMED, len(names_in(plan)))
+    n_affirmed = min(MOST_AFFIRMED, len(questions.names_in(plan)))
     for yes in [True] * n_affirmed + [False]:
-        item = existence_item(rng, plan, split.ledger, split.concepts, asked, yes=yes)
+        item = questions.existence_item(rng, plan, split.ledger, split.concepts, asked, yes=yes)
         found.append(item)
         asked += [item.obj] if item else []
     for _ in range(N_CHOICES[plan.kind]):
-        item = choice_item(rng, plan, split.ledger, split.concepts)
+        item = questions.choice_item(rng, plan, split.ledger, split.concepts)
         while item is not None and item in found:  # few concepts: the very same question again
             item = _reorder_wrong(rng, item)
         found.append(item)
@@ -363,12 +327,12 @@ def _counting(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_counting(rng, split.stage)
     items = _common_items(rng, split, plan)
     name, count = plan.content["target"], plan.content["count"]
-    item = count_item(name, count)
+    item = questions.count_item(name, count)
     if rng.random() < 0.5:
-        wrong = count_options(count, split.stage.max_objects)
+        wrong = questions.count_options(count, split.stage.max_objects)
         item = split.ledger.lettered(rng, item, wrong)
     items.append(item)
-    return plan, _finish(rng, items, caption_item(rng, plan))
+    return plan, _finish(rng, items, questions.caption_item(rng, plan))
 
 
 def _relation(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
@@ -379,12 +343,13 @@ def _relation(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     items.append(_where(rng, split, (one, other, relation), only_two=only_two))
     more = [
         (a.name, b.name, between)
-        for a, b, between in clear_pairs(plan)
-        if {a.name, b.name} != {one, other} and not relation_held_out(a.name, between, b.name)
+        for a, b, between in questions.clear_pairs(plan)
+        if {a.name, b.name} != {one, other}
+        and not questions.relation_held_out(a.name, between, b.name)
     ]
     if more:
         items.append(_where(rng, split, rng.choice(more), only_two=only_two))
-    return plan, _finish(rng, items, caption_item(rng, plan))
+    return plan, _finish(rng, items, questions.caption_item(rng, plan))
 
 
 def _where(rng: Random, split: Split, related: tuple[str, str, str], *, only_two: bool) -> Item:
@@ -392,41 +357,41 @@ def _where(rng: Random, split: Split, related: tuple[str, str, str], *, only_two
     form = rng.random()
     if form < 0.5:
         wrong = [each for each in RELATIONS if each != relation]
-        return split.ledger.lettered(rng, where_item(one, other, relation), wrong)
+        return split.ledger.lettered(rng, questions.where_item(one, other, relation), wrong)
     if form < 0.65:
-        return where_item(one, other, relation)
+        return questions.where_item(one, other, relation)
     if form < 0.9 or not only_two:
         false = [
             each
             for each in RELATIONS
-            if each != relation and not relation_held_out(one, each, other)
+            if each != relation and not questions.relation_held_out(one, each, other)
         ]
         yes = split.ledger.say_yes(rng, "relation")
-        return is_where_item(
+        return questions.is_where_item(
             one, other, relation, relation if yes or not false else rng.choice(false)
         )
-    return what_is_where_item(one, other, relation)
+    return questions.what_is_where_item(one, other, relation)
 
 
 def _presence(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_presence(rng, split.stage)
-    return plan, _finish(rng, _common_items(rng, split, plan), caption_item(rng, plan))
+    return plan, _finish(rng, _common_items(rng, split, plan), questions.caption_item(rng, plan))
 
 
 def _drawing(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     plan = plan_drawing(rng, split.stage)
     name = plan.objects[0].name
     items = _common_items(rng, split, plan)
-    items.append(Item("naming", NAME_QUESTION, name, obj=name))
+    items.append(Item("naming", questions.NAME_QUESTION, name, obj=name))
     kind = split.concepts[name].kind
     if kind is not None and rng.random() < 0.4:
         items.append(Item("naming", "What kind of thing is shown in the picture?", kind, obj=name))
-    return plan, _finish(rng, items, caption_item(rng, plan))
+    return plan, _finish(rng, items, questions.caption_item(rng, plan))
 
 
 def _digits(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
-    plan = plan_digits(rng, split.stage.catalogue.digits, split.digit_span, held_out=False)
-    items = digits_items(rng, split.ledger, plan)
+    plan = charts.plan_digits(rng, split.stage.catalogue.digits, split.digit_span, held_out=False)
+    items = charts.digits_items(rng, split.ledger, plan)
     length = str(len(plan.content["text"]))
     items.append(Item("digits", "How many digits are in the picture?", length))
     rng.shuffle(items)
@@ -434,19 +399,19 @@ def _digits(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
 
 
 def _word(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
-    words = short_words(split.concepts)
-    plan = plan_word(rng, rng.choice(words), held_out=False)
-    items = word_items(rng, split.ledger, plan, words)
+    words = charts.short_words(split.concepts)
+    plan = charts.plan_word(rng, rng.choice(words), held_out=False)
+    items = charts.word_items(rng, split.ledger, plan, words)
     rng.shuffle(items)
     return plan, items
 
 
 def _chart(rng: Random, split: Split) -> tuple[Plan, list[Item]]:
     n_bars = rng.randint(2, 5)
-    plan = plan_chart(rng, split.series, n_bars, held_out=False)
+    plan = charts.plan_chart(rng, split.series, n_bars, held_out=False)
     if plan is None:
         return _counting(rng, split)
-    return plan, chart_items(rng, split.ledger, plan)
+    return plan, charts.chart_items(rng, split.ledger, plan)
 
 
 def _text(rng: Random, split: Split) -> tuple[None, list[Item]]:
@@ -455,11 +420,11 @@ def _text(rng: Random, split: Split) -> tuple[None, list[Item]]:
     items = []
     for concept in rng.sample(known, min(len(known), rng.randint(3, 5))):
         if concept.kind not in kinds or rng.random() < 0.5:
-            items.append(what_kind_item(concept))
+            items.append(questions.what_kind_item(concept))
             continue
         wrong = [kind for kind in kinds if kind != concept.kind]
         asked = concept.kind if rng.random() < 0.5 else rng.choice(wrong)
-        items.append(kind_item(concept, asked))
+        items.append(questions.kind_item(concept, asked))
     return None, items
 
 

@@ -19,26 +19,12 @@ from rich.console import Console
 from safetensors import safe_open
 
 from milora_vl.adapter.certificate import Certificate
-from milora_vl.eval import plots, statistics
+from milora_vl.eval import pages, plots, statistics
 from milora_vl.eval.bench_files import printable, read_json_lines, read_json_object
 from milora_vl.eval.benches import BENCHES
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
 from milora_vl.eval.items import Row
-from milora_vl.eval.pages import (
-    bench_title,
-    card,
-    certificate_part,
-    figure,
-    html_table,
-    is_right,
-    page,
-    parts_or_reason,
-    read_items,
-    scale_of,
-    score_table,
-    training_part,
-    with_interval,
-)
+from milora_vl.eval.pages import parts_or_reason
 from milora_vl.files import write_text_atomic
 
 
@@ -197,7 +183,7 @@ def verdict(bench: str, first: str, name: str, change: Mapping[str, Any]) -> str
 def verdicts(runs: Sequence[Run], changes: Changes) -> list[str]:
     """Return the sentence of ``verdict`` for every bench and every run but the first."""
     return [
-        verdict(bench_title(bench, runs[0].results), runs[0].name, name, change)
+        verdict(pages.bench_title(bench, runs[0].results), runs[0].name, name, change)
         for bench, of_runs in changes.items()
         for name, change in of_runs.items()
     ]
@@ -326,7 +312,9 @@ def disagreements(runs: Sequence[Run], bench: str, n: int) -> list[str]:
         bench: Name of the bench.
         n: Most ids returned.
     """
-    tables = [{row.id: is_right(row.score) for row in run.rows.get(bench, [])} for run in runs]
+    tables = [
+        {row.id: pages.is_right(row.score) for row in run.rows.get(bench, [])} for run in runs
+    ]
     tables = [table for table in tables if table]
     if len(tables) < 2:
         return []
@@ -365,7 +353,7 @@ def compare_runs(
     }
     write_text_atomic(out, render_comparison(runs, changes))
     console = console or Console()
-    console.print(score_table(_HEADS, runs_rows(runs, changes)))
+    console.print(pages.score_table(_HEADS, runs_rows(runs, changes)))
     lines = verdicts(runs, changes)
     for run in runs:
         if found := forgetting_text(run.forgetting()):
@@ -382,12 +370,12 @@ def runs_rows(runs: Sequence[Run], changes: Changes) -> list[tuple[str, ...]]:
         for run in runs:
             entry = run.results["benches"].get(bench)
             if entry is not None:
-                scale = scale_of(entry)
+                scale = pages.scale_of(entry)
                 rows.append(
                     (
-                        bench_title(bench, run.results, entry),
+                        pages.bench_title(bench, run.results, entry),
                         run.name,
-                        with_interval(entry["score"], entry["interval_95"], scale),
+                        pages.with_interval(entry["score"], entry["interval_95"], scale),
                         *_change_cells(of_runs.get(run.name), scale),
                         str(entry["n"]),
                         f"{entry['seconds_per_item']:.3f}",
@@ -421,9 +409,9 @@ def render_comparison(runs: Sequence[Run], changes: Changes) -> str:
     )
     parts += [f"<p><b>{html.escape(text)}</b></p>" for text in verdicts(runs, changes)]
     sections: list[tuple[str, Callable[[], list[str]]]] = [
-        ("Scores", lambda: [html_table(_HEADS, runs_rows(runs, changes))]),
+        ("Scores", lambda: [pages.html_table(_HEADS, runs_rows(runs, changes))]),
         ("The figure of scores", lambda: _score_figure(runs, list(changes))),
-        ("Training", lambda: training_part({run.name: run.metrics for run in runs})),
+        ("Training", lambda: pages.training_part({run.name: run.metrics for run in runs})),
         (
             _FACTS,
             lambda: _facts(_FACTS, {run.name: run.facts() for run in runs}),
@@ -438,12 +426,12 @@ def render_comparison(runs: Sequence[Run], changes: Changes) -> str:
     for run in runs:
         if run.certificate is not None:
             title = f"Init certificate: {run.name}"
-            sections.append((title, partial(certificate_part, run.certificate, title)))
+            sections.append((title, partial(pages.certificate_part, run.certificate, title)))
     for bench in changes:
         sections.append((f"Disagreements on {bench}", partial(_gallery, runs, bench)))
     for title, build in sections:
         parts += parts_or_reason(title, build)
-    return page(f"{len(runs)} runs", parts)
+    return pages.page(f"{len(runs)} runs", parts)
 
 
 def _score_figure(runs: Sequence[Run], benches: Sequence[str]) -> list[str]:
@@ -455,7 +443,9 @@ def _score_figure(runs: Sequence[Run], benches: Sequence[str]) -> list[str]:
     }
     if not scored:
         return []
-    return [figure(plots.plot_scores([run.name for run in runs], scored), "scores with intervals")]
+    return [
+        pages.figure(plots.plot_scores([run.name for run in runs], scored), "scores with intervals")
+    ]
 
 
 def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -464,7 +454,7 @@ def _facts(title: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not names:
         return []
     rows = [[name, *(_number(values.get(name)) for values in facts.values())] for name in names]
-    return [f"<h2>{title}</h2>", html_table(("", *facts), rows)]
+    return [f"<h2>{title}</h2>", pages.html_table(("", *facts), rows)]
 
 
 def _number(value: Any) -> str:
@@ -487,10 +477,10 @@ def _gallery(runs: Sequence[Run], bench: str) -> list[str]:
         for run in runs
     }
     data = next((run.results.get("data") for run in runs if run.rows.get(bench)), None)
-    items = read_items(bench, Path(data)) if data else {}
+    items = pages.read_items(bench, Path(data)) if data else {}
     cards = []
     for key in chosen:
         said = [(name, one[key]) for name, one in lines.items() if key in one]
-        cards.append(card(said[0][1], said, items.get(key)))
-    title = html.escape(bench_title(bench, runs[0].results))
+        cards.append(pages.card(said[0][1], said, items.get(key)))
+    title = html.escape(pages.bench_title(bench, runs[0].results))
     return [f'<h2>Where the runs disagree: {title}</h2><div class="cards">{"".join(cards)}</div>']

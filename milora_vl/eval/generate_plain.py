@@ -147,6 +147,18 @@ def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
     return tokens
 
 
+def answer_one_by_one(
+    asker: Any, requests: Sequence[Request], *, max_new_tokens: int
+) -> dict[str, Answer]:
+    """Answer with plain ``model.generate``, one request at a time: slow, for comparison."""
+    answers = {}
+    for request in requests:
+        samples = [asker.sample(request)]
+        (tokens,) = generate(asker.vlm, samples, max_new_tokens, sorted(asker.stop_ids))
+        answers[request.id] = read_answer(asker, tokens)
+    return answers
+
+
 class PlainAnswerer:
     """Asks one model with ``model.generate``; the interface is that of ``SharedAnswerer``.
 
@@ -164,24 +176,12 @@ class PlainAnswerer:
         self.batch_size = batch_size
         self.stop_ids = find_stop_ids(vlm)
 
-    def answer(self, requests: Sequence[Request], **options: Any) -> dict[str, Answer]:
-        """Answer all requests; options and errors are those of ``ask_all``."""
-        return ask_all(self, requests, **options)
-
-    def answer_one_by_one(
-        self, requests: Sequence[Request], *, max_new_tokens: int
-    ) -> dict[str, Answer]:
-        """Answer one request at a time, for comparison."""
-        answers = {}
-        for one in requests:
-            stops = sorted(self.stop_ids)
-            (tokens,) = generate(self.vlm, [self._prompt(one)], max_new_tokens, stops)
-            answers[one.id] = read_answer(self, tokens)
-        return answers
+    answer = ask_all
+    answer_one_by_one = answer_one_by_one
 
     def encode(self, request: Request) -> list[int]:
         """Return the prompt's token ids, made exactly as for training."""
-        return self._prompt(request)["input_ids"]
+        return self.sample(request)["input_ids"]
 
     def batches(self, questions: Sequence[Question]) -> Iterator[list[Question]]:
         """Yield batches of similar length, the longest prompts first."""
@@ -192,10 +192,11 @@ class PlainAnswerer:
 
     def generate(self, batch: Sequence[Question], max_new_tokens: int) -> list[list[int]]:
         """Return the new tokens of each answer, its end token included."""
-        prompts = [self._prompt(one.requests[0]) for one in batch]
+        prompts = [self.sample(one.requests[0]) for one in batch]
         return generate(self.vlm, prompts, max_new_tokens, sorted(self.stop_ids))
 
-    def _prompt(self, request: Request) -> dict[str, Any]:
+    def sample(self, request: Request) -> dict[str, Any]:
+        """Return a request as ``generate`` takes it."""
         images = [source.open() for source in request.images]
         question = request.prompt.replace(IMAGE_TOKEN, "").strip()
         videos = []

@@ -20,9 +20,9 @@ from milora_vl.data.encode import encode
 from milora_vl.data.images import ImageTransform
 from milora_vl.data.prompts import get_style
 from milora_vl.data.records import Turn
-from milora_vl.eval.answering import Question, ask_all, find_stop_ids, read_answer
-from milora_vl.eval.generate_plain import PlainAnswerer, generate
-from milora_vl.eval.items import Answer, EvaluationError, ImageSource, Request
+from milora_vl.eval.answering import Question, ask_all, find_stop_ids
+from milora_vl.eval.generate_plain import PlainAnswerer, answer_one_by_one
+from milora_vl.eval.items import EvaluationError, ImageSource, Request
 from milora_vl.eval.prefix_tree import build_tree, generate_over_trees, plan_trees, tree_logits
 from milora_vl.model.load import count_image_tokens
 
@@ -92,23 +92,15 @@ class SharedAnswerer:
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._ids: dict[str, list[int]] = {}  # of the questions of the call in progress
 
-    def answer(self, requests: Sequence[Request], **options: Any) -> dict[str, Answer]:
-        """Answer all requests; options and errors are those of ``ask_all``."""
-        return ask_all(self, requests, **options)
+    answer = ask_all
+    answer_one_by_one = answer_one_by_one
 
-    def answer_one_by_one(
-        self, requests: Sequence[Request], *, max_new_tokens: int
-    ) -> dict[str, Answer]:
-        """Answer with plain ``model.generate``, one request at a time: slow, for comparison."""
-        answers = {}
-        for request in requests:
-            sample: dict[str, Any] = {"input_ids": self.encode(request)}
-            if request.images:
-                pixels = [self.transform(source.open()) for source in request.images]
-                sample["pixel_values"] = torch.stack(pixels)
-            (tokens,) = generate(self.vlm, [sample], max_new_tokens, sorted(self.stop_ids))
-            answers[request.id] = read_answer(self, tokens)
-        return answers
+    def sample(self, request: Request) -> dict[str, Any]:
+        """Return what ``generate`` of other models takes."""
+        sample: dict[str, Any] = {"input_ids": self.encode(request)}
+        if request.images:
+            sample["pixel_values"] = torch.stack([self.transform(x.open()) for x in request.images])
+        return sample
 
     def encode(self, request: Request) -> list[int]:
         """Return the prompt's token ids, made exactly as for training."""

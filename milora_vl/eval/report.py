@@ -15,28 +15,11 @@ from rich.console import Console
 
 from milora_vl.adapter.certificate import Certificate
 from milora_vl.adapter.update_size import summarize_update
-from milora_vl.eval import plots
+from milora_vl.eval import pages, plots
 from milora_vl.eval.bench_files import read_json_lines, read_json_object, shorten
 from milora_vl.eval.comparison import compare_folders, read_comparison
 from milora_vl.eval.forgetting import compare_text_loss, forgetting_text
-from milora_vl.eval.pages import (
-    COMPARISON_HEADS,
-    bench_title,
-    card,
-    certificate_part,
-    comparison_rows,
-    figure,
-    html_table,
-    is_right,
-    page,
-    parts_or_reason,
-    read_items,
-    results_notes,
-    results_table,
-    scale_of,
-    score_table,
-    training_part,
-)
+from milora_vl.eval.pages import parts_or_reason
 from milora_vl.files import write_text_atomic
 
 __all__ = [
@@ -96,19 +79,19 @@ def render_report(
     sections.append(("Settings and environment", partial(_files, run_folder)))
     for title, build in sections:
         parts += parts_or_reason(title, build)
-    return page(run_folder.resolve().name, parts)
+    return pages.page(run_folder.resolve().name, parts)
 
 
 def _training(run_folder: Path) -> list[str]:
     metrics = run_folder / "metrics.jsonl"
-    return training_part({"": read_json_lines(metrics)}) if metrics.is_file() else []
+    return pages.training_part({"": read_json_lines(metrics)}) if metrics.is_file() else []
 
 
 def _certificate(run_folder: Path) -> list[str]:
     file = run_folder / "certificate.json"
     if not file.is_file():
         return []
-    return certificate_part(Certificate.from_json(file.read_text(encoding="utf-8")))
+    return pages.certificate_part(Certificate.from_json(file.read_text(encoding="utf-8")))
 
 
 def _update(run_folder: Path) -> list[str]:
@@ -129,19 +112,21 @@ def _update(run_folder: Path) -> list[str]:
     return [
         "<h2>Size of the update</h2>",
         f"<p>At step {entries[-1]['step']} {html.escape(line)}. Larger updates forget more.</p>",
-        figure(plots.plot_update(entries), "size of the update over optimizer steps"),
-        html_table(heads, body),
+        pages.figure(plots.plot_update(entries), "size of the update over optimizer steps"),
+        pages.html_table(heads, body),
     ]
 
 
 def _scores(comparison: Mapping[str, Any]) -> list[str]:
-    notes = [f"<br>{html.escape(note)}" for note in results_notes(comparison["after"])]
+    notes = [f"<br>{html.escape(note)}" for note in pages.results_notes(comparison["after"])]
     return [
         "<h2>Scores</h2>",
         "<p>Per cent, with 95 % intervals (bootstrap over questions or images; the change is"
         " paired). “No image” is the trained model asked without the image, “majority” the best"
         " constant guess.</p>",
-        html_table(COMPARISON_HEADS, comparison_rows(**comparison, categories=False)),
+        pages.html_table(
+            pages.COMPARISON_HEADS, pages.comparison_rows(**comparison, categories=False)
+        ),
         f"<p><small>{''.join(notes)}</small></p>",
     ]
 
@@ -149,20 +134,20 @@ def _scores(comparison: Mapping[str, Any]) -> list[str]:
 def _score_figure(comparison: Mapping[str, Any]) -> list[str]:
     before, after = comparison["before"], comparison["after"]
     entries = {
-        bench_title(name, after): (before["benches"][name], new)
+        pages.bench_title(name, after): (before["benches"][name], new)
         for name, new in after["benches"].items()
         if name in before["benches"] and new["score"] is not None
     }
     if not entries:
         return []
     drawn = plots.plot_scores(("before", "after"), entries, with_guesses=True)
-    return [figure(drawn, "scores before and after with intervals")]
+    return [pages.figure(drawn, "scores before and after with intervals")]
 
 
 def _categories(comparison: Mapping[str, Any]) -> list[tuple[str, Callable[[], list[str]]]]:
     """Return a section for each bench, so that a damaged one does not take the others with it."""
     before, after = comparison["before"]["benches"], comparison["after"]
-    titles = {name: bench_title(name, after) for name in after["benches"] if name in before}
+    titles = {name: pages.bench_title(name, after) for name in after["benches"] if name in before}
     return [
         (f"{title} by category", partial(_category_figure, title, before[name], new))
         for name, title in titles.items()
@@ -173,8 +158,8 @@ def _categories(comparison: Mapping[str, Any]) -> list[tuple[str, Callable[[], l
 def _category_figure(title: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if len(new["by_category"]) < 2:
         return []
-    encoded = plots.plot_categories(old["by_category"], new["by_category"], scale_of(new))
-    parts = [f"<h3>{html.escape(title)}</h3>", figure(encoded, f"{title} by category")]
+    encoded = plots.plot_categories(old["by_category"], new["by_category"], pages.scale_of(new))
+    parts = [f"<h3>{html.escape(title)}</h3>", pages.figure(encoded, f"{title} by category")]
     n_hidden = len(new["by_category"]) - plots.MOST_BARS
     if n_hidden > 0:
         parts.append(f"<p>{n_hidden} more categories are in results.json.</p>")
@@ -209,24 +194,24 @@ def _gallery(run_folder: Path, comparison: Mapping[str, Any], data_dir: Path | N
         keys = [key for key in new if key in old and key[0] == name and new[key]["answers"]]
         if not keys:
             continue
-        items = read_items(name, folder)
+        items = pages.read_items(name, folder)
         counts, cards = [], []
         for title, was_right, stays_right, n_shown in _OUTCOMES:
             chosen = [
                 key
                 for key in keys
-                if [is_right(lines[key]["score"]) for lines in (old, new)]
+                if [pages.is_right(lines[key]["score"]) for lines in (old, new)]
                 == [was_right, stays_right]
             ]
             counts.append(f"{len(chosen)} {title}")
             # spread over the file, so that not all are of one category
             shown = chosen[:: max(1, len(chosen) // n_shown)][:n_shown]
             cards += [
-                card(new[key], [("before", old[key]), ("after", new[key])], items.get(key[1]))
+                pages.card(new[key], [("before", old[key]), ("after", new[key])], items.get(key[1]))
                 for key in shown
             ]
         parts += [
-            f"<h3>{html.escape(bench_title(name, comparison['after']))}</h3>",
+            f"<h3>{html.escape(pages.bench_title(name, comparison['after']))}</h3>",
             f"<p>Chosen by outcome, not in proportion; of {len(keys)}: {', '.join(counts)}.</p>",
             f'<div class="cards">{"".join(cards)}</div>',
         ]
@@ -254,8 +239,8 @@ def _files(run_folder: Path) -> list[str]:
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table of one evaluation and the remarks on its benches."""
     console = console or Console()
-    console.print(results_table(results))
-    for line in results_notes(results):
+    console.print(pages.results_table(results))
+    for line in pages.results_notes(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -273,8 +258,8 @@ def print_comparison(
         changes: From ``compare_folders``: adds the interval of each change.
         console: Where to; None: standard output.
     """
-    rows = comparison_rows(before, after, changes)
-    (console or Console()).print(score_table(COMPARISON_HEADS, rows))
+    rows = pages.comparison_rows(before, after, changes)
+    (console or Console()).print(pages.score_table(pages.COMPARISON_HEADS, rows))
 
 
 def write_report(run_folder: Path | str, *, data_dir: Path | str | None = None) -> Path:

@@ -98,17 +98,7 @@ def mean_interval(
 def difference_interval(
     before: Array, after: Array, statistic: Callable[[Array], Array] = ratio, *, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % interval of ``statistic(after) - statistic(before)``, paired by group.
-
-    Args:
-        before: [G, k].
-        after: [G, k], the same groups in the same order.
-        statistic: As in ``bootstrap_interval``.
-        seed: Of the draw.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
+    """Return the interval of ``paired_bootstrap`` alone."""
     low, high, _ = paired_bootstrap(before, after, statistic, seed=seed)
     return low, high
 
@@ -116,10 +106,10 @@ def difference_interval(
 def paired_bootstrap(
     before: Array, after: Array, statistic: Callable[[Array], Array] = ratio, *, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return the interval of ``difference_interval`` and a two-sided p-value of no difference.
+    """Return the 95 % interval of ``statistic(after) - statistic(before)``, paired by group.
 
-    The p-value is twice the share of resamples on the rarer side of zero, those at zero counted
-    half; no smaller than 1 in the number of resamples.
+    The third number is the two-sided p-value of no difference: twice the share of resamples on the
+    rarer side of zero, those at zero counted half; no smaller than 1 in the number of resamples.
 
     Args:
         before: [G, k].
