@@ -74,10 +74,12 @@ def build_stickervqa(
         catalogue = find_catalogue(size, allow_fetch=allow_fetch, show_progress=show_progress)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # beside the final folder, so that the last step is one rename
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         builder = Builder(temporary, catalogue, sizes, seed, show_progress)
         manifest = builder.build(n_train, size)
+        # mkdtemp makes folders that nobody else can read
         temporary.chmod(0o755)
         replace_folder(temporary, out)
     finally:
@@ -107,14 +109,14 @@ def find_catalogue(size: str, *, allow_fetch: bool, show_progress: bool = False)
     catalogue = load_catalogue("full" if size == "full" else "core", files, left_out, track)
     if catalogue is not None:
         return catalogue
-    logger.warning("no drawings with names could be had: using the small set drawn in code")
+    logger.warning("no named drawings are available: using the small set drawn in code")
     return replace(drawn_catalogue(), left_out=left_out)
 
 
 def is_built(out: Path, size: str, seed: int) -> bool:
     """Say whether the folder holds this version of the set, made from all sources there are now.
 
-    What an earlier build had to leave out is asked for again.
+    Sources that an earlier build had to skip are tried again.
     """
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))

@@ -77,6 +77,7 @@ def mmbench_tsv(rows: Sequence[tuple[BenchPicture, Item, str]], split: str) -> s
     writer.writerow(MMBENCH_COLUMNS)
     for turn in range(len(LETTERS)):
         for base, (picture, item, category) in enumerate(rows):
+            # the options move one place on a turn, and the right letter with them
             options = item.options[-turn:] + item.options[:-turn] if turn else item.options
             image = str(base) if turn else base64.b64encode(picture.png).decode()
             writer.writerow(
@@ -133,6 +134,7 @@ def balanced_existence(
         if not left:
             break
         for name in left[: (n_rows - len(rows)) // 2]:
+            # in pairs, so that a thing is present as often as absent
             rows.append((yes[name].pop(), name, "yes"))
             rows.append((no[name].pop(), name, "no"))
     rng.shuffle(rows)
@@ -168,6 +170,7 @@ def vqa_files(rows: Sequence[tuple[BenchPicture, Item]]) -> tuple[dict, dict]:
     }
     asked, annotations = [], []
     for index, (picture, item) in enumerate(rows):
+        # ids as in VQA: the picture's number, then a running one
         key = {"question_id": picture.number * 1000 + index % 1000, "image_id": picture.number}
         asked.append({"image_id": key["image_id"], "question": item.question, **key})
         annotations.append(

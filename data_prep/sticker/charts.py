@@ -64,6 +64,7 @@ def plan_chart(
         bars = rng.sample(row, n_bars)
         values = sorted(value for _, value in bars)
         step = _MIN_GAP_RATIO * values[-1]
+        # the highest and the lowest bar must be told apart by eye
         if values[-1] - values[-2] >= step and values[1] - values[0] >= step:
             break
     else:

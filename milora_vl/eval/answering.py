@@ -1,8 +1,8 @@
 """Ask a model many questions: each distinct one once, in batches, answers kept as they come.
 
-How a batch is generated is the business of the two askers, ``generate_shared`` and
-``generate_plain``; what does not depend on it is here: which questions are the same, which are
-answered already (the journal of an interrupted call), and what is done with a batch that fails.
+``generate_shared`` and ``generate_plain`` generate a batch. What does not depend on how is here:
+which questions are the same, which are answered already (the journal of an interrupted call), and
+how a batch that fails is retried.
 """
 
 import hashlib
@@ -123,6 +123,7 @@ def ask_all(
     try:
         with torch.inference_mode(), tqdm(total=total, **options) as bar:
             bar.update(len(answers))
+            # answers are kept batch by batch: an interrupted call goes on from the last one
             for batch in asker.batches(waiting):
                 found = _ask_batch(asker, batch, max_new_tokens, label)
                 answers |= {one.id: found[q.digest] for q in batch for one in q.requests}
@@ -154,6 +155,7 @@ def _distinct(
             failed[request.id] = Answer(None, error=str(error))
             continue
         key = "+".join(found) or None
+        # the limit is part of the question: a longer one may be answered differently
         facts = json.dumps([key, request.prompt, max_new_tokens])
         digest = hashlib.sha256(facts.encode()).hexdigest()
         asking.setdefault(digest, (key, []))[1].append(request)
@@ -179,6 +181,7 @@ def _ask_batch(
     except _FAILURES as error:
         if len(batch) == 1:
             return {batch[0].digest: Answer(None, error=str(error))}
+        # halves, since one bad question must not fail its neighbors
         middle = len(batch) // 2
         if isinstance(error, torch.OutOfMemoryError):
             asker.batch_size = middle  # for the batches to come too
@@ -246,7 +249,7 @@ class AnswerJournal:
         else:
             kept = []
             if lines:
-                logger.warning("%s belongs to another model or adapter; starting afresh", path)
+                logger.warning("%s belongs to another model or adapter; starting anew", path)
         write_text_atomic(path, "".join(f"{line}\n" for line in [header, *kept]))
 
     def take_over(self, other: Path) -> None:
@@ -295,6 +298,7 @@ class AnswerJournal:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entries, ensure_ascii=False) + "\n")
             stream.flush()
+            # on disk before the next batch: also a power cut loses no more than one
             os.fsync(stream.fileno())
 
     def remove(self) -> None:
@@ -308,6 +312,7 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
     Training changes some of them; a copy of the same checkpoint has the same ones.
     """
     digest = hashlib.sha256()
+    # a few values of every weight: training changes some of them, and reading all takes long
     for name, weight in sorted(model.named_parameters()):
         values = weight.detach().flatten()
         step = max(1, len(values) // _VALUES_PER_WEIGHT)

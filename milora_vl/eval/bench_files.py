@@ -1,4 +1,4 @@
-"""Files of the benches, read so that a malformed row is an error that names file and row.
+"""Read the files of benches so that a malformed row is an error that names file and row.
 
 Every loader reads its rows through ``Record``, which checks each value where it is read: a text
 where a list belongs is not taken letter by letter, a missing key is not a ``KeyError``, and a
@@ -129,6 +129,7 @@ class Record:
         if isinstance(value, bool) or is_missing(value) or not isinstance(value, (str, int, float)):
             raise self.error(f"key {key!r}: a text was expected, not {self._shown(value)}")
         text = str(value)
+        # quick checks first: a text may be megabytes of base64
         if not text.isascii() and not text.isprintable() and re.search("[\ud800-\udfff]", text):
             raise self.error(f"key {key!r} holds half a character (a lone surrogate)")
         return text
@@ -214,6 +215,7 @@ def gold_letter(answer: str, options: Sequence[str], record: Record) -> str:
     named = {letter for letter, text in zip(letters, options, strict=True) if text.strip() == said}
     form = re.fullmatch(r"\(?([A-Za-z])[.):]*(?:\s+(.+))?", said, re.DOTALL)
     if form and (letter := form[1].upper()) in letters:
+        # a letter with a text behind it must name the same option twice
         text = form[2]
         if text is None or text.strip() == options[letters.index(letter)].strip():
             named.add(letter)
@@ -291,6 +293,7 @@ def locate(data_dir: Path, names: Sequence[str], patterns: Sequence[str], wanted
     if data_dir.is_file():
         return data_dir
     path = find_file(data_dir, names, patterns)
+    # a folder of the bench's own name is taken for its own
     heads = {name.split("/")[0].lower() for name in names}
     is_own = any(head in data_dir.resolve().name.lower() for head in heads)
     here = patterns if is_own else [one for one in patterns if one.startswith("*")]
@@ -337,6 +340,7 @@ def read_json_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL file of objects; empty lines are skipped."""
     rows = []
+    # as bytes, where only a newline ends a line: texts may hold other line breaks
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:

@@ -159,6 +159,7 @@ def update_norm(adapter: Path) -> float | None:
             if ".lora_A." in name:
                 down = tensors.get_tensor(name).float()  # [r, d_in]
                 up = tensors.get_tensor(name.replace(".lora_A.", ".lora_B.")).float()
+                # ||B A||^2 = sum((B^T B) * (A A^T)): products of [r, r] instead of [d_out, d_in]
                 total += float(((up.T @ up) * (down @ down.T)).sum())
     return scaling * math.sqrt(max(total, 0.0))
 
@@ -297,6 +298,7 @@ def mcnemar(n_better: int, n_worse: int) -> float:
     n = n_better + n_worse
     if n == 0:
         return 1.0
+    # logarithms, since binomial coefficients of thousands overflow
     logs = [
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
         for k in range(min(n_better, n_worse) + 1)
@@ -323,6 +325,7 @@ def disagreements(runs: Sequence[Run], bench: str, n: int) -> list[str]:
         for key in tables[0]
         if all(key in table for table in tables) and len({table[key] for table in tables}) > 1
     ]
+    # spread over the file, so that not all are of one category
     step = max(1, len(differing) // n)
     return differing[::step][:n]
 

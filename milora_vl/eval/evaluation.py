@@ -94,6 +94,7 @@ def run_bench(
     asked, asked_blind = _requests(items, blind=conditions.blind)
     started, resumed_s = time.perf_counter(), conditions.journal.served_seconds
     answers = conditions.ask(answerer, name, asked)
+    # answers kept by an interrupted call count with the time they took then
     seconds = time.perf_counter() - started + conditions.journal.served_seconds - resumed_s
     rows = judge_all(bench, items, answers)
     blind_rows: dict[str, Row] = {}
@@ -195,6 +196,7 @@ def _grade(
 def _against_blind(bench: Bench, rows: Sequence[Row], blind_rows: Sequence[Row]) -> dict[str, Any]:
     """Return the blind score, and what the image adds with its paired interval."""
     summary = bench.summarize(blind_rows)
+    # sums of the same questions, so that the difference is paired
     before, after = bench.headline_sums(blind_rows), bench.headline_sums(rows)
     interval = statistics.difference_interval(before, after, bench.headline)
     return {
@@ -406,6 +408,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         published = {} if data_set else published_scores(model_name, name)
         results["benches"][name] = {**result, **({"published": published} if published else {})}
         lines += new_lines
+        # after every bench, so that a crash loses one at the most
         write_text_atomic(out_dir / "predictions.jsonl", "".join(lines))
     # lm-eval scores a model whose logits are NaN like any other, so the probe comes first
     probe = measure_text_loss(vlm) if text_probe or text_tasks else None
@@ -419,6 +422,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         )
     results["text_probe"] = probe if text_probe else None
     write_json_atomic(out_dir / "results.json", results)
+    # only now: until the results are written, the journal is what an interrupted call goes on from
     journal.remove()
     return results
 
@@ -433,6 +437,7 @@ def _answer_together(
     rank, count = process_rank(), process_count()
     for name, all_items in items.items() if count > 1 else ():
         for asked in _requests(share_of(all_items, rank, count), blind=conditions.blind):
+            # failures are counted by the main process, which asks again what has no answer
             lenient = replace(conditions, allow_errors=len(asked))
             lenient.ask(answerer, name, asked)
     wait_for_all()

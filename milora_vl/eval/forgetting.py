@@ -82,6 +82,7 @@ def measure_text_loss(vlm: Any) -> dict[str, Any]:
     vlm.model.eval()
     try:
         with torch.inference_mode():
+            # each alone: without padding nothing depends on the batch
             by_text = [_loss_sum(vlm, text) for text in PROBE_TEXTS]
     finally:
         vlm.model.train(was_training)
@@ -116,6 +117,7 @@ def _loss_sum(vlm: Any, text: str) -> tuple[float, int]:
         inputs |= {name: torch.as_tensor(value)[None] for name, value in extra.items()}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs = {name: value.to(vlm.model.device) for name, value in inputs.items()}
+    # float32, since a sum over a large vocabulary loses digits in 16 bits
     logits = vlm.model(**inputs).logits[0, :-1].float()  # [T - 1, V]
     target = inputs["input_ids"][0, 1:]
     return float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")), len(target)

@@ -126,6 +126,7 @@ def _generate(
 ) -> list[list[int]]:
     tokenizer, device = vlm.tokenizer, vlm.model.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # on the left, so that the answers of all rows begin at one column
     batch = pad_batch(samples, pad, "left")
     width = batch["input_ids"].shape[1]
     inputs = {name: value.to(device) for name, value in batch.items()}
@@ -137,6 +138,7 @@ def _generate(
         pad_token_id=pad,
         logits_processor=LogitsProcessorList([_FiniteLogits()]),
     )
+    # generate pads the rows that end before others
     return [_until_stop(row, set(stop_ids)) for row in output[:, width:].tolist()]
 
 

@@ -51,7 +51,7 @@ def build_answerer(vlm: Any, *, batch_size: int = 16) -> "SharedAnswerer | Plain
         return PlainAnswerer(vlm, batch_size=batch_size)
     answerer = SharedAnswerer(vlm, batch_size=batch_size)
     if reason := answerer.why_not_shared():
-        logger.warning("prompts are asked one by one in plain batches, which is slower: %s", reason)
+        logger.warning("answers come from plain batches, which are slower: %s", reason)
         return PlainAnswerer(vlm, batch_size=batch_size)
     return answerer
 
@@ -118,6 +118,7 @@ class SharedAnswerer:
         self._ids = {one.digest: self.encode(one.requests[0]) for one in questions}
         ids = [self._ids[one.digest] for one in questions]
         trees = self._plan(ids, questions)
+        # the largest first, so that lack of memory shows at once
         sizes = [sum(len(ids[row]) for row in tree) for tree in trees]
         batch: list[Question] = []
         for place in sorted(range(len(trees)), key=lambda place: -sizes[place]):
@@ -159,6 +160,7 @@ class SharedAnswerer:
         of the language model's layers: a learned prompt, a hook on the whole model.
         """
         image = self.model.config.image_token_id
+        # any tokens will do, but the image's
         a, b, c, d, e = [token for token in range(6) if token != image][:5]
         rows = [[a, b, c], [a, d, e]]
         was_training = self.vlm.model.training

@@ -28,6 +28,7 @@ def decode_base64(text: str) -> bytes:
     Raises:
         ValueError: If it is damaged.
     """
+    # the head alone, since the rest may be megabytes
     head = _DATA_URI.match(text.lstrip()[:200])
     plain = "".join((text.lstrip()[head.end() :] if head else text).split()).translate(_URL_SAFE)
     plain = plain.rstrip("=")

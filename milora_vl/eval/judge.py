@@ -19,7 +19,7 @@ from milora_vl.files import write_bytes_atomic
 KEY_VARIABLES = ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY")
 _TIMEOUT_S = 120
 _RETRIES = 4
-_TEMPORARY = frozenset((408, 409, 429, 500, 502, 503, 504))
+_TEMPORARY = frozenset((408, 409, 429, 500, 502, 503, 504))  # worth another try
 
 
 class JudgeError(EvaluationError):
@@ -43,7 +43,7 @@ class Judge:
     wait_s: float = 2.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no web address, so that no local file can be read through it."""
+        """Reject anything but a web address, so that no local file can be read through it."""
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"--judge-url {self.url!r}: an http:// or https:// URL was expected")
         if not self.model:
@@ -70,6 +70,7 @@ class Judge:
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 message = f"{type(error).__name__}: {error}"
             if attempt < _RETRIES:
+                # longer each time: an overloaded endpoint needs it
                 time.sleep(self.wait_s * 2**attempt)
         raise JudgeError(f"judge {self.model} at {self.url}: {message}")
 
@@ -124,6 +125,7 @@ class Judge:
                     )
                 replies[name] = reply
                 if known.get(prompt) != reply:
+                    # kept at once: a reply costs money
                     entry = {"model": self.model, "id": name, "prompt": prompt, "reply": reply}
                     stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
                     stream.flush()

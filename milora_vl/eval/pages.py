@@ -306,6 +306,7 @@ def thumbnail(item: Item) -> str:
         return f"<p>{html.escape(str(error))}</p>"
     image.thumbnail((_IMAGE_PX, _IMAGE_PX))
     buffer = io.BytesIO()
+    # a page with dozens of images must stay small enough to send
     image.save(buffer, "JPEG", quality=85)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'

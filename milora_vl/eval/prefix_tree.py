@@ -85,6 +85,7 @@ def build_tree(
     attends = np.zeros((len(tokens), len(tokens)), dtype=bool)
     for start, end, ancestors in spans:
         attends[start:end, ancestors] = True
+        # causal among the row's own nodes
         attends[start:end, start:end] = np.tri(end - start, dtype=bool)
     return PrefixTree(
         rows=tuple(rows),
@@ -118,6 +119,7 @@ def plan_trees(
     Returns:
         Row numbers of each tree; trees of one group are neighbours.
     """
+    # sorted by tokens, neighbors share the longest beginnings
     order = sorted(range(len(ids)), key=lambda row: (groups[row] or "", ids[row]))
     trees: list[list[int]] = []
     n_added = 0
@@ -167,6 +169,7 @@ def generate_over_trees(
         state.append(_most_likely(logits, state.live), stop_ids)
         if not len(state.tree_of) or step + 1 == max_new_tokens:
             break
+        # a tree whose rows have all ended would be computed for nothing
         kept = state.compact_trees()
         if kept is not None:
             cache.batch_select_indices(torch.from_numpy(kept).to(hidden.device))
@@ -256,6 +259,7 @@ def _prefill(
     width = max(len(tree.input_ids) for tree in trees)
     input_ids = np.zeros((len(trees), width), dtype=np.int64)
     positions = np.zeros((len(trees), width), dtype=np.int64)
+    # padding attends to itself: a softmax over nothing would be NaN
     attends = np.broadcast_to(np.eye(width, dtype=bool), (len(trees), width, width)).copy()
     for place, tree in enumerate(trees):
         n_nodes = len(tree.input_ids)
@@ -282,6 +286,7 @@ def _image_nodes(
     """Return the image nodes and, for each, how many image tokens its row holds before it."""
     is_image = tree.input_ids == image_token_id
     nodes = np.flatnonzero(is_image)
+    # the n-th image token of a row stands for the n-th feature of its image
     return nodes, tree.attends[nodes][:, is_image].sum(axis=1) - 1
 
 
@@ -294,6 +299,7 @@ def _step(model: LlavaForConditionalGeneration, state: _Rows, cache: DynamicCach
     input_ids = np.zeros((state.n_trees, n_new), dtype=np.int64)
     positions = np.zeros((state.n_trees, n_new), dtype=np.int64)
     attends = np.zeros((state.n_trees, n_new, state.width), dtype=bool)
+    # also slots without a row attend to themselves, or their softmax would be NaN
     attends[:, np.arange(n_new), width + np.arange(n_new)] = True
     input_ids[state.tree_of, slots] = [state.tokens[row][-1] for row in state.live]
     positions[state.tree_of, slots] = state.positions
@@ -311,6 +317,7 @@ def _forward(
 ) -> Tensor:
     """Run the language model. embeds [B, N, D], attends [B, N, columns] -> [B, N, D]."""
     allowed = torch.from_numpy(attends).to(embeds.device)[:, None]  # [B, 1, N, columns]
+    # an additive mask, which both sdpa and eager attention take
     mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
     mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
     return model.model(

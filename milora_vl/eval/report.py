@@ -1,4 +1,4 @@
-"""Results for people: the terminal table, and the HTML report of a run as one file.
+"""Results for readers: the terminal table, and the HTML report of a run as one file.
 
 A report never fails a run: what cannot be shown is named in its place. All foreign text is escaped.
 """
@@ -228,6 +228,7 @@ def _files(run_folder: Path) -> list[str]:
     environment = run_folder / "environment.json"
     if environment.is_file():
         content = read_json_object(environment)
+        # the manifest lists every file: its head is enough here
         manifest = content.pop("data_manifest", None) or {}
         names = ("name", "version", "size", "seed", "pictures_sha256")
         content["data"] = {name: manifest[name] for name in names if name in manifest}

@@ -142,8 +142,10 @@ def best_constant(
         parts.setdefault(label(item), []).append(item)
     total = 0.0
     for part in parts.values():
+        # the most frequent answer of a question, then the most frequent of these
         guess = most_common([most_common(item.answers) for item in part])
         credit = sum(judge(item, guess).score for item in part)
+        # guessing at random needs no image either
         chance = sum(1 / len(item.options) for item in part if item.options)
         total += max(credit, chance)
     return total / len(items)

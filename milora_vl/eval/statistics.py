@@ -77,10 +77,12 @@ def _resample(
     if n_groups == 0:
         raise ValueError("an interval needs at least one group")
     rng = np.random.default_rng(seed)
+    # in chunks: the table of draws may be larger than memory
     step = max(1, _CELLS_PER_CHUNK // n_groups)
     values = []
     for start in range(0, n_resamples, step):
         size = min(step, n_resamples - start)
+        # how often each group is drawn: one product then sums all resamples
         times = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size)
         values.append(statistic(times.astype(np.float64) @ sums))
     return np.concatenate(values)
@@ -123,6 +125,7 @@ def paired_bootstrap(
     if before.shape != after.shape:
         raise ValueError(f"not the same groups: {before.shape} before, {after.shape} after")
     width = before.shape[1]
+    # side by side, so that a resample draws the same groups of both
     both = np.hstack([before, after])
     values = _resample(
         both,

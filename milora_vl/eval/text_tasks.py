@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+# the metric that papers report, first choice first
 _PREFERRED = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 _NOT_METRICS = ("alias", "sample_len", "sample_count", "name")
 _Z_95 = 1.96

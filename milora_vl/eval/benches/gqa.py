@@ -156,6 +156,7 @@ def _distribution(rows: Sequence[Row]) -> float | None:
         return None
     total = 0.0
     for group, counts in right.items():
+        # answers that are never right in the group count nothing, as in the official scorer
         distances = ((given[group][answer] - n) ** 2 / n for answer, n in counts.items())
         total += counts.total() * sum(distances)
     return total / n_questions / 100

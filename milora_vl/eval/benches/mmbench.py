@@ -210,6 +210,7 @@ def _groups(
 def _is_rotation(base: Record, row: Record) -> bool:
     if base.text("question").split() != row.text("question").split():
         return False
+    # rotations move the texts between the letters, so one in common is enough
     options = [{one.text(name) for name in scoring.LETTERS if one.has(name)} for one in (base, row)]
     return bool(options[0] & options[1]) or not any(options)
 

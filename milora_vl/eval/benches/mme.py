@@ -163,6 +163,7 @@ def _sums(rows: Sequence[Row], categories: Sequence[str]) -> statistics.Array:
     for place, (_, pair) in enumerate(sorted(pairs.items())):
         start = _N_COUNTS * present.index(pair[0].category)
         scores = [row.score for row in pair]
+        # both questions of an image are right if the lower score is 1
         table[place, start : start + _N_COUNTS] = [sum(scores), len(scores), min(scores), 1.0]
     return table
 

@@ -143,6 +143,7 @@ def judge(item: Item, text: str | None) -> Row:
 
 def _counts(label: str, said: str | None) -> list[float]:
     """Return true positive, false positive, false negative, true negative of one answer."""
+    # what is neither yes nor no is wrong for both labels
     if label == "yes":
         return [float(said == "yes"), 0.0, float(said != "yes"), 0.0]
     return [0.0, float(said != "no"), 0.0, float(said == "no")]

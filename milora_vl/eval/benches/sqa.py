@@ -80,6 +80,7 @@ def load_full(data_dir: Path | None) -> list[Item]:
         row.reject_other_images(("image",), has_image=name is not None)
         image = None
         if name is not None:
+            # official images lie in a folder named as the problem
             names = (name,) if is_encoded(name) else (f"{key}/{name}", f"test/{key}/{name}")
             image = image_file(path, _IMAGE_FOLDERS, row, *names)
         items.append(_item(key, row, image))

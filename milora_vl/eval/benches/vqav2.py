@@ -175,6 +175,7 @@ def majority(items: Sequence[Item]) -> float:
     total = 0.0
     for item in items:
         known = by_type[item.details["question_type"]]
+        # of a few questions the most frequent answer would be luck
         if len(known) < _FEWEST_FOR_A_GUESS:
             known = by_category[item.category]
         total += vqa_accuracy(most_common(known), item.answers)

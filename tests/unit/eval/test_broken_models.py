@@ -95,4 +95,4 @@ def test_an_adapter_that_acts_outside_of_the_layers_is_run_plainly(loaded, caplo
 
     hooked.model.register_forward_hook(reverse)
     assert isinstance(build_answerer(hooked), PlainAnswerer)
-    assert caplog.text.count("asked one by one in plain batches") == 2
+    assert caplog.text.count("answers come from plain batches") == 2
