@@ -70,7 +70,7 @@ def measure_start(rounds: int) -> None:
 def measure_training(rounds: int) -> None:
     """Print seconds and memory of the demo's training step beside the plan's."""
     config = load_config(CONFIG)
-    plan = plan_run(config)
+    planned = plan_run(config)
     base = cached_demo_base(config.model.image_size_px, config.model.vision_feature_layer)
     vlm = load_model(config.model, base)
     conversations = load_conversations(config.data, config.data.train[0])
@@ -107,15 +107,15 @@ def measure_training(rounds: int) -> None:
         tokens.append(step(number))
         seconds.append(time.perf_counter() - started)
     mean, rate = statistics.mean(seconds), statistics.median(rates)
-    work = plan.step_seconds * plan.CPU_TRAINING_EFFICIENCY * 1e9 * plan.gflops[1]
+    work = planned.step_seconds * plan.CPU_TRAINING_EFFICIENCY * 1e9 * planned.gflops[1]
     print(
         f"trainable parameters: {certificate.trainable_parameters:,} attached, "
-        f"{plan.trainable:,} planned"
+        f"{planned.trainable:,} planned"
     )
-    print(f"tokens a sample, padded: {statistics.mean(tokens) / size:.0f}; {plan.notes[0]}")
+    print(f"tokens a sample, padded: {statistics.mean(tokens) / size:.0f}; {planned.notes[0]}")
     print(
         f"training step: mean {mean:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}) of {rounds}, "
-        f"{sum(tokens) / sum(seconds):.0f} tokens/s; planned {plan.step_seconds:.2f} s"
+        f"{sum(tokens) / sum(seconds):.0f} tokens/s; planned {planned.step_seconds:.2f} s"
     )
     print(
         f"share of {rate / 1e9:.0f} GFLOP/s: {work / (mean * rate):.2f}; plan takes "
@@ -124,7 +124,7 @@ def measure_training(rounds: int) -> None:
     middle, most = statistics.median(resident) / plan.GIB, max(resident) / plan.GIB
     print(
         f"resident memory after a forward pass: median {middle:.2f} GiB, most {most:.2f}; planned "
-        f"{plan.training_gib:.2f}"
+        f"{planned.training_gib:.2f}"
     )
 
 
