@@ -135,7 +135,7 @@ def test_pictures_change_the_answer_and_each_is_encoded_once():
 def test_pictures_are_padded_to_a_square_before_anything_else_as_llava_does():
     vlm = build_vlm()
     wide = ImageSource("wide", encoded=base64.b64encode(picture_bytes(1, (20, 40))).decode())
-    pixels = SharedAnswerer(vlm)._read_pixels(wide)
+    pixels = SharedAnswerer(vlm).transform(wide.open())
     processor = vlm.processor.image_processor
     image = load_image(io.BytesIO(wide.read()))
     assert torch.equal(pixels, ImageTransform(processor, True)(image))
