@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -88,6 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
     layer by layer to truncation.json. --form merged: a transformers checkpoint with its processor.
     --form serve: what vLLM, SGLang and llama.cpp take unmerged: base/, the base with the trained
     projector, and lora/, a LoRA without it; how each is started is printed.
+    --form gguf: merged, as model.gguf and mmproj.gguf for llama.cpp.
 
     An adapter trained on a 4-bit base (NF4) can be merged onto two things. --merge-onto original
     takes the full-precision weights: nothing of the base is lost, yet the adapter was trained
@@ -224,6 +226,67 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r}: write numbers, as 0,0.5,1") from None
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve a base and its adapters by name, with the API of OpenAI's chat completions.
+
+    /v1/chat/completions takes text and images (data: URLs) and streams; /v1/models lists the base
+    and the adapters, and each request says by "model" which of them answers. One base is in memory,
+    however many adapters there are.
+    """
+    import torch
+
+    from milora_vl.errors import MiloraError
+    from milora_vl.runtime import prefer_faster_weights_
+    from milora_vl.serve.engine import Engine
+    from milora_vl.serve.models import load_served
+
+    try:
+        from milora_vl.serve.app import Limits, create_app, warn_of_exposure
+        from milora_vl.serve.app import serve as run_server
+    except ImportError as error:
+        raise MiloraError(f"{error.name} is missing: pip install 'milora-vl[serve]'") from error
+    models = load_served(
+        arguments.model,
+        read_named(arguments.adapter),
+        device=arguments.device,
+        dtype="auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+        quantization=arguments.quantization,
+    )
+    prefer_faster_weights_(models[0].vlm.model)
+    limits = Limits(
+        max_tokens=arguments.max_tokens,
+        timeout_s=arguments.timeout,
+        max_body_bytes=arguments.max_body_mib << 20,
+        allowed_hosts=tuple(arguments.allow_http),
+    )
+    api_key = arguments.api_key or os.environ.get("MILORA_API_KEY") or None
+    names = [one.name for one in models]
+    if warning := warn_of_exposure(arguments.host, api_key, names):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"models: {', '.join(names)}; base URL: http://{arguments.host}:{arguments.port}/v1")
+    engine = Engine(batch_size=arguments.batch_size, max_requests=arguments.queue)
+    run_server(create_app(models, engine, limits, api_key), arguments.host, arguments.port)
+    return 0
+
+
+def read_named(words: list[str]) -> dict[str, Path]:
+    """Return folder by name of NAME=DIR words; a DIR alone is named after its run.
+
+    Raises:
+        ValueError: If two have one name.
+    """
+    found: dict[str, Path] = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        folder = Path(path if separator else word)
+        if not separator:
+            name = folder.parent.name if folder.name in ("adapter", "lora") else folder.name
+        if name in found or not name:
+            raise ValueError(f"--adapter {word}: a name of its own is needed (NAME=DIR)")
+        found[name] = folder
+    return found
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Say what a run would adapt, train, take and need, before any weight is read."""
     from milora_vl.forecast import describe_work
@@ -297,7 +360,9 @@ def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", type=Path, help="run, checkpoint or adapter folder")
     verb.add_argument("--model", help="original base: hub id or folder (default: as recorded)")
     verb.add_argument("--out", type=Path, required=True, help="folder of the export")
-    verb.add_argument("--form", choices=["lora", "lora-small", "merged", "serve"], default="lora")
+    verb.add_argument(
+        "--form", choices=["lora", "lora-small", "merged", "serve", "gguf"], default="lora"
+    )
     verb.add_argument("--rank", type=int, help="rank of lora-small or serve")
     verb.add_argument(
         "--merge-onto",
@@ -447,6 +512,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-new-tokens", type=int, default=128)
     verb.add_argument("--video-frames", type=int, help="frames shown of a video (as trained)")
     verb.set_defaults(run_verb=ask)
+    verb = verbs.add_parser("serve", help="an OpenAI-compatible server", description=serve.__doc__)
+    add_serve_arguments(verb)
     add_model_verbs(verbs)
     return parser
 
@@ -464,7 +531,9 @@ def add_model_verbs(verbs: Any) -> None:
     verb = verbs.add_parser(
         "compose", help="make a LLaVA of two parts", description=compose.__doc__
     )
-    verb.add_argument("--vision", required=True, help="open_clip:NAME/TAG or hf:ID_OR_FOLDER")
+    verb.add_argument(
+        "--vision", required=True, help="open_clip:NAME/TAG, open_clip:NAME=FILE or hf:ID_OR_FOLDER"
+    )
     verb.add_argument("--language", required=True, help="causal language model: id or folder")
     verb.add_argument("--projector", default="mlp2x_gelu", help="mlp2x_gelu is the one there is")
     verb.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -474,6 +543,33 @@ def add_model_verbs(verbs: Any) -> None:
     verb.add_argument("--allow-pickle", action="store_true", help="also weights that can run code")
     verb.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
     verb.set_defaults(run_verb=compose)
+
+
+def add_serve_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add what ``serve`` needs to know."""
+    verb.add_argument("--model", help="hub id or folder (default: the base the adapters name)")
+    verb.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="may be repeated"
+    )
+    verb.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
+    verb.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    verb.add_argument("--api-key", help="key that clients must send (or MILORA_API_KEY)")
+    verb.add_argument("--device", default="auto")
+    verb.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    verb.add_argument("--quantization", choices=["nf4"], help="language model in 4 bits")
+    verb.add_argument("--batch-size", type=int, default=8, help="requests in one forward pass")
+    verb.add_argument("--queue", type=int, default=64, help="requests held at a time; more get 429")
+    verb.add_argument("--max-tokens", type=int, default=1024, help="longest answer")
+    verb.add_argument("--timeout", type=float, default=300, help="seconds for one request")
+    verb.add_argument("--max-body-mib", type=int, default=32, help="largest request, with images")
+    verb.add_argument(
+        "--allow-http",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch images from this host (default: data: URLs only); may be repeated",
+    )
+    verb.set_defaults(run_verb=serve)
 
 
 def parse_words(words: list[str]) -> argparse.Namespace:

@@ -17,7 +17,7 @@ ORDER = [
     {"devices", "export", "plan"},
     {"training"},
     {"eval"},
-    {"environment", "inference"},
+    {"environment", "inference", "serve"},
     {"forecast", "run_folder", "stages"},
     {"pipeline"},
     {"cli"},

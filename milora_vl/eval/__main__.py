@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
         "one by one with plain generate and report how many answers differ",
     )
     add("--debug", action="store_true", help="show the traceback of an error")
+    add(
+        "--endpoint",
+        metavar="URL",
+        help="ask a server with an OpenAI-compatible API, up to /chat/completions, instead of "
+        "loading a model; --model is its name there, the key is MILORA_API_KEY or OPENAI_API_KEY",
+    )
     add("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /chat/completions")
     add("--judge-model", metavar="NAME", help="model of the judge; goes beside every score of it")
     return parser
@@ -198,6 +205,41 @@ def choose_autocast(asked: str, model: Any, out: Path) -> Any:
     return Precision(**from_main_process(found)).dtype
 
 
+def prepare_model(arguments: argparse.Namespace) -> tuple[Any, AbstractContextManager]:
+    """Return the model, or who asks a served one, and the precision to run it in.
+
+    Raises:
+        RuntimeError: If the model cannot be loaded.
+        ValueError: If the adapter belongs to another model, or the endpoint is none.
+        OSError: If a file is missing.
+    """
+    if arguments.endpoint:
+        from milora_vl.eval.endpoint import EndpointAnswerer
+
+        size = arguments.batch_size
+        remote = EndpointAnswerer(arguments.endpoint, arguments.model, batch_size=size)
+        return remote, nullcontext()
+    vlm = load_model(arguments)
+    dtype = choose_autocast(arguments.autocast, vlm.model, arguments.out)
+    return vlm, autocast(vlm.model.device, dtype)
+
+
+def _check_endpoint(arguments: argparse.Namespace) -> None:
+    """Refuse what only a model in memory can do."""
+    given = {
+        "--adapter": arguments.adapter,
+        "--quantization": arguments.quantization,
+        "--prompt-style": arguments.prompt_style,
+        "lm: tasks": "lm:" in arguments.bench,
+    }
+    clash = [name for name, value in given.items() if value]
+    if clash:
+        raise ValueError(
+            f"{', '.join(clash)} and --endpoint: the server chose its model and has it in memory; "
+            "name one of its models with --model"
+        )
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the options say; returns the results."""
     from milora_vl.adapter.tuned import choose_model
@@ -206,7 +248,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     benches = "all" if arguments.bench.strip().lower() == "all" else arguments.bench
     bench_names(benches)
-    arguments.model, arguments.adapter = choose_model(arguments.model, arguments.adapter)
+    if arguments.endpoint:
+        _check_endpoint(arguments)
+    else:
+        arguments.model, arguments.adapter = choose_model(arguments.model, arguments.adapter)
     data = arguments.data
     if data is None and arguments.bench.strip().lower() == "stickervqa":
         data = cache_folder() / "stickervqa" / "core"
@@ -219,8 +264,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.judge_url or arguments.judge_model:
         judge = Judge(arguments.judge_url or "", arguments.judge_model or "")
     items = load_items(benches, data, arguments.limit)
-    vlm = load_model(arguments)
-    with autocast(vlm.model.device, choose_autocast(arguments.autocast, vlm.model, arguments.out)):
+    vlm, precision = prepare_model(arguments)
+    with precision:
         return evaluate(
             vlm,
             benches,

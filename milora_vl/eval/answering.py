@@ -105,7 +105,7 @@ def ask_all(
         EvaluationError: As soon as more than ``allow_errors`` samples have failed.
         NonFiniteError: If the model's logits are not finite; no sample of it may be scored.
     """
-    questions, answers = _distinct(requests, max_new_tokens)
+    questions, answers = distinct_questions(requests, max_new_tokens)
     check_failures(answers, allow_errors)
     waiting = []
     for question in questions:
@@ -136,7 +136,7 @@ def ask_all(
     return answers
 
 
-def _distinct(
+def distinct_questions(
     requests: Sequence[Request], max_new_tokens: int
 ) -> tuple[list[Question], dict[str, Answer]]:
     """Return what has to be asked, and a failed answer for each image that cannot be read."""

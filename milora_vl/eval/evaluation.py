@@ -19,6 +19,7 @@ from milora_vl.eval import statistics
 from milora_vl.eval.answering import AnswerJournal, Asker, fingerprint_weights
 from milora_vl.eval.bench_files import BenchError, read_json_object, shorten
 from milora_vl.eval.benches import BENCHES, Bench
+from milora_vl.eval.endpoint import PROMPT_STYLE, EndpointAnswerer
 from milora_vl.eval.forgetting import measure_text_loss
 from milora_vl.eval.generate_shared import build_answerer
 from milora_vl.eval.items import Answer, EvaluationError, Item, Request, Row
@@ -335,7 +336,8 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     """Evaluate a model; write ``results.json`` and ``predictions.jsonl`` into ``out_dir``.
 
     Args:
-        vlm: Has ``model``, ``processor`` and ``prompt_style``; see ``load_vlm``.
+        vlm: Has ``model``, ``processor`` and ``prompt_style``, see ``load_vlm``; or a served model,
+            see ``EndpointAnswerer``, whose text loss cannot be measured.
         benches: Names in ``BENCHES``, as a list or joined by commas; "all" (with ``data_dir``: all
             whose files are there); "stickervqa" for the three of that set; "lm:" and a name for a
             text-only task of lm-eval-harness, or of a task file (``*.yaml``) in ``data_dir``.
@@ -370,8 +372,9 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     out_dir = Path(out_dir)
     data_dir = None if data_dir is None else Path(data_dir)
     items = load_items(benches, data_dir, limit) if items is None else items
-    answerer = build_answerer(vlm, batch_size=batch_size) if items else None
-    style_name = get_style(vlm.prompt_style).name
+    answerer = _choose_answerer(vlm, batch_size) if items else None
+    is_remote = isinstance(vlm, EndpointAnswerer)
+    style_name = PROMPT_STYLE if is_remote else get_style(vlm.prompt_style).name
     model_name = str(model_name or getattr(vlm, "path", "") or "")
     data_set = None if data_dir is None else _data_set_name(data_dir)
     text_tasks = [name.removeprefix(TEXT_PREFIX) for name in names if name.startswith(TEXT_PREFIX)]
@@ -386,7 +389,7 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
     }
     rank = process_rank()
     file = JOURNAL if rank == 0 else SHARED_JOURNALS.replace("*", str(rank))
-    journal = AnswerJournal(out_dir / file, _identity(vlm.model, style_name, model_name))
+    journal = AnswerJournal(out_dir / file, _identity(vlm, style_name, model_name))
     conditions = Conditions(
         out_dir=out_dir,
         data_dir=data_dir,
@@ -410,6 +413,8 @@ def evaluate(  # noqa: PLR0913 - the public entry, all keyword-only after the fo
         lines += new_lines
         # after every bench, so that a crash loses one at the most
         write_text_atomic(out_dir / "predictions.jsonl", "".join(lines))
+    if is_remote:  # a server gives no logits of a text
+        text_probe = False
     # lm-eval scores a model whose logits are NaN like any other, so the probe comes first
     probe = measure_text_loss(vlm) if text_probe or text_tasks else None
     if text_tasks:
@@ -500,8 +505,17 @@ def load_items(
     return items
 
 
-def _identity(model: Any, style_name: str, model_name: str) -> dict[str, Any]:
+def _choose_answerer(vlm: Any, batch_size: int) -> Any:
+    if isinstance(vlm, EndpointAnswerer):
+        return vlm
+    return build_answerer(vlm, batch_size=batch_size)
+
+
+def _identity(vlm: Any, style_name: str, model_name: str) -> dict[str, Any]:
     """Return what an answer depends on besides the question."""
+    if isinstance(vlm, EndpointAnswerer):
+        return vlm.identity()
+    model = vlm.model
     is_autocast = torch.is_autocast_enabled(model.device.type)
     return {
         "model": model_name,

@@ -42,6 +42,30 @@ def build_prompt(
     Raises:
         ValueError: If there are images or videos and the model takes none, or not so many.
     """
+    marks = f"{IMAGE_TOKEN}\n" * len(images) + f"{VIDEO_TOKEN}\n" * len(videos)
+    return build_chat(vlm, [Turn("user", marks + question)], images, pad_to_square, videos)
+
+
+def build_chat(
+    vlm: Any,
+    turns: Sequence[Turn],
+    images: Sequence[Image.Image] = (),
+    pad_to_square: bool | None = None,
+    videos: Sequence[Video] = (),
+) -> dict[str, Any]:
+    """Encode a conversation that the user had the last word in; see ``build_prompt``.
+
+    Args:
+        vlm: From ``load_vlm``.
+        turns: With an ``IMAGE_TOKEN`` for each image.
+        images: RGB images, in order.
+        pad_to_square: As for ``build_prompt``.
+        videos: As for ``build_prompt``, with a ``VIDEO_TOKEN`` for each.
+
+    Raises:
+        ValueError: If there are images and the model takes none, or not so many; or if the turns
+            do not fit the prompt style.
+    """
     if images and not vlm.has_vision:
         raise ValueError(f"{vlm.path} is a text model and takes no image")
     if videos and not (vlm.image_reader and vlm.image_reader.takes_videos):
@@ -50,8 +74,6 @@ def build_prompt(
     if vlm.image_reader:
         counts = vlm.image_reader.expand([image.size for image in images])
         counts = [*counts, *vlm.image_reader.expand_videos(videos)]
-    marks = f"{IMAGE_TOKEN}\n" * len(images) + f"{VIDEO_TOKEN}\n" * len(videos)
-    turns = [Turn("user", marks + question)]
     style, tokenizer = vlm.prompt_style, vlm.tokenizer
     ids = encode(turns, style, tokenizer, counts, add_generation_prompt=True).input_ids
     if vlm.image_reader:
@@ -109,10 +131,15 @@ def generate(
     return [answers[index] for index in range(len(samples))]
 
 
-class _FiniteLogits(LogitsProcessor):
+class FiniteLogits(LogitsProcessor):
     """Changes nothing, and ends the generation when the logits of a row mean nothing."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores as they are.
+
+        Raises:
+            NonFiniteError: Naming the first row whose logits are NaN or infinite.
+        """
         # NaN and +inf show in the maximum; a single -inf forbids a token and is no harm
         finite = torch.isfinite(scores.max(dim=-1).values)
         if not finite.all():
@@ -136,7 +163,7 @@ def _generate(
         do_sample=False,
         eos_token_id=list(stop_ids) or None,
         pad_token_id=pad,
-        logits_processor=LogitsProcessorList([_FiniteLogits()]),
+        logits_processor=LogitsProcessorList([FiniteLogits()]),
     )
     # generate pads the rows that end before others
     return [_until_stop(row, set(stop_ids)) for row in output[:, width:].tolist()]

@@ -1,0 +1,1 @@
+"""A server for a base model and its adapters, with the API of OpenAI's chat completions."""
