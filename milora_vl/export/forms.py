@@ -18,11 +18,13 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from milora_vl.adapter.checkpoint import check_writable, write_adapter
 from milora_vl.adapter.portable import MiloraFile, portable_tensors
 from milora_vl.adapter.state import recall
 from milora_vl.errors import MiloraError
+from milora_vl.export.gguf import TEXT_FILE, check_model, read_back_, write_gguf
 from milora_vl.export.logits_check import (
     LogitsCheck,
     check_batches,
@@ -76,6 +78,9 @@ from transformers import {auto}, AutoProcessor
 model = {auto}.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, "path/to/this/folder/lora")
 processor = AutoProcessor.from_pretrained({base!r})"""
+LOAD_GGUF = """llama-mtmd-cli -m model.gguf --mmproj mmproj.gguf --image IMAGE -p QUESTION
+llama-server -m model.gguf --mmproj mmproj.gguf
+# without images: llama-cli -m model.gguf. Other precisions: llama-quantize model.gguf OUT Q4_K_M"""
 LOAD_MERGED = """from transformers import {auto}, AutoProcessor
 model = {auto}.from_pretrained("path/to/this/folder")
 processor = AutoProcessor.from_pretrained("path/to/this/folder")"""
@@ -123,8 +128,10 @@ def model_card(  # noqa: PLR0913  values by keyword
         "lora-small": f"LoRA of rank {r} for {shown}, recompressed",
         "merged": f"{shown} with a merged adapter",
         "serve": f"LoRA of rank {r} for servers, beside {shown}",
+        "gguf": f"{shown} with a merged adapter, for llama.cpp",
     }[form]
-    load = {"merged": LOAD_MERGED, "serve": LOAD_SERVE}.get(form, LOAD_ADAPTER)
+    loads = {"merged": LOAD_MERGED, "serve": LOAD_SERVE, "gguf": LOAD_GGUF}
+    load = loads.get(form, LOAD_ADAPTER)
     loaded = "path/to/this/folder/base" if form == "serve" and metadata.projector else shown
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -181,7 +188,7 @@ def _metadata_table(metadata: MiloraFile, shown: str, r: int, lora_alpha: float)
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-Form = Literal["lora", "lora-small", "merged", "serve"]
+Form = Literal["lora", "lora-small", "merged", "serve", "gguf"]
 MergeOnto = Literal["original", "dequantized"]
 
 
@@ -227,7 +234,8 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
         out: Folder of the export; replaced only if it is empty or an earlier export.
         form: "lora": the plain LoRA (rank 2r); "lora-small": a plain LoRA of rank ``r``; "merged":
             a transformers checkpoint with its processor; "serve": the base with the trained
-            projector in ``base/``, and a LoRA without it in ``lora/``.
+            projector in ``base/``, and a LoRA without it in ``lora/``; "gguf": merged, for
+            llama.cpp, see ``gguf.py``.
         base: Id or path of the original base; default: as recorded in the adapter.
         r: Rank for "lora-small" (default: the rank that was trained) or "serve" (default: rank
             2r, exact).
@@ -258,9 +266,13 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
             "--merge-onto original"
         )
     vlm = source.load(quantized=True)
+    if form == "gguf":
+        check_model(vlm.model)
     warn_of_another_processor(source.metadata, vlm.processor)
     # the 4-bit residual that was trained can be merged, but not reached by a LoRA on NF4(W)
-    trained = form in ("merged", "serve") and vlm.float_weights is not None and strength == 1
+    trained = (
+        form in ("merged", "serve", "gguf") and vlm.float_weights is not None and strength == 1
+    )
     live = source.attach(vlm, residual=None if trained else "anchor")
     example = None if picture else example_of_run(source.folder)
     shown, asked = example or (picture or drawn_picture(), "What is in the picture?")
@@ -271,8 +283,8 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     workspace = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         draft = workspace / "export"
-        if form == "merged":
-            exported = _merge(source, live, processor, draft, merge_onto, batches, wanted)
+        if form in ("merged", "gguf"):
+            exported = _merge(source, live, processor, draft, merge_onto, batches, wanted, form)
         elif form == "serve":
             parts = write_serve(source, live, processor, draft, out, r, batches, wanted)
             exported = Exported(out, *map(tuple, parts))
@@ -294,7 +306,7 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
 
 def _is_earlier_export(out: Path) -> bool:
     """Tell whether a folder is an earlier export other than an adapter, which may be replaced."""
-    inside = (out / "config.json", out / LORA / "adapter_config.json")
+    inside = (out / "config.json", out / TEXT_FILE, out / LORA / "adapter_config.json")
     return (out / "README.md").exists() and any(file.exists() for file in inside)
 
 
@@ -307,14 +319,14 @@ def _check_arguments(
         raise ValueError(
             "no server takes a DoRA (vLLM refuses it); export it merged (--form merged)"
         )
-    quantized = form == "merged" and bool(metadata.base.get("quantized"))
+    quantized = form in ("merged", "gguf") and bool(metadata.base.get("quantized"))
     if quantized and merge_onto is None:
         raise ValueError(
             "the base of this adapter was quantized to 4 bits: say --merge-onto original or "
             "--merge-onto dequantized (see milora-vl export --help for the difference)"
         )
     if merge_onto == "dequantized" and not quantized:
-        raise ValueError("--merge-onto dequantized needs --form merged and a 4-bit base")
+        raise ValueError("--merge-onto dequantized needs --form merged or gguf and a 4-bit base")
 
 
 def _write_lora(
@@ -365,6 +377,7 @@ def _merge(
     merge_onto: MergeOnto | None,
     batches: Mapping[str, Mapping[str, Tensor]],
     wanted: Mapping[str, Tensor],
+    form: Form,
 ) -> Exported:
     notes, reference, tolerance = [], wanted, tolerance_of(live.get_base_model())
     is_nf4 = bool(source.metadata.base.get("quantized"))
@@ -373,16 +386,27 @@ def _merge(
         live = source.attach(full, strict_base=False)
         reference, tolerance = logits_of(live, batches), tolerance_of(live.get_base_model())
     model = dequantized_model(live) if merge_onto == "dequantized" else merge_adapter(live)
-    model.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    dtype, kind = model.dtype, type(model)
-    del live, model
-    plain = kind.from_pretrained(draft, dtype=dtype).to(source.device).eval()
+    if form == "gguf":
+        write_gguf(model, processor, draft)
+        plain = _read_gguf(source, model, draft)
+    else:
+        model.save_pretrained(draft)
+        processor.save_pretrained(draft)
+        dtype, kind = model.dtype, type(model)
+        del live, model
+        plain = kind.from_pretrained(draft, dtype=dtype).to(source.device).eval()
     found = logits_of(plain, batches)
     if reference is not wanted:
         lines = compare_logits(wanted, found, None)
         notes += [f"against the 4-bit model that was trained, {line}" for line in lines]
     return Exported(draft, tuple(compare_logits(reference, found, tolerance)), tuple(notes))
+
+
+def _read_gguf(source: Source, merged: PreTrainedModel, draft: Path) -> PreTrainedModel:
+    """Return the original base, filled from the files alone: what they lack would show."""
+    plain = source.load(quantized=False).model.to(merged.dtype)
+    read_back_(plain, draft)
+    return plain.eval()
 
 
 def _refuse_failed(checks: tuple[LogitsCheck, ...], out: Path) -> None:
@@ -405,7 +429,7 @@ def _card(
 ) -> str:
     metadata, r, alpha = source.metadata, source.metadata.r, source.metadata.lora_alpha
     truncation = None
-    if form != "merged":
+    if form not in ("merged", "gguf"):
         folder = draft / LORA if form == "serve" else draft
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         r, alpha = config["r"], config["lora_alpha"]
