@@ -40,7 +40,9 @@ def split_vision_name(vision: str) -> tuple[str, str]:
     """
     source, _, name = vision.partition(":")
     if source not in ("open_clip", "hf") or not name:
-        raise TowerError(f"vision {vision!r}: write open_clip:NAME/TAG or hf:ID_OR_FOLDER")
+        raise TowerError(
+            f"vision {vision!r}: write open_clip:NAME/TAG, open_clip:NAME=FILE or hf:ID_OR_FOLDER"
+        )
     return source, name
 
 

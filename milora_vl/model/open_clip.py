@@ -10,9 +10,11 @@ such norm (CLIPA, EVA-01) a ViT; without a class token SigLIP's. Anything else i
 reason: rotary positions (EVA-02, PE), post-norm, ResNets, ConvNeXt.
 """
 
+import pickle
 import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -291,12 +293,17 @@ class Tower:
 def check_open_clip_name(name: str) -> tuple[str, str]:
     """Split ``NAME/TAG`` and check both against open_clip's own lists; nothing is fetched.
 
+    ``NAME=FILE`` is split into the model's name and the file of own weights.
+
     Raises:
         TowerError: If there is no such model, or no such weights of it; near names are listed.
     """
     import open_clip
 
+    own_name, has_file, file = name.partition("=")
     architecture, _, tag = name.partition("/")
+    if has_file:
+        architecture, tag = own_name, file
     models = open_clip.list_models()
     if architecture not in models:
         near = get_close_matches(architecture, models, n=5, cutoff=0.4)
@@ -304,6 +311,10 @@ def check_open_clip_name(name: str) -> tuple[str, str]:
             f"open_clip has no model {architecture!r}"
             + (f"; near: {', '.join(near)}" if near else "; see open_clip.list_models()")
         )
+    if has_file:
+        if not Path(file).is_file():
+            raise TowerError(f"open_clip:{name}: there is no file {file}")
+        return architecture, file
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         near = get_close_matches(tag, tags, n=1, cutoff=0.6)
@@ -320,7 +331,10 @@ def check_open_clip_name(name: str) -> tuple[str, str]:
 def load_open_clip_tower(name: str) -> Tower:
     """Load and convert a tower by ``NAME/TAG``, for example ``ViT-B-16/laion2b_s34b_b88k``.
 
-    Weights trained with QuickGELU (``openai`` and others) get it, whatever the model's name says.
+    ``NAME=FILE`` takes own weights of that architecture, as open_clip's training or
+    ``torch.save(model.state_dict())`` writes them; nothing in the file is run. Their activation is
+    that of the name (``ViT-B-16-quickgelu=FILE`` for QuickGELU). Published weights that were
+    trained with QuickGELU (``openai`` and others) get it, whatever the model's name says.
 
     Raises:
         TowerError: If there is no such model or tag, its weights cannot be had, or it cannot be
@@ -334,7 +348,7 @@ def load_open_clip_tower(name: str) -> Tower:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         first = next(iter(str(error).splitlines()), "")
         raise TowerError(f"open_clip:{name}: the weights cannot be loaded. {first}") from error
     visual = model.visual.eval()

@@ -136,7 +136,7 @@ def test_an_interruption_while_writing_leaves_nothing(
 
 
 def test_what_cannot_be_composed_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="write open_clip:NAME/TAG or hf:ID_OR_FOLDER"):
+    with pytest.raises(ValueError, match="open_clip:NAME=FILE"):
         load_tower("ViT-B-16")
     with pytest.raises(ValueError, match="mlp2x_gelu alone"):
         compose_from_names("hf:x", "y", tmp_path / "out", projector="linear")

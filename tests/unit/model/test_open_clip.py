@@ -1,7 +1,9 @@
 """Laws of converted open_clip towers: the same features, in float32, from random weights."""
 
 import json
+import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +213,22 @@ def test_weights_of_quick_gelu_get_it_whatever_the_model_is_called(
     assert tower.model.config.hidden_act == "quick_gelu"
     assert (tower.image_size_px, tower.image_mean) == (64, [0.5, 0.5, 0.5])
     assert load_open_clip_tower("ViT-B-16/laion2b_s34b_b88k").model.config.hidden_act == "gelu"
+
+
+def test_own_weights_come_from_a_file(tmp_path: Path) -> None:
+    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+    settings = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": TEXT}
+    (tmp_path / "tiny-of-the-tests.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path)
+    model = shake_(open_clip.create_model("tiny-of-the-tests"))
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    tower = load_open_clip_tower(f"tiny-of-the-tests={tmp_path / 'own.pt'}")
+    state = tower.model.state_dict()
+    (patches,) = (value for name, value in state.items() if "patch_embedding.weight" in name)
+    assert torch.equal(patches, model.visual.conv1.weight)
+    assert tower.image_size_px == 64
+    with pytest.raises(TowerError, match="there is no file"):
+        check_open_clip_name("tiny-of-the-tests=nowhere.pt")
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps({"code": Path}))  # not tensors
+    with pytest.raises(TowerError, match="the weights cannot be loaded"):
+        load_open_clip_tower(f"tiny-of-the-tests={tmp_path / 'bad.pt'}")
