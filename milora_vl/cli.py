@@ -357,7 +357,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 def add_export_arguments(verb: argparse.ArgumentParser) -> None:
     """Add what ``export`` needs to know."""
-    verb.add_argument("source", type=Path, help="run, checkpoint or adapter folder")
+    verb.add_argument("source", help="run, checkpoint or adapter folder, or an adapter's hub id")
     verb.add_argument("--model", help="original base: hub id or folder (default: as recorded)")
     verb.add_argument("--out", type=Path, required=True, help="folder of the export")
     verb.add_argument(
@@ -506,7 +506,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("question")
     verb.add_argument("--model", help="hub id or folder (default: the base the adapter names)")
-    verb.add_argument("--adapter", type=Path, help="adapter folder of a run")
+    verb.add_argument("--adapter", help="run, adapter folder (also of PEFT) or hub id of one")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--quantization", choices=["nf4"], help="language model in 4 bits")
     verb.add_argument("--max-new-tokens", type=int, default=128)

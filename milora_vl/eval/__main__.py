@@ -75,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ID_OR_PATH",
         help="hub id or checkpoint folder (default: the base that --adapter names)",
     )
-    add("--adapter", type=Path, metavar="DIR", help="MiLoRA or other PEFT adapter on that model")
+    add(
+        "--adapter",
+        metavar="ID_OR_PATH",
+        help="MiLoRA or other PEFT adapter on that model: run, folder or hub id",
+    )
     add(
         "--data",
         type=Path,
@@ -243,6 +247,7 @@ def _check_endpoint(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the options say; returns the results."""
     from milora_vl.adapter.tuned import choose_model
+    from milora_vl.eval.bench_files import check_images
     from milora_vl.eval.evaluation import bench_names, evaluate, load_items
     from milora_vl.eval.judge import Judge
 
@@ -264,6 +269,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.judge_url or arguments.judge_model:
         judge = Judge(arguments.judge_url or "", arguments.judge_model or "")
     items = load_items(benches, data, arguments.limit)
+    for questions in items.values():
+        check_images(questions, arguments.allow_errors)
     vlm, precision = prepare_model(arguments)
     with precision:
         return evaluate(

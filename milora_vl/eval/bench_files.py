@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_vl.data.images import ImagePathError, resolve_image
 from milora_vl.errors import MiloraError
-from milora_vl.eval.items import ImageSource
+from milora_vl.eval.items import ImageSource, Item
 
 _LONGEST_MESSAGE_CHARS = 700  # a few lines: rows may hold megabytes of base64
 _LONGEST_VALUE_CHARS = 80
@@ -142,19 +142,28 @@ class Record:
 
         It is a file name, a data URI or base64 text, alone or in a list of one.
         """
-        found = {}
+        names = self.image_names(*keys)
+        if len(names) > 1:
+            raise self.error(
+                f"{len(names)} images in {' and '.join(filter(self.has, keys))}, but a question is "
+                "asked about one; join them into one image, or split the question"
+            )
+        return next(iter(names), None)
+
+    def image_names(self, *keys: str) -> tuple[str, ...]:
+        """Return the images that a row names under some keys, in order and each once.
+
+        Raises:
+            BenchError: If a value is of another kind than those of ``image_name``.
+        """
+        found: list[str] = []
         for key in keys:
             value = self.values.get(key)
             if is_missing(value) or value in ("", [], ()):
                 continue
             names = list(value) if isinstance(value, (list, tuple)) else [value]
-            found |= {self._as_text(name, key): key for name in names}
-        if len(found) > 1:
-            raise self.error(
-                f"{len(found)} images in {' and '.join(sorted(set(found.values())))}, but a "
-                "question is asked about one; join them into one image, or split the question"
-            )
-        return next(iter(found), None)
+            found += [self._as_text(name, key) for name in names]
+        return tuple(dict.fromkeys(found))
 
     def reject_other_images(self, read: Collection[str], *, has_image: bool) -> None:
         """Reject an image under a key that is not read: it would silently be left out.
@@ -193,11 +202,16 @@ def holds_image(value: Any) -> bool:
     return isinstance(value, bytes)
 
 
+_DATA_URI = re.compile(r"(?i)\s*data:(?:image/|[^,]{0,80};base64,)")
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
+
+
 def is_encoded(name: str) -> bool:
     """Tell whether what stands for an image is a data URI or base64 text, not a file name."""
-    if name.lstrip()[:11].lower() == "data:image/":
+    if _DATA_URI.match(name):
         return True
-    return len(name) >= _SHORTEST_BASE64_CHARS and _BASE64.fullmatch(name) is not None
+    is_long = len(name) >= _SHORTEST_BASE64_CHARS or name.lstrip().startswith(_BASE64_STARTS)
+    return is_long and _BASE64.fullmatch(name) is not None
 
 
 def gold_letter(answer: str, options: Sequence[str], record: Record) -> str:
@@ -406,6 +420,43 @@ def find_image(folders: Sequence[Path], record: Record, *names: str) -> ImageSou
         return ImageSource(record.where, path=found or resolve_image(folders[0], names[0]))
     except (ImagePathError, OSError) as error:
         raise record.error(str(error)) from error
+
+
+def check_images(items: Iterable[Item], allowed: int = 0) -> None:
+    """Check that images are there before a model is loaded: files exist, texts are base64.
+
+    Rows of tables are read later, when they are needed.
+
+    Args:
+        items: Questions of one bench.
+        allowed: Questions that may fail.
+
+    Raises:
+        BenchError: Naming the first row, if more questions lack an image than are allowed to.
+    """
+    problems: dict[Hashable, str | None] = {}
+    failing = []
+    for item in items:
+        for source in (one for one in (item.image, *item.more_images) if one is not None):
+            if (key := source.same_as()) not in problems:
+                problems[key] = _image_problem(source)
+            if problems[key] is not None:
+                failing.append(problems[key])
+                break
+    if len(failing) > allowed:
+        raise BenchError(f"{failing[0]} ({len(failing)} questions lack an image)")
+
+
+def _image_problem(source: ImageSource) -> str | None:
+    if source.path is not None:
+        return None if source.path.is_file() else f"{source.where}: no image {source.path}"
+    if source.fetch is not None:
+        return None
+    try:
+        source.read()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 _OWNERS = ("lmms-lab-encoder", "lmms-lab")

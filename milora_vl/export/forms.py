@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from milora_vl.adapter.checkpoint import check_writable, write_adapter
 from milora_vl.adapter.portable import MiloraFile, portable_tensors
 from milora_vl.adapter.state import recall
+from milora_vl.adapter.tuned import read_adapter
 from milora_vl.errors import MiloraError
 from milora_vl.export.gguf import TEXT_FILE, check_model, read_back_, write_gguf
 from milora_vl.export.logits_check import (
@@ -40,11 +41,13 @@ from milora_vl.export.merge import (
     summarize,
     truncation_report,
 )
+from milora_vl.export.plain import PlainSource, write_card, write_plain, write_whole
 from milora_vl.export.serve import LORA, write_serve
 from milora_vl.export.source import (
     Source,
     certificate_summary,
     example_of_run,
+    name_base,
     read_source,
     warn_of_another_processor,
 )
@@ -256,9 +259,14 @@ def export_adapter(  # noqa: PLR0913  settings by keyword
     """
     if merge_onto == "dequantised":  # the older spelling
         merge_onto = "dequantized"
-    out, source = Path(out), read_source(path, base, device, dtype, strength)
+    out, found = Path(out), read_adapter(path)
     if not _is_earlier_export(out):
         check_writable(out)
+    if not found.is_ours:
+        plain = PlainSource(found, name_base(base or found.base, path), device, dtype)
+        _check_plain_arguments(form, r, merge_onto, strength)
+        return _export_plain(plain, out, form, r, picture, question)
+    source = read_source(path, base, device, dtype, strength)
     _check_arguments(source.metadata, form, r, merge_onto)
     if strength != 1 and merge_onto == "dequantized":
         raise ValueError(
@@ -308,6 +316,42 @@ def _is_earlier_export(out: Path) -> bool:
     """Tell whether a folder is an earlier export other than an adapter, which may be replaced."""
     inside = (out / "config.json", out / TEXT_FILE, out / LORA / "adapter_config.json")
     return (out / "README.md").exists() and any(file.exists() for file in inside)
+
+
+def _export_plain(
+    source: PlainSource,
+    out: Path,
+    form: Form,
+    r: int | None,
+    image: Image.Image | None,
+    question: str | None,
+) -> Exported:
+    """Export a PEFT adapter that others made."""
+    found: list[Exported] = []
+
+    def write(draft: Path) -> None:
+        checks, notes, rows = write_plain(source, draft, form, r=r, image=image, question=question)
+        _refuse_failed(checks, out)
+        load = LOAD_MERGED if form == "merged" else LOAD_ADAPTER
+        lines = "\n".join(f"* {line}" for line in (*notes, *checks))
+        parts = [f"## Check against the adapter as it was\n\n{lines}"]
+        write_card(source, draft, form, load, parts, rows)
+        found.append(Exported(out, checks, notes))
+
+    write_whole(out, write)
+    return found[0]
+
+
+def _check_plain_arguments(
+    form: Form, r: int | None, merge_onto: MergeOnto | None, strength: float
+) -> None:
+    if form == "serve" or merge_onto or strength != 1:
+        raise ValueError(
+            "--form serve, --merge-onto and --strength need an adapter of this package, and this "
+            "is PEFT's; --form lora, lora-small and merged take it"
+        )
+    if r is not None and form != "lora-small":
+        raise ValueError(f"--rank belongs to --form lora-small, not {form}")
 
 
 def _check_arguments(

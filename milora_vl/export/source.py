@@ -111,20 +111,25 @@ def read_source(
         raise ValueError(f"--strength {strength}: a finite number is needed; 1 is what was trained")
     folder = find_adapter(path)
     if not (folder / MILORA_FILE).exists():
-        raise ValueError(
-            f"{folder} is a plain PEFT adapter already; ask and eval take it as it is, and PEFT's "
-            "merge_and_unload merges it"
-        )
+        raise ValueError(f"{folder} is a PEFT adapter that this package did not make")
     metadata = read_milora_file(folder)
-    base = base or metadata.base["name_or_path"]
-    if not base:
-        raise ValueError(f"{folder} does not say which base it was made on; pass --model")
-    if Path(base).exists():
-        base = str(Path(base).resolve())  # a relative path means nothing elsewhere
+    base = name_base(base or metadata.base["name_or_path"], folder)
     if strength != 1:
         extra = {**metadata.extra, "strength": strength * metadata.extra.get("strength", 1.0)}
         metadata = metadata.model_copy(update={"extra": extra})
     return Source(folder, metadata, base, device, dtype, strength)
+
+
+def name_base(base: str | None, adapter: Path | str) -> str:
+    """Return the id or full path of a base.
+
+    Raises:
+        ValueError: If none is known.
+    """
+    if not base:
+        raise ValueError(f"{adapter} does not say which base it was made on; pass --model")
+    # a relative path means nothing elsewhere
+    return str(Path(base).resolve()) if Path(base).exists() else base
 
 
 def example_of_run(folder: Path) -> tuple[Image.Image, str] | None:

@@ -3,7 +3,8 @@
 A line with ``choices`` (a list, or an object of letters and texts) is lettered and has ``answer``,
 a letter or the text of a choice. Any other line is free: it has ``answers``, a list, or one
 ``answer``, and is right if the model says one of them once both are normalized. With neither
-there is no score. ``image`` is a file name, a data URI or base64 text. Optional: ``id``,
+there is no score. ``image`` is a file name, a data URI or base64 text, or a list of them, all of
+which are shown before the question. Optional: ``id``,
 ``category``, ``prompt`` (the whole prompt, used as it is).
 """
 
@@ -61,8 +62,8 @@ def load(data_dir: Path | None) -> list[Item]:
 
 def _item(row: Record, path: Path, number: int) -> Item:
     question = row.text("question")
-    image = row.image_name("image", "images")
-    row.reject_other_images(_KNOWN, has_image=image is not None)
+    names = row.image_names("image", "images")
+    row.reject_other_images(_KNOWN, has_image=bool(names))
     for key, meant in _MEANT.items():
         if row.has(key):
             raise row.error(f"key {key!r} is not read; {meant!r} is what it is called here")
@@ -71,12 +72,14 @@ def _item(row: Record, path: Path, number: int) -> Item:
     ending = scoring.LETTER_ANSWER if choices else scoring.SHORT_ANSWER
     prompt = "\n".join([question, *scoring.lettered(choices), ending])
     key = row.text("id", str(number))
+    images = [image_file(path, ("images",), row, name) for name in names]
     return Item(
         id=key,
-        image=None if image is None else image_file(path, ("images",), row, image),
+        image=images[0] if images else None,
+        more_images=tuple(images[1:]),
         prompt=row.text("prompt", prompt),
         answers=_answers(row, choices),
-        group=image or key,
+        group=" ".join(names) or key,
         category=row.text("category", "all"),
         options=choices,
         question=question,

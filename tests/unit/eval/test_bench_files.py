@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import logging
+import re
 
 import datasets
 import official_layouts as layouts
@@ -15,7 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from milora_vl.eval import evaluate
-from milora_vl.eval.bench_files import BenchError, Mirror, Record, gold_letter, read_json_lines
+from milora_vl.eval.__main__ import main
+from milora_vl.eval.bench_files import (
+    BenchError,
+    Mirror,
+    Record,
+    check_images,
+    gold_letter,
+    is_encoded,
+    read_json_lines,
+)
 from milora_vl.eval.benches import BENCHES, custom, gqa, llava_w, mmbench, mmmu, pope, seed, sqa
 from milora_vl.eval.comparison import read_rows
 from milora_vl.eval.items import ImageSource
@@ -230,8 +240,6 @@ def test_right_answers_are_right_whatever_the_form_of_their_label(bench, file, p
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"images": ["x.png", "y.png"]}, "2 images in images"),
-        ({"image": "x.png", "images": ["y.png"]}, "2 images in image and images"),
         ({"image_path": "x.png"}, "key 'image_path' seems to hold an image"),
         ({"img": "somewhere"}, "key 'img' seems to hold an image"),
         ({"image": "x.png", "second": "y.jpeg"}, "key 'second' seems to hold an image"),
@@ -251,6 +259,31 @@ def test_nothing_of_a_custom_row_is_dropped(row, message, tmp_path):
         custom.load(tmp_path)
 
 
+def test_all_images_of_a_custom_row_are_shown_in_order(tmp_path):
+    for place, name in enumerate("xyz"):
+        (tmp_path / f"{name}.png").write_bytes(picture_bytes(place))
+    row = {"question": "?", "image": ["y.png", "x.png"], "images": ["x.png", "z.png"]}
+    (tmp_path / "custom.jsonl").write_text(json.dumps(row))
+    (item,) = custom.load(tmp_path)
+    shown = (item.image, *item.more_images)
+    assert [one.path.name for one in shown] == ["y.png", "x.png", "z.png"]
+
+
+def test_an_image_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(picture_bytes(1))
+    good, damaged = {"question": "?", "image": "x.png"}, {"question": "?", "image": "A" * 201 + "="}
+    absent = {"question": "?", "image": ["x.png", "y.png"]}
+    words = ["--bench", "custom", "--data", str(tmp_path), "--model", "no/model"]
+    for rows, message in (
+        ([good, absent], r"custom.jsonl row 2: no image"),
+        ([good, damaged], r"custom.jsonl row 2: .* base64"),
+    ):
+        (tmp_path / "custom.jsonl").write_text(layouts.lines(rows))
+        assert main([*words, "--out", str(tmp_path / "out")]) == 1
+        assert re.search(message, capsys.readouterr().err)
+        check_images(custom.load(tmp_path), allowed=1)
+
+
 def test_other_keys_of_custom_rows_are_named_once(tmp_path, caplog):
     rows = [{"question": "?", "source": "web", "level": place} for place in range(3)]
     (tmp_path / "custom.jsonl").write_text(layouts.lines(rows))
@@ -264,6 +297,9 @@ def test_pictures_as_text_are_read_in_every_form(tmp_path):
     wrapped = "\r\n".join(plain[start : start + 76] for start in range(0, len(plain), 76))
     safe = base64.urlsafe_b64encode(content).decode().rstrip("=")
     forms = [plain, wrapped, safe, f"data:image/png;base64,{wrapped}", f"\n{plain}\n"]
+    forms += [f"data:;base64,{plain}", f"data:application/octet-stream;base64,{plain}"]
+    assert all(map(is_encoded, (*forms, plain[:40], "/9j/4AAQSkZJRgABAQ==")))
+    assert not any(map(is_encoded, ("x.png", "9j/4AAQ", "photos/iVBORw0KGgo.png", "data.png")))
     assert all(ImageSource("row", encoded=form).read() == content for form in forms)
     rows = [{"question": "?", "image": form} for form in forms]
     (tmp_path / "custom.jsonl").write_text(layouts.lines(rows))
