@@ -124,6 +124,10 @@ class MiloraConfig(Section):
             ``in_proj_qkv``): "blocks" starts each projection in its own slice, with r directions
             each; "whole" starts in the slice of the whole matrix. See
             ``milora_vl.adapter.fused``.
+        experts: Experts whose weights are kept in one tensor (Qwen3-VL-MoE, Llama 4, Gemma 4 MoE):
+            "all", each at rank r; "shared", those that every token passes; "none"; "auto": all if
+            they train at most 100 million parameters, else none. PEFT has no dropout and no DoRA
+            there. Experts in linear layers of their own are layers like others.
         init: Method that gives the first values: "milora"; "pissa", "slice:middle" and
             "slice:random" (other parts of the spectrum); PEFT's "lora", "rslora", "dora", "olora"
             and "mica"; "null_space" (see ``milora_vl.adapter.baselines``).
@@ -159,6 +163,7 @@ class MiloraConfig(Section):
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     fused: Literal["blocks", "whole"] = "blocks"
+    experts: Literal["auto", "none", "shared", "all"] = "auto"
     init: Init = "milora"
     slice: Slice = "minor"
     residual: Residual = "auto"
@@ -217,6 +222,13 @@ class MiloraConfig(Section):
     def spectrum(self) -> Slice | None:
         """The slice the adapter starts from; None for methods that start from no slice."""
         return self.slice if self.init == "milora" else INIT_SLICES.get(self.init)
+
+    @property
+    def experts_obstacle(self) -> str | None:
+        """What keeps experts in one tensor from getting an adapter, or None."""
+        if self.lora_dropout:
+            return f"dropout (lora_dropout={self.lora_dropout:g}; set it to 0)"
+        return None if self.spectrum else f"init={self.init}, which starts from no slice"
 
     @property
     def fused_rows(self) -> Literal["blocks", "whole"]:

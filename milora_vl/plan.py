@@ -26,9 +26,16 @@ from transformers import (
 )
 
 from milora_vl.adapter.baselines import MOMENT_BYTES
+from milora_vl.adapter.experts import layer_of
 from milora_vl.adapter.minor_svd import multiply, pack, uses_krylov
 from milora_vl.adapter.state import PLAIN_INITS
-from milora_vl.adapter.targets import TOWER_NAMES, Targets, find_targets, match_pattern
+from milora_vl.adapter.targets import (
+    TOWER_NAMES,
+    Targets,
+    choose_experts,
+    find_targets,
+    match_pattern,
+)
 from milora_vl.config import (
     Config,
     DataSection,
@@ -485,6 +492,10 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
         allow_outside=adapter.allow_outside_language_model,
         fused=adapter.fused_rows,
     )
+    experts, choice = choose_experts(
+        model, targets, adapter.experts, adapter.r, obstacle=adapter.experts_obstacle
+    )
+    targets = replace(targets, modules=(*targets.modules, *experts))
     groups = group_layers(model, targets, adapter)
     shapes = [group.shape for group in groups]
     dtype = config.model.dtype
@@ -494,7 +505,7 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
     size = _size(model, targets, adapter, groups, residual)
     load, samples, notes = guess_load(config.data, model.config, training)
     rates, low, more = _rates(model, config.model, training, weights, machine)
-    notes += more
+    notes += [*more, *([choice] if choice else [])]
     start_gib = init_workspace_gib(shapes, adapter.r)
     weight_bytes = bytes_per_weight(
         size, weights.itemsize, bool(config.model.quantization or stored)
@@ -652,7 +663,8 @@ def group_layers(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> t
     counted: Counter[tuple[str, str, int, int, int]] = Counter()
     ranks = match_pattern("rank_pattern", adapter.rank_pattern, targets.modules)
     for name in targets.modules:
-        layer, parts = model.get_submodule(name), name.split(".")
+        layer, parts = layer_of(model, name), name.split(".")
+        each = layer.weight.shape[0] if name in targets.experts else 1
         rows, r = targets.rows.get(name), ranks.get(name, adapter.r)
         narrowest = rows.groups * min(rows.sizes) if rows else layer.out_features
         if r > min(layer.in_features, narrowest):
@@ -664,7 +676,7 @@ def group_layers(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> t
         is_tower = any(part in TOWER_NAMES for part in parts)
         part = "output head" if parts[-1] == "lm_head" else "language model"
         key = ("vision tower" if is_tower else part, parts[-1])
-        counted[(*key, layer.out_features, layer.in_features, rank)] += 1
+        counted[(*key, layer.out_features, layer.in_features, rank)] += each
     groups = []
     for (part, kind, d_out, d_in, rank), count in counted.items():
         each = rank * (d_in if adapter.init == "mica" else d_out + d_in)

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from milora_vl.adapter.baselines import init_baseline, write_start_
 from milora_vl.adapter.certificate import Certificate, LayerCertificate
 from milora_vl.adapter.decompose import Recipe, decompose_layers
+from milora_vl.adapter.experts import stacks_of
 from milora_vl.adapter.factor_cache import FactorCache, factors_folder
 from milora_vl.adapter.fingerprint import combine_digests
 from milora_vl.adapter.nf4 import noise_warnings, quantize_residual_, with_errors
@@ -39,7 +40,7 @@ from milora_vl.adapter.state import (
     Residual,
     activate,
     add_adapters,
-    lora_layer,
+    base_layer,
     remember,
     subtract_anchor_,
     unload_,
@@ -47,6 +48,7 @@ from milora_vl.adapter.state import (
 from milora_vl.adapter.targets import (
     Targets,
     check_layers,
+    choose_experts,
     find_targets,
     match_pattern,
     resolve_residual,
@@ -101,12 +103,18 @@ def attach_milora(
         allow_outside=config.allow_outside_language_model,
         fused=config.fused_rows,
     )
+    obstacle = config.experts_obstacle or ("a base in 4 bits" if weights is not None else None)
+    settings = (config.experts, config.r)
+    experts, choice = choose_experts(model, targets, *settings, obstacle=obstacle)
+    targets = replace(targets, modules=(*targets.modules, *experts))
     ranks = match_pattern("rank_pattern", config.rank_pattern, targets.modules)
     check_layers(model, targets.modules, config.r, ranks, targets.rows)
     plain = config.init in PLAIN_INITS
     wanted = "anchor" if plain else config.residual
     residual = resolve_residual(model, targets.modules, wanted, weights is not None)
     log_targets(targets, residual)
+    if choice:
+        logger.info(choice)
     total = count_parameters(model)
     before = compute_logits(model, batch) if batch is not None else None
 
@@ -127,6 +135,10 @@ def attach_milora(
         rank_pattern=ranks,
         alpha_pattern=match_pattern("alpha_pattern", config.alpha_pattern, targets.modules),
         blocks={name: (rows.groups, *rows.sizes) for name, rows in targets.rows.items()},
+        experts={
+            name: (stack.count, stack.transposed, stack.depth)
+            for name, stack in stacks_of(model, experts).items()
+        },
     )
     # adapters first: every layer is decomposed straight into its factors, without a second copy
     peft_model = add_adapters(model, state)
@@ -210,7 +222,7 @@ def _init_factors(
     read: Callable[[str], Tensor] | None,
 ) -> tuple[list[LayerCertificate], dict[str, dict[str, str]], int]:
     """Decompose every layer into both adapters; base weights stay as they are."""
-    layers = {name: lora_layer(peft_model, name).get_base_layer() for name in state.modules}
+    layers = {name: base_layer(peft_model, name) for name in state.modules}
     recipe = Recipe(
         state.r,
         state.slice,
@@ -225,6 +237,7 @@ def _init_factors(
             r=state.rank_pattern.get(name, state.r),
             scaling=state.scaling_of(name),
             rows=state.rows_of(name),
+            stack=state.stack_of(name),
         )
         for name in state.modules
     }
@@ -242,7 +255,7 @@ def _reader(peft_model: PeftModel, weights: ShardedWeights) -> Callable[[str], T
     """Return what reads one float weight from disk, in its dtype there, to where its layer is."""
 
     def read(name: str) -> Tensor:
-        device = lora_layer(peft_model, name).get_base_layer().weight.device
+        device = base_layer(peft_model, name).weight.device
         return weights.weight_of(name, dtype=None).to(device)
 
     return read

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.experts import layer_of
 from milora_vl.adapter.fingerprint import PRECISIONS, fingerprint, is_older
 from milora_vl.adapter.nf4 import quantize_residual_
 from milora_vl.adapter.portable import (
@@ -51,10 +52,10 @@ from milora_vl.adapter.state import (
     add_adapters,
     add_more_adapters_,
     anchor_of,
+    base_layer,
     check_not_merged,
     current_adapter,
     forget,
-    lora_layer,
     recall,
     remember,
     restore_anchor_,
@@ -127,7 +128,9 @@ def check_name(adapter_name: str, taken: Collection[str] = ()) -> None:
 
 
 def _check_layers_exist(model: nn.Module, metadata: MiloraFile, folder: Path) -> None:
-    present = {name for name, _ in model.named_modules()}
+    present = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    # PEFT's wrapper of experts stands between them and their name
+    present = {name.replace(".base_layer", "") for name in present}
     missing = [name for name in metadata.modules if name not in present]
     if missing:
         raise ValueError(
@@ -172,7 +175,7 @@ def _check_base(
             cast[0],
         )
         return weights
-    quantized = any(is_quantized(model.get_submodule(name).weight) for name in metadata.modules)
+    quantized = any(is_quantized(layer_of(model, name).weight) for name in metadata.modules)
     if weights is not None and metadata.fingerprint["exact"] == read(only_exact=True)["exact"]:
         return None  # made on the 4-bit weights as they are
     message = (
@@ -211,7 +214,7 @@ def _cast_of_checkpoint(
 
 
 def _reason_of_dtype(model: nn.Module, metadata: MiloraFile) -> str:
-    held = str(model.get_submodule(metadata.modules[0]).weight.dtype).removeprefix("torch.")
+    held = str(layer_of(model, metadata.modules[0]).weight.dtype).removeprefix("torch.")
     if metadata.dtype in (None, held):
         return ""
     return (
@@ -401,7 +404,7 @@ def describe(
 ) -> MiloraFile:
     """Return the content of ``milora.json``; the digest of the weights is still empty."""
     reference = {"name_or_path": _base_name(peft_model, base), "revision": revision}
-    weights = [lora_layer(peft_model, name).get_base_layer().weight for name in state.modules]
+    weights = [base_layer(peft_model, name).weight for name in state.modules]
     quantized = sorted({type(weight).__name__ for weight in weights if is_quantized(weight)})
     held = peft_model.get_base_model().get_input_embeddings().weight if quantized else weights[0]
     if quantized:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milora_vl.adapter.certificate import LayerCertificate, certify_layer
+from milora_vl.adapter.experts import Stack, decompose_experts
 from milora_vl.adapter.factor_cache import FactorCache, FactorEntry, FactorKey
 from milora_vl.adapter.fingerprint import digest_of, is_wide, weight_digests
 from milora_vl.adapter.fused import Rows
@@ -39,6 +40,7 @@ class Recipe:
         subtracted: Whether W_p will replace the weights.
         rows: Of a fused layer whose projections are decomposed one by one.
         scale: "singular": the start is U diag(S) Vh; "none": U Vh, orthonormal factors.
+        stack: Of a tensor of experts, which are decomposed one by one and not cached.
     """
 
     r: int
@@ -48,11 +50,13 @@ class Recipe:
     subtracted: bool
     rows: Rows | None = None
     scale: str = "singular"
+    stack: Stack | None = None
 
     @property
     def rank(self) -> int:
         """Rank of the layer's factors."""
-        return self.r * (self.rows.count if self.rows else 1)
+        blocks = self.rows or self.stack
+        return self.r * (blocks.count if blocks else 1)
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """Return the matrices that are decomposed one by one."""
@@ -112,6 +116,7 @@ def prepare_layer(
     weight = dense_weight(layer) if quantized else None  # [d_out, d_in] float32
     values = read(name) if read is not None else stored_values(layer)
     exact = digest_of(weight if quantized else values)
+    cache = None if recipe.stack else cache
     keys = _keys(exact, weight if quantized else values, recipe)
     entries = [cache.get(key, recipe.r) if cache is not None else None for key in keys]
     digests = entries[0].digests if entries[0] is not None and not quantized else None
@@ -131,6 +136,8 @@ def prepare_layer(
 
 def _keys(digest: str, weight: Tensor, recipe: Recipe) -> list[FactorKey]:
     """Return the cache key of each block: a block is found by the whole weight and its rows."""
+    if recipe.stack:
+        return [FactorKey(digest, (weight.shape[1], weight.shape[2]), recipe.slice, recipe.svd)]
     keys = []
     for index, block in enumerate(recipe.split(weight)):
         part = f"{digest} block {index} of {recipe.rows}" if recipe.rows else digest
@@ -144,6 +151,17 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
     Raises:
         ValueError: If the weight is not finite or too small for the rank.
     """
+    if recipe.stack:
+        both, certificate = decompose_experts(
+            prepared.name,
+            prepared.weight,
+            recipe.stack,
+            partial(minor_svd, r=recipe.r, method=recipe.svd, slice=recipe.slice),
+            scaling=recipe.scaling,
+            stored_dtype=prepared.stored_dtype,
+            subtracted=recipe.subtracted,
+        )
+        return Decomposition(prepared.name, both, prepared.digests, certificate)
     weight, prepared.weight = prepared.weight.to(torch.float32), None  # held once from here on
     digests, parts = prepared.digests, []
     blocks = zip(recipe.split(weight), prepared.keys, prepared.entries, strict=True)

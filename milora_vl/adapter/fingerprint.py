@@ -4,11 +4,12 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from milora_vl.adapter.experts import layer_of
 from milora_vl.adapter.quantized import stored_values
 from milora_vl.model.shards import ShardedWeights
 from milora_vl.runtime import gather_json, process_count, process_rank
@@ -180,9 +181,8 @@ def fingerprint(
     return combine_digests(digests, scheme="" if older else SCHEME)
 
 
-def _base_layer(model: nn.Module, name: str) -> nn.Module:
+def _base_layer(model: nn.Module, name: str) -> Any:
     try:
-        layer = model.get_submodule(name)
+        return layer_of(model, name)
     except AttributeError as error:
         raise ValueError(f"the model has no layer {name}: another architecture") from error
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from milora_vl.adapter.experts import layer_of, tensor_key
 from milora_vl.adapter.state import (
     MILORA,
     MiloraState,
@@ -37,7 +38,7 @@ MAGNITUDE = "lora_magnitude_vector"
 FORMAT_VERSION = 4  # 4: fingerprints of the bytes as stored, see ``fingerprint.py``
 CONFIG_KEYS = (
     "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias",
-    "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters",
 )  # fmt: skip
 ALWAYS_WRITTEN = (
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
@@ -83,6 +84,7 @@ class MiloraFile(BaseModel):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     blocks: dict[str, tuple[int, ...]] = {}
+    experts: dict[str, tuple[int, bool, int]] = {}
     weights_sha256: str
     packages: dict[str, str]
     dtype: str | None = None
@@ -151,8 +153,12 @@ def portable_tensors(peft_model: PeftModel, adapter_name: str | None = None) -> 
     check_whole(peft_model)
     for name in state.modules:
         pairs = [[_whole(f, name) for f in factors(peft_model, name, part)] for part in parts]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([A for A, _ in pairs], dim=0)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([B for _, B in pairs], dim=1)
+        stack, key = state.stack_of(name), tensor_key(name, state.stack_of(name))
+        if stack:
+            both = stack.join(pairs)
+        else:
+            both = torch.cat([A for A, _ in pairs], dim=0), torch.cat([B for _, B in pairs], dim=1)
+        tensors[f"{PREFIX}{key}.lora_A.weight"], tensors[f"{PREFIX}{key}.lora_B.weight"] = both
         if state.init == "dora":
             value = magnitude(peft_model, name, adapter_name).detach().to("cpu", torch.float32)
             tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = value.clone()
@@ -220,7 +226,7 @@ def portable_config(state: MiloraState, base: str | None, revision: str | None) 
     return LoraConfig(
         **state.peft_ranks(state.widening, plain=True),
         use_dora=state.init == "dora",
-        target_modules=list(state.modules),
+        **state.peft_targets(),
         modules_to_save=[state.projector] if state.projector else None,
         lora_dropout=state.lora_dropout,
         bias="none",
@@ -335,9 +341,11 @@ def check_shapes(model: nn.Module, state: MiloraState, folder: Path) -> None:
     """
     expected: dict[str, list[int]] = {}
     for name in state.modules:
-        layer, rank = model.get_submodule(name), state.widening * state.rank_of(name)
-        expected[f"{PREFIX}{name}.lora_A.weight"] = [rank, layer.in_features]
-        expected[f"{PREFIX}{name}.lora_B.weight"] = [layer.out_features, rank]
+        layer, rank = layer_of(model, name), state.widening * state.rank_of(name)
+        stack, key = state.stack_of(name), tensor_key(name, state.stack_of(name))
+        rank *= stack.count if stack else 1
+        expected[f"{PREFIX}{key}.lora_A.weight"] = [rank, layer.in_features]
+        expected[f"{PREFIX}{key}.lora_B.weight"] = [layer.out_features, rank]
         if state.init == "dora":
             expected[f"{PREFIX}{name}.{MAGNITUDE}"] = [layer.out_features]
     if state.projector:
@@ -366,13 +374,18 @@ def read_tensors_(
         parts.append(anchor_of(adapter_name))
     with _open(folder) as file:
         for name in state.modules:
-            r = state.rank_of(name)
-            both_A = file.get_tensor(f"{PREFIX}{name}.lora_A.weight")  # [2r, d_in]
-            both_B = file.get_tensor(f"{PREFIX}{name}.lora_B.weight")  # [d_out, 2r]
+            r, stack = state.rank_of(name), state.stack_of(name)
+            key = tensor_key(name, stack)
+            both_A = file.get_tensor(f"{PREFIX}{key}.lora_A.weight")  # [2r, d_in]
+            both_B = file.get_tensor(f"{PREFIX}{key}.lora_B.weight")  # [d_out, 2r]
             for index, part in enumerate(parts):
                 lora_A, lora_B = factors(peft_model, name, part)
-                lora_A.data.copy_(both_A[index * r : (index + 1) * r])
-                lora_B.data.copy_(both_B[:, index * r : (index + 1) * r])
+                own = slice(index * r, (index + 1) * r)
+                A, B = both_A[own], both_B[:, own]
+                if stack:
+                    A, B = stack.part(both_A, both_B, index, r)
+                lora_A.data.copy_(A)
+                lora_B.data.copy_(B)
             if state.init == "dora":
                 stored = file.get_tensor(f"{PREFIX}{name}.{MAGNITUDE}")  # [d_out]
                 magnitude(peft_model, name, adapter_name).data.copy_(stored)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.experts import Stack, is_transposed, layer_of, wrapper_of
 from milora_vl.adapter.fused import Rows
 from milora_vl.runtime import full_precision
 
@@ -110,6 +111,8 @@ class MiloraState:
         alpha_pattern: Full name -> lora_alpha, for layers with another one.
         blocks: Full name -> (groups, *sizes) of ``Rows``, for fused layers whose projections have
             r directions each.
+        experts: Full name -> (count, transposed, depth) of ``Stack``, for those of ``modules`` that
+            are tensors of experts: each has rank r.
     """
 
     r: int
@@ -127,6 +130,7 @@ class MiloraState:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: dict[str, tuple[int, bool, int]] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
@@ -147,6 +151,16 @@ class MiloraState:
             return None
         groups, *sizes = self.blocks[name]
         return Rows(groups, tuple(sizes))
+
+    def stack_of(self, name: str) -> Stack | None:
+        """Return how a tensor of experts is kept; None for a linear layer."""
+        return Stack(*self.experts[name]) if name in self.experts else None
+
+    def peft_targets(self) -> dict[str, list[str]]:
+        """Return PEFT's keys for the layers and, if there are any, for the tensors of experts."""
+        layers = [name for name in self.modules if name not in self.experts]
+        experts = {"target_parameters": list(self.experts)} if self.experts else {}
+        return {"target_modules": layers, **experts}
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the trainable adapter on one layer: r a block."""
@@ -290,7 +304,7 @@ def trainable_config(state: MiloraState) -> LoraConfig:
     """Return PEFT's configuration of the adapter that trains."""
     return LoraConfig(
         **state.peft_ranks(),
-        target_modules=list(state.modules),
+        **state.peft_targets(),
         bias="none",
         init_lora_weights=state.init in ("lora", "rslora", "dora"),
         use_rslora=state.init == "rslora",
@@ -304,7 +318,7 @@ def _complete(peft_model: PeftModel, state: MiloraState, adapter_name: str) -> N
     if state.has_anchor:
         anchor = LoraConfig(
             **state.peft_ranks(),
-            target_modules=list(state.modules),
+            **state.peft_targets(),
             bias="none",
             init_lora_weights=False,
         )
@@ -331,7 +345,13 @@ def subtract_anchor_(
     for name in modules:
         layer = lora_layer(peft_model, name)
         lora_A, negative_lora_B = factors(peft_model, name, anchor)
-        weight = layer.get_base_layer().weight
+        weight = base_layer(peft_model, name).weight
+        if weight.ndim == 3:
+            stack = Stack(weight.shape[0], is_transposed(layer.get_base_layer()))
+            values = weight.detach().to(torch.float32, copy=True)
+            both = lora_A.detach(), negative_lora_B.detach()
+            weight.data.copy_(stack.add_(values, *both, layer.scaling[anchor]))
+            continue
         with full_precision():
             negative_minor = negative_lora_B.detach() @ lora_A.detach()  # [d_out, d_in]
         negative_minor.mul_(layer.scaling[anchor])
@@ -357,7 +377,12 @@ def check_not_merged(peft_model: PeftModel) -> None:
 
 def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
     """Return the PEFT layer that wraps the base layer of full name ``name``."""
-    return peft_model.get_base_model().get_submodule(name)
+    return wrapper_of(peft_model.get_base_model(), name)
+
+
+def base_layer(peft_model: PeftModel, name: str) -> Any:
+    """Return what holds the weight of a target: the linear layer, or the tensor of experts."""
+    return layer_of(peft_model.get_base_model(), name)
 
 
 def factors(peft_model: PeftModel, name: str, adapter: str) -> tuple[Tensor, Tensor]:
@@ -396,7 +421,7 @@ def restore_anchor_(peft_model: PeftModel, anchor: str) -> None:
     parked = dict(_parked(peft_model))
     for name, (lora_A, lora_B) in parked.pop(anchor, {}).items():
         layer = lora_layer(peft_model, name)
-        device = layer.get_base_layer().weight.device
+        device = base_layer(peft_model, name).weight.device
         layer.lora_A[anchor], layer.lora_B[anchor] = lora_A.to(device), lora_B.to(device)
     peft_model.milora_parked_anchors = parked
 

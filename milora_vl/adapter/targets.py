@@ -3,8 +3,8 @@
 A preset such as "all-linear" tells projections by the names that model authors give them, and
 takes known names only. Routers, gates and the index of sparse attention are skipped and reported.
 A layer that fuses several projections is one target, whose blocks of rows ``fused.py`` tells.
-Experts kept in one tensor, and a model without known projections, are refused. Patterns and lists
-of names are matched as in PEFT, inside the language model only.
+Experts kept in one tensor are skipped and reported, a model without known projections is
+refused. Patterns and lists of names are matched as in PEFT, inside the language model only.
 """
 
 import re
@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from milora_vl.adapter.experts import layer_of
 from milora_vl.adapter.fused import GATE_UP_NAMES, Rows, is_fused, rows_of
 from milora_vl.adapter.minor_svd import check_weight
 from milora_vl.adapter.quantized import is_quantized
@@ -90,12 +93,15 @@ class Targets:
         skipped: Full name -> reason, for layers of the language model without an adapter.
         projector: Full name of the vision-language projector, or None in a text model.
         rows: Full name -> how its projections share its rows, for fused layers.
+        experts: Full names of the tensors that keep all experts of a layer; whether they get an
+            adapter is for ``choose_experts``.
     """
 
     modules: tuple[str, ...]
     skipped: dict[str, str] = field(default_factory=dict)
     projector: str | None = None
     rows: dict[str, Rows] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
 
 
 def find_targets(
@@ -128,7 +134,13 @@ def find_targets(
     else:
         modules = _matching(model, language_model, target_modules, allow_outside)
         skipped = {}
-    if not modules:
+        if taken := _taken_for_experts(model, modules):
+            raise ValueError(
+                f"target_modules={target_modules!r} names {taken[0]}, but PEFT reads that name as "
+                f"a part of the experts of {model.config.model_type!r}; use 'all-linear'"
+            )
+    experts = _experts(model, language_model, target_modules)
+    if not modules and not experts:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer of the language model "
             f"({language_model or 'the whole model'}); {_tip(model, language_model, ())}"
@@ -139,7 +151,72 @@ def find_targets(
         for name in modules:
             if name in inside and (shared := rows_of(model, name, model.get_submodule(name))):
                 rows[name] = shared
-    return Targets(tuple(modules), skipped, projector, rows)
+    return Targets(tuple(modules), skipped, projector, rows, experts)
+
+
+def _experts(
+    model: nn.Module, language_model: str, target_modules: str | Sequence[str]
+) -> tuple[str, ...]:
+    """Return the tensors of experts that a preset means; a pattern means those of all kinds."""
+    wanted = {"attention": "(?!)", "gate_up": r".*(gate|up)_proj"}.get(str(target_modules), ".*")
+    return tuple(
+        f"{name}.{key}"
+        for name, module in _inside(model, language_model)
+        if holds_experts(name, module)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and re.fullmatch(wanted, key)
+    )
+
+
+EXPERTS_LIMIT = 100_000_000
+"""Trainable parameters up to which ``experts: auto`` adapts experts."""
+
+
+def choose_experts(
+    model: nn.Module,
+    targets: Targets,
+    wanted: Literal["auto", "none", "shared", "all"],
+    r: int,
+    *,
+    obstacle: str | None = None,
+) -> tuple[tuple[str, ...], str]:
+    """Choose which tensors of experts get an adapter.
+
+    Args:
+        model: The model; its weights may be absent.
+        targets: From ``find_targets``.
+        wanted: "all"; "shared": those that every token passes; "none"; "auto": all, if they train
+            at most ``EXPERTS_LIMIT`` parameters and nothing is in the way.
+        r: Rank of each expert.
+        obstacle: What PEFT cannot do with such tensors and the settings ask for.
+
+    Returns:
+        Full names, and what was chosen and why, "" if the model has no such tensors.
+
+    Raises:
+        ValueError: If experts are asked for and there is an obstacle.
+    """
+    if not targets.experts:
+        return (), ""
+    shared = tuple(name for name in targets.experts if "shared" in name)
+    size = 0
+    for name in targets.experts:
+        count, rows, columns = layer_of(model, name).weight.shape
+        size += count * r * (rows + columns)
+    cost = f"all {len(targets.experts)} tensors of experts train {size:,} parameters at r={r}"
+    if obstacle and wanted in ("all", "shared"):
+        raise ValueError(f"adapter.experts={wanted}: {targets.experts[0]} cannot have {obstacle}")
+    if wanted == "auto":
+        fits = size <= EXPERTS_LIMIT and not obstacle
+        reason = f"not with {obstacle}" if obstacle else f"the limit of auto is {EXPERTS_LIMIT:,}"
+        if fits:
+            return targets.experts, f"experts: all; {cost}"
+        wanted = "none"
+        cost = f"{cost}, {reason}; adapter.experts=all adapts them"
+    chosen = {"all": targets.experts, "shared": shared, "none": ()}[wanted]
+    if not targets.modules and not chosen:
+        raise ValueError(f"no layer is left to adapt: experts: {wanted}; {cost}")
+    return chosen, f"experts: {wanted}; {cost}"
 
 
 def resolve_residual(
@@ -160,7 +237,7 @@ def resolve_residual(
     Raises:
         ValueError: If "subtract" is asked for on quantized weights without their float weights.
     """
-    weights = {name: model.get_submodule(name).weight for name in modules}
+    weights = {name: layer_of(model, name).weight for name in modules}
     quantized = [name for name, weight in weights.items() if is_quantized(weight)]
     if wanted == "subtract" and quantized and not has_float_weights:
         raise ValueError(
@@ -196,7 +273,7 @@ def check_layers(
         ValueError: Naming the layer, if its weight is not finite or too small for r.
     """
     for name in modules:
-        layer = model.get_submodule(name)
+        layer = layer_of(model, name)
         if layer.weight.is_meta:
             raise ValueError(
                 f"{name}: its weight is not loaded (meta device); load the model fully"
@@ -205,6 +282,7 @@ def check_layers(
         if is_quantized(weight):  # its values are checked when it is decomposed
             weight = torch.zeros(()).expand(layer.out_features, layer.in_features)
         blocks = rows[name].split(weight) if rows and name in rows else [weight]
+        blocks = weight if weight.ndim == 3 else blocks  # experts
         try:
             for block in blocks:
                 check_weight(block, (ranks or {}).get(name, r))
@@ -264,33 +342,18 @@ def outside_refusal(model: nn.Module, name: str, module: nn.Module) -> str | Non
 
 
 def _preset(model: nn.Module, language_model: str, preset: str) -> tuple[list[str], dict[str, str]]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kinds: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    problems: list[str] = []
-    for name, module in _inside(model, language_model):
-        kind = kind_of(name)
-        problem = _problem(name, module)
-        if problem:
-            problems.append(f"{name}: {problem}")
-        elif not isinstance(module, nn.Linear):
-            continue
-        elif module is head or name.rpartition(".")[2] == "lm_head":
-            skipped[name] = "it is the output head"
-        elif kind in _LEFT_OUT:
-            skipped[name] = _LEFT_OUT[kind]
-        else:
-            kinds[name] = kind
+    kinds, skipped, problem = _sort_layers(model, language_model)
+    experts = [name for name, reason in skipped.items() if reason in _EXPERTS]
     missing = {"attention", "mlp"} - set(kinds.values())
-    if missing:
+    if not problem and missing - ({"mlp"} if experts else set()):
         others = sorted({name.rpartition(".")[2] for name in skipped})
-        problems.append(
+        problem = (
             f"{type(model).__name__}: no known {' and no known '.join(sorted(missing))} projection "
             f"in {language_model or 'it'}; other linear layers are named {others}"
         )
-    if problems:
+    if problem:
         raise ValueError(
-            f"{problems[0]}, so {preset!r} does not adapt this model; "
+            f"{problem}, so {preset!r} does not adapt this model; "
             + _alternative(language_model, list(kinds))
         )
     modules = []
@@ -302,20 +365,52 @@ def _preset(model: nn.Module, language_model: str, preset: str) -> tuple[list[st
     return modules, skipped
 
 
+def _sort_layers(
+    model: nn.Module, language_model: str
+) -> tuple[dict[str, str], dict[str, str], str | None]:
+    """Return the kind of every known projection, why others are skipped, and what is in the way."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kinds: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for name, module in _inside(model, language_model):
+        kind = kind_of(name)
+        if type(module).__name__ == "Conv1D":
+            return kinds, skipped, f"{name}: {refusal(name, module)}"
+        if holds_experts(name, module):
+            skipped[name] = _EXPERTS[0]
+        elif not isinstance(module, nn.Linear):
+            continue
+        elif module is head or name.rpartition(".")[2] == "lm_head":
+            skipped[name] = "it is the output head"
+        elif kind in _LEFT_OUT:
+            skipped[name] = _LEFT_OUT[kind]
+        else:
+            kinds[name] = kind
+    for name in _taken_for_experts(model, list(kinds)):
+        skipped[name] = _EXPERTS[1]
+        del kinds[name]
+    return kinds, skipped, None
+
+
+_EXPERTS = (
+    "it keeps the weights of all experts in one tensor each, see adapter.experts",
+    "PEFT reads its name as a part of this model type's experts",
+)
 _LEFT_OUT = {
     "router": "it routes tokens to experts",
     None: "its name is no known attention or MLP projection",
 }
 
 
-def _problem(name: str, module: nn.Module) -> str | None:
-    """Return why a module of the language model stands in the way of a preset, or None."""
-    if holds_experts(name, module):
-        kept = f"{type(module).__name__} keeps the weights of all experts in one tensor"
-        return f"{kept}, not in linear layers"
-    if type(module).__name__ == "Conv1D":
-        return refusal(name, module)
-    return None
+def _taken_for_experts(model: nn.Module, modules: Sequence[str]) -> list[str]:
+    """Return the layers that PEFT would not find.
+
+    For model types whose experts were linear layers in transformers 4, PEFT rewrites targets such
+    as ``gate_proj`` to the tensor that now holds the experts, also where the layer is no expert.
+    """
+    config = LoraConfig(target_modules=list(modules))
+    convert_peft_config_for_transformers(config, model, None)
+    return [name for name in modules if name not in config.target_modules]
 
 
 def _alternative(language_model: str, modules: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ class UpdateMeter:
         """See the class."""
         self.model, self.state = peft_model, recall(peft_model)
         self.adapter_name = current_adapter(peft_model)
-        names = () if self.state.init == "dora" else self.state.modules
+        names = () if self.state.init == "dora" else self.state.peft_targets()["target_modules"]
         with torch.no_grad(), full_precision():
             self.references = {
                 name: self._reference(name)

@@ -155,12 +155,17 @@ def init_start(
         raise ValueError(
             f"init={config.init} starts from zero, so every trainer makes it by itself; use milora"
         )
+    if config.experts in ("all", "shared"):
+        raise ValueError(
+            f"adapter.experts={config.experts}: other trainers go on from linear layers only; "
+            "leave it at auto, which adapts no experts here"
+        )
     vlm = load_vlm(model, dtype=dtype, device=device)
     held = vlm.model.dtype
     batches = _batches_for(vlm)
     wanted = logits_of(vlm.model, batches)
     residual = "subtract" if target == "residual" else "anchor"
-    config = config.model_copy(update={"residual": residual})
+    config = config.model_copy(update={"residual": residual, "experts": "none"})
     peft_model, certificate = attach_milora(vlm.model, config, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -19,6 +19,7 @@ from milora_vl.adapter.quantized import dense_weight, is_quantized
 from milora_vl.adapter.state import (
     MiloraState,
     anchor_of,
+    base_layer,
     check_not_merged,
     corrections,
     current_adapter,
@@ -100,6 +101,11 @@ def recompress_tensors(
             "DoRA also rescales the rows of the weights, which no LoRA of small rank does; export "
             "it as it is (--form lora) or merged (--form merged)"
         )
+    if state.experts:
+        raise ValueError(
+            f"{next(iter(state.experts))} holds all experts in one tensor, whose ranks are not cut "
+            "one by one; export it as it is (--form lora) or merged (--form merged)"
+        )
     largest = state.widening * max(map(state.rank_of, state.modules))
     if not 1 <= r <= largest:
         raise ValueError(f"--rank {r} is out of range: this adapter has rank {largest}")
@@ -158,7 +164,7 @@ def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
     """
     state = recall(peft_model)
     check_not_merged(peft_model)
-    weights = {name: lora_layer(peft_model, name).get_base_layer().weight for name in state.modules}
+    weights = {name: base_layer(peft_model, name).weight for name in state.modules}
     for name, weight in weights.items():
         if is_quantized(weight):
             raise ValueError(
@@ -225,7 +231,11 @@ def merged_weight(peft_model: PeftModel, name: str, weight: Tensor) -> Tensor:
     with full_precision():
         for adapter in adapters:
             lora_A, lora_B = (factor.detach() for factor in factors(peft_model, name, adapter))
-            weight.addmm_(lora_B, lora_A, alpha=lora_layer(peft_model, name).scaling[adapter])
+            scaling = lora_layer(peft_model, name).scaling[adapter]
+            if stack := state.stack_of(name):
+                stack.add_(weight, lora_A, lora_B, scaling)
+            else:
+                weight.addmm_(lora_B, lora_A, alpha=scaling)
     if state.init == "dora":
         length = magnitude(peft_model, name, adapter_name).detach().to(torch.float32)  # [d_out]
         weight.mul_((length / weight.norm(dim=1))[:, None])
@@ -246,8 +256,8 @@ def dequantized_model(peft_model: PeftModel, dtype: torch.dtype | None = None) -
     state, adapter_name = recall(peft_model), current_adapter(peft_model)
     dtype = dtype or peft_model.get_base_model().get_input_embeddings().weight.dtype
     values = {
-        f"{name}.weight": merged_weight(
-            peft_model, name, dense_weight(lora_layer(peft_model, name).get_base_layer())
+        name if name in state.experts else f"{name}.weight": merged_weight(
+            peft_model, name, dense_weight(base_layer(peft_model, name))
         ).to(dtype)
         for name in state.modules
     }

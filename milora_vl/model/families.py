@@ -102,6 +102,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,  # its three deepstack mergers stay frozen
+    "qwen3_5": _QWEN_VL,
+    "qwen3_5_moe": _QWEN_VL,
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "paligemma": Family(token_types="prefix", max_images=1, prefix_prompt=True),

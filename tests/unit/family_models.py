@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import transformers as tf
 from chat_tokenizers import build_extended
+from fused_models import LINEAR_ATTENTION
 from llava_like_models import (
+    CHATML,
     MROPE,
     TEXT,
     VISION,
@@ -49,6 +51,13 @@ def qwen2_vl(version: str = "2") -> tuple[Any, Any]:
         config = tf.Qwen2_5_VLConfig(vision_config=patches | vision, text_config=text, **ids)
         model_class = tf.Qwen2_5_VLForConditionalGeneration
         processor_class = tf.Qwen2_5_VLProcessor
+    elif version == "3.5":
+        vision = {"depth": 2, "hidden_size": 24, "num_heads": 2, "out_hidden_size": 32}
+        vision |= {"intermediate_size": 32, "num_position_embeddings": 16}
+        rope = MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+        text |= {"head_dim": 8, "rope_parameters": rope, **LINEAR_ATTENTION}
+        config = tf.Qwen3_5Config(vision_config=patches | vision, text_config=text, **ids)
+        model_class, processor_class = tf.Qwen3_5ForConditionalGeneration, tf.Qwen3VLProcessor
     else:
         vision = {"depth": 2, "hidden_size": 24, "num_heads": 2, "out_hidden_size": 32}
         vision |= {"intermediate_size": 32, "deepstack_visual_indexes": [0]}
@@ -57,12 +66,12 @@ def qwen2_vl(version: str = "2") -> tuple[Any, Any]:
         config = tf.Qwen3VLConfig(vision_config=patches | vision, text_config=text, **ids)
         model_class, processor_class = tf.Qwen3VLForConditionalGeneration, tf.Qwen3VLProcessor
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
-    videos = tf.Qwen3VLVideoProcessor if version == "3" else tf.Qwen2VLVideoProcessor
+    videos = tf.Qwen2VLVideoProcessor if version[0] == "2" else tf.Qwen3VLVideoProcessor
     processor = processor_class(
         tf.Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=pixels),
         tokenizer,
         videos(patch_size=14),
-        chat_template=QWEN3_VL if version == "3" else QWEN2_VL,
+        chat_template=QWEN2_VL if version[0] == "2" else QWEN3_VL,
     )
     return model_class(config), processor
 
@@ -95,6 +104,29 @@ def idefics3(smol: bool = False) -> tuple[Any, Any]:
         tf.Idefics3ImageProcessor(**pictures), tokenizer, image_seq_len=4, chat_template=template
     )
     return tf.Idefics3ForConditionalGeneration(config), processor
+
+
+def lfm2_vl() -> tuple[Any, Any]:
+    tokenizer = build_extended()
+    marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": marks})
+    vision = {key: value for key, value in VISION.items() if key not in ("image_size",)}
+    config = tf.Lfm2VlConfig(
+        vision_config=tf.Siglip2VisionConfig(**vision, num_patches=16, vision_use_head=False),
+        text_config=tf.Lfm2Config(
+            **TEXT, **special_ids(tokenizer), layer_types=["conv", "full_attention"],
+            block_auto_adjust_ff_dim=False,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_hidden_size=32,
+    )  # fmt: skip
+    images = tf.Lfm2VlImageProcessor(
+        encoder_patch_size=14, do_image_splitting=False, min_image_tokens=1, max_image_tokens=4
+    )
+    processor = tf.Lfm2VlProcessor(
+        images, tokenizer, chat_template=CHATML.replace("IMAGE", "<image>")
+    )
+    return tf.Lfm2VlForConditionalGeneration(config), processor
 
 
 def paligemma() -> tuple[Any, Any]:
@@ -174,6 +206,8 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": partial(qwen2_vl, "2.5"),
     "qwen3_vl": partial(qwen2_vl, "3"),
+    "qwen3_5": partial(qwen2_vl, "3.5"),
+    "lfm2_vl": lfm2_vl,
     "idefics3": idefics3,
     "smolvlm": partial(idefics3, smol=True),
     "paligemma": paligemma,

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 import transformers as tf
-from torch import nn
+from torch import Tensor, nn
 
+IDS = torch.tensor([[3, 9, 14, 27, 5, 31], [8, 2, 40, 11, 6, 7]])
+SLOW = {"lora_alpha": 6.0, "factor_cache": False, "train_projector": False}
 TEXT: dict[str, Any] = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1,
@@ -53,6 +55,41 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def qwen3_moe() -> nn.Module:
+    """Experts as [E, d_out, d_in]; PEFT knows the type by its older layout of linear layers."""
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**TEXT, **EXPERTS))
+
+
+def aria() -> nn.Module:
+    """Experts as [E, d_in, d_out], which their module says; shared experts in linear layers."""
+    config = tf.AriaTextConfig(**TEXT, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    return tf.AriaTextForCausalLM(config)
+
+
+def llama4() -> nn.Module:
+    """Experts as [E, d_in, d_out] without a word of it; a shared expert in linear layers."""
+    sizes = {"intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 1}
+    return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**TEXT | {"intermediate_size": 12}, **sizes))
+
+
+def qwen3_5_moe() -> nn.Module:
+    """Experts beside fused linear attention."""
+    sizes = {**EXPERTS, "shared_expert_intermediate_size": 12}
+    config = tf.Qwen3_5MoeTextConfig(**TEXT, **LINEAR_ATTENTION, **sizes)
+    return tf.Qwen3_5MoeForCausalLM(config)
+
+
+MIXTURES: dict[str, Callable[[], nn.Module]] = {
+    "qwen3_moe": qwen3_moe,
+    "aria": aria,
+    "llama4": llama4,
+    "qwen3_5_moe": qwen3_5_moe,
+}
+
+
 def build(name: str, models: dict[str, Callable[[], nn.Module]] = FUSED) -> nn.Module:
     """Return a model in eval mode with weights large enough to tell rows apart."""
     torch.manual_seed(0)
@@ -62,3 +99,18 @@ def build(name: str, models: dict[str, Callable[[], nn.Module]] = FUSED) -> nn.M
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.2)
     return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    """Take steps large enough to change the outputs visibly."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-2)
+    for _ in range(steps):
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

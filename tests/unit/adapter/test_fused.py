@@ -5,33 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_models import FUSED, build
+from fused_models import FUSED, SLOW, build, logits, train
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from milora_vl import MiloraConfig, attach_milora, load_adapter, merge_adapter, save_adapter
 from milora_vl.adapter.checkpoint import check_files, read_milora_file
 from milora_vl.adapter.fused import Rows
 from milora_vl.adapter.state import ANCHOR, MILORA, factors
 from milora_vl.adapter.targets import find_targets
-
-IDS = torch.tensor([[3, 9, 14, 27, 5, 31], [8, 2, 40, 11, 6, 7]])
-SLOW = {"lora_alpha": 6.0, "factor_cache": False, "train_projector": False}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits.float()
-
-
-def train(model: nn.Module, steps: int = 2) -> None:
-    """Take steps large enough to change the outputs visibly."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-2)
-    for _ in range(steps):
-        model.train()(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("name", ["phi3", "persimmon", "qwen3_5", "qwen3_next"])

@@ -29,7 +29,11 @@ from milora_vl.model.load import VLM, LoadError, load_vlm
 from milora_vl.training.inputs import build_collate, build_dataset
 from milora_vl.training.trainer import supervised_positions, token_loss_sum
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+OWN_LINEARS = {  # what other families call theirs
+    "qwen3_5": LINEARS | {"in_proj_qkv", "in_proj_z", "out_proj"},
+    "lfm2_vl": {"q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"},
+}
 SIZES = {"wide.png": (50, 30), "tall.png": (30, 70), "square.png": (40, 40)}
 TALKS = [
     (["wide.png"], ["What is in the picture?", "A red fox."]),
@@ -111,7 +115,9 @@ def test_every_family_goes_the_whole_way(checkpoint: Path, pictures: Path, tmp_p
     peft_model, certificate = attach_milora(vlm.model, MiloraConfig(r=4), progress=False)
     torch.testing.assert_close(logits(peft_model, batch), before, atol=1e-3, rtol=0)
     modules = certificate.matched["language_model"]
-    assert {name.rpartition(".")[2] for name in modules} == set(LINEARS)
+    assert {name.rpartition(".")[2] for name in modules} == OWN_LINEARS.get(
+        vlm.model.config.model_type, LINEARS
+    )
     assert all(name.startswith(f"{family.language_model}.") for name in modules)
     assert certificate.matched["projector"] == [family.projector]
 
@@ -211,16 +217,15 @@ def test_a_family_outside_the_table_is_found_by_inspection_with_a_notice(
     assert family.projector == "model.multi_modal_projector"
 
 
-def test_experts_in_one_tensor_are_refused_and_attention_alone_is_adapted() -> None:
+def test_experts_in_one_tensor_are_skipped_with_a_word_and_attention_is_adapted() -> None:
     config = tf.Qwen3MoeConfig(
         **TEXT, vocab_size=64, pad_token_id=0, head_dim=8, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, decoder_sparse_step=1,
     )  # fmt: skip
     model = tf.Qwen3MoeForCausalLM(config)
-    with pytest.raises(ValueError, match=r"all experts in one tensor.*list the layers to adapt"):
-        find_targets(model, "all-linear")
-    modules = find_targets(model, ["q_proj", "k_proj", "v_proj", "o_proj"]).modules
-    assert len(modules) == 8
+    targets = find_targets(model, "all-linear")
+    assert len(targets.modules) == 8
+    assert "all experts in one tensor" in targets.skipped["model.layers.0.mlp.experts"]
 
 
 def test_benches_ask_other_families_by_plain_generation(pictures: Path, tmp_path: Path) -> None:
