@@ -160,6 +160,7 @@ def decompose_layer(prepared: Prepared, recipe: Recipe, cache: FactorCache | Non
             scaling=recipe.scaling,
             stored_dtype=prepared.stored_dtype,
             subtracted=recipe.subtracted,
+            orthonormal=recipe.scale == "none",
         )
         return Decomposition(prepared.name, both, prepared.digests, certificate)
     weight, prepared.weight = prepared.weight.to(torch.float32), None  # held once from here on

@@ -156,6 +156,7 @@ def decompose_experts(
     scaling: float,
     stored_dtype: torch.dtype | None,
     subtracted: bool,
+    orthonormal: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], LayerCertificate]:
     """Decompose every expert of one tensor.
 
@@ -167,6 +168,7 @@ def decompose_experts(
         scaling: lora_alpha / r.
         stored_dtype: As for ``certify_layer``.
         subtracted: As for ``certify_layer``.
+        orthonormal: Leave the singular values out of the factors.
 
     Returns:
         lora_A and lora_B as PEFT lays them out, and the certificate of the tensor as a whole.
@@ -175,7 +177,7 @@ def decompose_experts(
     for expert in weight:
         values = expert.to(torch.float32)
         U, S, Vh = decompose(values)
-        root = (S / scaling).sqrt()
+        root = ((torch.ones_like(S) if orthonormal else S) / scaling).sqrt()
         lefts.append(U * root)
         rights.append(root[:, None] * Vh)
         start = (scaling * lefts[-1], rights[-1])

@@ -55,7 +55,7 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-EXPERTS: dict[str, Any] = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 
 
 def qwen3_moe() -> nn.Module:
@@ -77,7 +77,7 @@ def llama4() -> nn.Module:
 
 def qwen3_5_moe() -> nn.Module:
     """Experts beside fused linear attention."""
-    sizes = {**EXPERTS, "shared_expert_intermediate_size": 12}
+    sizes = {**EXPERTS, "shared_expert_intermediate_size": 16}
     config = tf.Qwen3_5MoeTextConfig(**TEXT, **LINEAR_ATTENTION, **sizes)
     return tf.Qwen3_5MoeForCausalLM(config)
 
