@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from milora_vl import forecast, stages
-from milora_vl.adapter.targets import find_targets, match_pattern
+from milora_vl.adapter.targets import match_pattern
 from milora_vl.config import (
     Config,
     ConfigError,
@@ -33,7 +33,14 @@ from milora_vl.eval.evaluation import bench_names, load_items
 from milora_vl.files import write_json_atomic
 from milora_vl.model.families import PROJECTOR_NAMES, TOWER_NAMES
 from milora_vl.model.load import VLM
-from milora_vl.plan import count_steps, empty_model, group_layers, guess_load, plan_run
+from milora_vl.plan import (
+    count_steps,
+    empty_model,
+    group_layers,
+    guess_load,
+    plan_run,
+    plan_targets,
+)
 from milora_vl.run_folder import claim_run_folder, locked
 from milora_vl.runtime import (
     Precision,
@@ -97,12 +104,7 @@ def check_adapter(model: ModelSection, adapter: MiloraConfig, *, only_here: bool
         logger.debug("%s", error)
         return
     try:
-        targets = find_targets(
-            empty,
-            adapter.target_modules,
-            allow_outside=adapter.allow_outside_language_model,
-            fused=adapter.fused_rows,
-        )
+        targets, _ = plan_targets(empty, adapter, quantized=model.quantization is not None)
         group_layers(empty, targets, adapter)
         match_pattern("alpha_pattern", adapter.alpha_pattern, targets.modules)
     except ValueError as error:

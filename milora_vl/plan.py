@@ -30,6 +30,7 @@ from milora_vl.adapter.experts import layer_of
 from milora_vl.adapter.minor_svd import multiply, pack, uses_krylov
 from milora_vl.adapter.state import PLAIN_INITS
 from milora_vl.adapter.targets import (
+    QUANTIZED,
     TOWER_NAMES,
     Targets,
     choose_experts,
@@ -486,16 +487,7 @@ def plan_run(config: Config, device: str | None = None) -> Plan:
     machine = parse_machine(device) if device else None
     model, adapter = empty_model(config.model), config.adapter
     training = arguments_for(config.training, machine.count if machine else 1)
-    targets = find_targets(
-        model,
-        adapter.target_modules,
-        allow_outside=adapter.allow_outside_language_model,
-        fused=adapter.fused_rows,
-    )
-    experts, choice = choose_experts(
-        model, targets, adapter.experts, adapter.r, obstacle=adapter.experts_obstacle
-    )
-    targets = replace(targets, modules=(*targets.modules, *experts))
+    targets, choice = plan_targets(model, adapter, quantized=bool(config.model.quantization))
     groups = group_layers(model, targets, adapter)
     shapes = [group.shape for group in groups]
     dtype = config.model.dtype
@@ -652,6 +644,30 @@ def empty_model(section: ModelSection, *, only_here: bool = False) -> PreTrained
         model = auto.from_config(config, trust_remote_code=section.trust_remote_code)
     model.tie_weights()  # shared weights count once
     return model
+
+
+def plan_targets(
+    model: PreTrainedModel, adapter: MiloraConfig, *, quantized: bool = False
+) -> tuple[Targets, str]:
+    """Return what a start would adapt, experts included, and what is said of experts.
+
+    Args:
+        model: On the meta device or not.
+        adapter: Its layers and ranks.
+        quantized: Whether the base will be quantized while it is read.
+
+    Raises:
+        ValueError: If a layer or an expert that is asked for may not be adapted.
+    """
+    targets = find_targets(
+        model,
+        adapter.target_modules,
+        allow_outside=adapter.allow_outside_language_model,
+        fused=adapter.fused_rows,
+    )
+    obstacle = adapter.experts_obstacle or (QUANTIZED if quantized else None)
+    experts, choice = choose_experts(model, targets, adapter.experts, adapter.r, obstacle=obstacle)
+    return replace(targets, modules=(*targets.modules, *experts)), choice
 
 
 def group_layers(model: nn.Module, targets: Targets, adapter: MiloraConfig) -> tuple[Group, ...]:

@@ -46,6 +46,7 @@ from milora_vl.adapter.state import (
     unload_,
 )
 from milora_vl.adapter.targets import (
+    QUANTIZED,
     Targets,
     check_layers,
     choose_experts,
@@ -103,7 +104,7 @@ def attach_milora(
         allow_outside=config.allow_outside_language_model,
         fused=config.fused_rows,
     )
-    obstacle = config.experts_obstacle or ("a base in 4 bits" if weights is not None else None)
+    obstacle = config.experts_obstacle or (QUANTIZED if weights is not None else None)
     settings = (config.experts, config.r)
     experts, choice = choose_experts(model, targets, *settings, obstacle=obstacle)
     targets = replace(targets, modules=(*targets.modules, *experts))

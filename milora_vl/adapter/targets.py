@@ -168,6 +168,7 @@ def _experts(
     )
 
 
+QUANTIZED = "a base in 4 bits"
 EXPERTS_LIMIT = 100_000_000
 """Trainable parameters up to which ``experts: auto`` adapts experts."""
 
