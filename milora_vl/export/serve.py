@@ -76,7 +76,15 @@ def split_for_serving(
     Args:
         tensors: As ``portable_tensors`` returns them.
         state: Of the same adapter.
+
+    Raises:
+        ValueError: If the adapter holds tensors of experts.
     """
+    if state.experts:
+        raise ValueError(
+            f"{next(iter(state.experts))} holds all experts in one tensor, which servers do not "
+            "read as a LoRA; export it merged (--form merged)"
+        )
     rank = state.widening * max(map(state.rank_of, state.modules))
     ranks = state.peft_ranks(state.widening, plain=True)
     alpha = ranks["lora_alpha"]
