@@ -6,7 +6,7 @@ Only this file takes the whole config apart; the stages get plain arguments.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -439,14 +439,16 @@ def _run_claimed(config: Config, run_folder: Path, shared: Path | None) -> dict[
         base = stages.prepare_base(
             config.model, config.alignment, config.data, config.seed, run_folder
         )
-    base_vlm = cache(lambda: load_model(config.model, base))  # not called in a finished run
+    pads = config.data.pad_to_square  # benches show images as training does
+    # a finished run loads none
+    base_vlm = cache(lambda: replace(load_model(config.model, base), pad_to_square=pads))
     with schedule.stage("before"):
         before = stages.evaluate_stage(
             base_vlm,
             config.eval,
             run_folder / "eval_before",
             arguments,
-            kept=stages.kept_evaluation(base, config.model, config.eval, arguments)
+            kept=stages.kept_evaluation(base, config.model, config.eval, arguments, pads=pads)
             or (shared and shared / "eval_before"),
         )
     tuned_vlm = cache(lambda: _finetune(config, base_vlm(), arguments, run_folder))

@@ -229,7 +229,12 @@ def evaluate_stage(
 
 
 def kept_evaluation(
-    base: Path | str, model: ModelSection, section: EvalSection, arguments: TrainingArguments
+    base: Path | str,
+    model: ModelSection,
+    section: EvalSection,
+    arguments: TrainingArguments,
+    *,
+    pads: bool = True,
 ) -> Path | None:
     """Return the cache folder of a base's evaluation, or None for a base outside the cache.
 
@@ -244,6 +249,7 @@ def kept_evaluation(
     asked = model.model_dump(exclude={"prompt_day"})  # a new day needs no new evaluation
     facts = [base.name, section.model_dump(exclude=during), asked, sha256_of(manifest)]
     facts += [arguments.bf16, arguments.fp16, installed_versions()]
+    facts += [] if pads else ["images are not padded"]
     facts += [BENCHES[name].VERSION for name in bench_names(section.benches)]
     facts.append(forgetting.VERSION)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

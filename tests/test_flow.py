@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data_prep.stickervqa import build_stickervqa
+from milora_vl import stages
 from milora_vl.cli import STOPPED, main
+from milora_vl.config import load_config
 from milora_vl.eval.comparison import read_runs
+from milora_vl.pipeline import run_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -148,6 +152,22 @@ def test_two_processes_share_one_run(config_file: Path, tmp_path: Path) -> None:
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     steps = [one["step"] for one in log if one["stage"] == "finetune" and "grad_norm" in one]
     assert steps == [1, 2, 3, 4]  # each once
+
+
+def test_benches_show_images_as_training_does(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def caught(get_vlm: Callable, *_: object, **__: object) -> None:
+        seen.append(get_vlm().pad_to_square)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "evaluate_stage", caught)
+    config = load_config(config_file, ["data.pad_to_square=false", "alignment=null"])
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(config, tmp_path / "run")
+    assert seen == [False]
 
 
 def test_a_stopped_command_saves_its_step_and_exits_with_143(
