@@ -9,7 +9,7 @@ import torch
 from chat_tokenizers import build_llama_like
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
@@ -24,6 +24,7 @@ from milora_vl.constants import IMAGE_TOKEN
 from milora_vl.data.prompts import render_segments
 from milora_vl.data.records import Turn
 from milora_vl.eval.generate_plain import build_prompt
+from milora_vl.model.compose import compose_from_names
 from milora_vl.model.convert_llava import _merge_lora_, convert_llava
 from milora_vl.model.load import LoadError, load_vlm
 
@@ -297,3 +298,21 @@ def test_a_tensor_without_a_place_is_named_and_not_dropped(name: str, tmp_path: 
     torch.save(weights, source / "pytorch_model.bin")
     with pytest.raises(LoadError, match=r"lacks lm_head\.weight"):
         convert_llava(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["tower", "base"])
+def test_parts_that_lack_a_weight_are_refused_wherever_they_are_loaded(
+    part: str, tmp_path: Path
+) -> None:
+    source, _ = Original(tmp_path).write("whole")
+    file = tmp_path / part / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if "layers.1." in name))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=rf"{part} lacks 1 weights .*layers\.1\."):
+        compose_from_names(
+            f"hf:{tmp_path / 'tower'}", str(tmp_path / "base"), tmp_path / "composed"
+        )
+    if part == "tower":
+        with pytest.raises(LoadError, match="tower lacks 1 weights"):
+            convert_llava(source, tmp_path / "out")
