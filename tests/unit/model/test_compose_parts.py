@@ -96,7 +96,7 @@ def test_slips_on_the_command_line_are_told_before_anything_is_loaded(
     assert "no multiple of the patch" in error_of(*known, "--out", out, "--image-size", "30")
     assert "hidden states 0 to 2, no -5" in error_of(*known, "--out", out, "--feature-layer", "-5")
     missing = ("--vision", tower, "--language", str(tmp_path / "nowhere"))
-    assert "neither a folder here" in error_of(*missing, "--out", out)
+    assert "no such folder, and no hub id" in error_of(*missing, "--out", out)
     near = ("--vision", "open_clip:ViT-B16/openai", "--language", language)
     assert "near: " in error_of(*near, "--out", out)
     tagless = ("--vision", "open_clip:ViT-B-16", "--language", language)
