@@ -19,8 +19,10 @@ PRODUCT_STAGES = ("base", "before", "finetuning", "after")
 
 # Share of the probed rate that a stage reaches: the faster the products, the larger the share of
 # attention, norms and the optimizer. docs/decisions.md says where the numbers come from.
-EFFICIENCY = {"float32": 0.62, "bfloat16": 0.38}
-DATA_SECONDS = 120  # drawing the demo's images, on two cores
+EFFICIENCY = {"float32": 0.62, "bfloat16": 0.18}
+DATA_SECONDS = 60  # drawing the demo's images, on two cores
+BASE_ANSWER_SECONDS = 0.09  # of a question, beside its products: the base rarely ends by itself
+TUNED_ANSWER_SECONDS = 0.04  # a finetuned model ends after a token or two
 COMPOSE_SECONDS = 40  # reading the demo's two models and joining them
 LOADING_SECONDS = 8  # a stage's start: model, records, decompositions
 TOKENS_PER_QUESTION = 45  # the image and a shared beginning are computed once
@@ -37,11 +39,13 @@ class Work:
         training: Of the finetuning.
         alignment: Of stage 1; 0 if there is none.
         evaluation: Of one evaluation, with and without images.
+        questions: How many it asks; one that is also asked without its image counts twice.
     """
 
     training: float
     alignment: float
     evaluation: float
+    questions: int = 0
 
     def teraflop(self) -> dict[str, float]:
         """Return {stage: operations in 10^12}, for the stages whose time is that of products."""
@@ -99,7 +103,11 @@ def guess_seconds(work: Work, gflops: float, done: Mapping[str, bool]) -> dict[s
         done: Stage -> whether it is done; a stage that is absent is not part of the run.
     """
     fixed = {"data": DATA_SECONDS, "base": COMPOSE_SECONDS}
-    fixed |= {"before": LOADING_SECONDS, "finetuning": LOADING_SECONDS}
+    fixed |= {
+        "before": LOADING_SECONDS + BASE_ANSWER_SECONDS * work.questions,
+        "finetuning": LOADING_SECONDS,
+        "after": TUNED_ANSWER_SECONDS * work.questions,
+    }
     seconds = {
         name: fixed.get(name, 0.0) + tera * 1e12 / (gflops * 1e9)
         for name, tera in ({"data": 0.0} | work.teraflop()).items()

@@ -256,12 +256,12 @@ def count_work(config: Config) -> forecast.Work:
     tokens = load.tokens if samples else forecast.TOKENS_SHARE * config.data.max_length
     per_sample = (tokens, load.images, load.patches)
     seen = steps * accumulated * load.samples
+    questions, blind = _count_questions(config), config.eval.blind
     return forecast.Work(
         training=forecast.training_operations(weights, seen, *per_sample),
         alignment=_alignment_operations(config, model, weights),
-        evaluation=forecast.evaluation_operations(
-            weights, _count_questions(config), load.patches, blind=config.eval.blind
-        ),
+        evaluation=forecast.evaluation_operations(weights, questions, load.patches, blind=blind),
+        questions=questions * (2 if blind else 1),
     )
 
 

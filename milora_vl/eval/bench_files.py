@@ -6,6 +6,7 @@ image under a key that nobody reads is not dropped. All errors are ``BenchError`
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -463,6 +464,10 @@ _OWNERS = ("lmms-lab-encoder", "lmms-lab")
 """Mirrors moved from the second to the first in 2026; a cache may still hold either name."""
 
 
+MIRRORS_FOLDER = "MILORA_MIRRORS"
+"""Environment variable: a folder of copies of the hub data sets, each under its name there."""
+
+
 class MirrorError(MiloraError, OSError):
     """A mirror could not be loaded; the text says which, why, and what to do instead."""
 
@@ -489,6 +494,9 @@ class Mirror:
         """
         import datasets
 
+        copies = os.environ.get(MIRRORS_FOLDER)
+        if copies and (Path(copies) / self.name).is_dir():
+            return keep_encoded(self._open_copy(Path(copies) / self.name))
         has_owner = "/" in self.name or Path(self.name).exists()
         names = [self.name] if has_owner else [f"{owner}/{self.name}" for owner in _OWNERS]
         problems = []
@@ -501,8 +509,24 @@ class Mirror:
             return keep_encoded(table)
         raise MirrorError(
             f"the hub data set could not be loaded ({'; '.join(problems)}). Without a connection, "
-            "bring the bench's official files here and name their folder with --data"
+            "bring the bench's official files here and name their folder with --data, or a copy of "
+            f"the data set and name the folder that it is in with {MIRRORS_FOLDER}"
         )
+
+    def _open_copy(self, folder: Path) -> Any:
+        """Return the table of a local copy: the hub's files, or what ``save_to_disk`` wrote."""
+        import datasets
+
+        try:
+            if (folder / "state.json").is_file():  # one split
+                return datasets.load_from_disk(str(folder))
+            if (folder / "dataset_dict.json").is_file():
+                return datasets.load_from_disk(str(folder))[self.split]
+            return datasets.load_dataset(str(folder), self.config, split=self.split)
+        except (OSError, ValueError, KeyError) as error:
+            raise MirrorError(
+                f"{folder}: holds no split {self.split!r} of {self.name}: {shorten(str(error), 200)}"
+            ) from error
 
 
 def keep_encoded(table: Any) -> Any:

@@ -133,6 +133,10 @@ def check_template_ids(style: ChatTemplate, reader: ImageReader | None = None) -
             if "system" in name:  # refused when a record has such a turn
                 continue
             raise ChatTemplateError(f"with {name}: {error}") from error
+        # transformers may merge an answer's leading spaces with the prompt's line break into one
+        # token; here the prompt stays a prefix of what is learned, so the texts have to agree
+        if "outer spaces" in name and tokenizer.decode(actual) == tokenizer.decode(expected):
+            continue
         # our prompt may end with what the template puts before each answer: an empty think block
         if actual != expected and not (prompt and actual[: len(expected)] == expected):
             at = next(

@@ -218,7 +218,7 @@ def test_an_interrupted_build_leaves_the_old_set_and_no_rest(tmp_path, monkeypat
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.sticker.build.vqa_files", interrupt)
+    monkeypatch.setattr("data_prep.sticker.benches.vqa_files", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_stickervqa(out, "tiny", allow_fetch=False, show_progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

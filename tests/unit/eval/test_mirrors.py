@@ -55,6 +55,29 @@ def save_mirror(folder, rows, *columns):
     return Mirror(str(folder), None, "train")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved", "saved dict"])
+def test_a_local_copy_of_a_mirror_is_read_in_its_place(tmp_path, monkeypatch, kind):
+    row = {"id": "0", "question_id": "1", "question": "Is there a fox?", "answer": "yes"}
+    row |= {"image_source": "COCO_1", "category": "random", "image": encoded(1)}
+    table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+    (tmp_path / "POPE").mkdir()
+    if kind == "parquet":
+        table.to_parquet(str(tmp_path / "POPE/test-00000.parquet"))
+    elif kind == "saved":
+        table.save_to_disk(str(tmp_path / "POPE"))
+    else:
+        datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "POPE"))
+    monkeypatch.setenv("MILORA_MIRRORS", str(tmp_path))
+    (item,) = pope.load(None)
+    assert item.image.read() == picture_bytes(1)
+    assert "Is there a fox?" in item.prompt
+    if kind == "saved dict":
+        (tmp_path / "GQA").mkdir()
+        datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "GQA"))
+        with pytest.raises(MirrorError, match="GQA: holds no split"):
+            gqa.load(None)
+
+
 def encoded(seed_number):
     return {"bytes": picture_bytes(seed_number), "path": None}
 

