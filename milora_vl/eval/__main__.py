@@ -37,10 +37,11 @@ benches, and the official files looked for below --data (or in a folder of the b
   lm:TASK,...  text-only tasks of lm-eval-harness (pip install 'milora-vl[text]'), or of *.yaml
                task files of yours in --data
   all          every bench whose files are in --data
-Without --data the hub mirrors are used, or copies of them in the folder $MILORA_MIRRORS (POPE/, GQA/,
-..., as parquet files or written by save_to_disk). --data may also name one file, to choose a split. Where
-answers are not published (test splits) a submission file is written instead of a score; mmvet and
-llava-w get prediction files and judge prompts, and a score only from a judge that you name.
+Without --data the hub mirrors are used, or copies of them in the folder $MILORA_MIRRORS (POPE/,
+GQA/, ..., as parquet files or written by save_to_disk). --data may also name one file, to choose a
+split. Where answers are not published (test splits) a submission file is written instead of a
+score; mmvet and llava-w get prediction files and judge prompts, and a score only from a judge that
+you name.
 
 examples
   python -m milora_vl.eval --bench mmbench --model llava-hf/llava-1.5-7b-hf --data data/mmbench

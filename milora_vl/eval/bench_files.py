@@ -524,8 +524,9 @@ class Mirror:
                 return datasets.load_from_disk(str(folder))[self.split]
             return datasets.load_dataset(str(folder), self.config, split=self.split)
         except (OSError, ValueError, KeyError) as error:
+            reason = shorten(str(error), 200)
             raise MirrorError(
-                f"{folder}: holds no split {self.split!r} of {self.name}: {shorten(str(error), 200)}"
+                f"{folder}: holds no split {self.split!r} of {self.name}: {reason}"
             ) from error
 
 
