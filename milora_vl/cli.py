@@ -591,6 +591,8 @@ def main(argv: list[str] | None = None) -> int:
     130: interrupted. 143: stopped by SIGTERM after a checkpoint.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # at every start it warns of an optional kernel that would come from the hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

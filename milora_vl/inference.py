@@ -64,11 +64,13 @@ def ask(
 
     Raises:
         milora_vl.data.images.BadImageError: If the file is no readable image or video.
-        ValueError: If the model takes no images, or no videos.
+        ValueError: If the model takes no images, or no videos, or no frame is asked for.
     """
+    if video_frames is not None and video_frames < 1:
+        raise ValueError(f"video_frames must be at least 1, not {video_frames}")
     images, videos = [], []
     if isinstance(image, Path | str) and Path(image).suffix.lower() in VIDEO_SUFFIXES:
-        sampling = FrameSampling(video_frames) if video_frames else vlm.video_sampling
+        sampling = FrameSampling(video_frames) if video_frames is not None else vlm.video_sampling
         videos = [load_frames(image, sampling)]
     elif image is not None:
         images = [to_rgb(image) if isinstance(image, Image.Image) else load_image(image)]

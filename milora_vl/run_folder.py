@@ -18,7 +18,13 @@ from milora_vl.errors import MiloraError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-STARTED_BY = ("config.yaml", "environment.json")
+STARTED_BY = (
+    "config.yaml",
+    "environment.json",
+    "timing.json",
+    "training_data.json",
+    "certificate.json",
+)
 """Files written before any work: with only these, all settings may still change."""
 
 FREE_SETTINGS = (
@@ -132,8 +138,9 @@ def claim_run_folder(config: Config, folder: Path) -> None:
             )
         if differing:
             logger.info("%s: settings changed: %s", folder, _describe(differing))
-        if fixed:  # it was measured for the old settings
-            (folder / "environment.json").unlink(missing_ok=True)
+        if fixed:  # what a start wrote that ended before its first step, for the old settings
+            for name in STARTED_BY:
+                (folder / name).unlink(missing_ok=True)
         if not differing:
             return
     elif set(kept) - set(STARTED_BY):

@@ -337,7 +337,8 @@ def _truncation_point(labels: list[int], ends: list[int], images_end: int, max_l
     if images_end > max_length:
         raise ValueError(
             f"max_length {max_length} would cut image tokens: the last image ends at token "
-            f"{images_end} of {needed}; raise max_length or use fewer images"
+            f"{images_end} of {needed}; raise max_length or use fewer images, or fewer frames of a "
+            "video (data.video_frames)"
         )
     if any(label != IGNORE_INDEX for label in labels[images_end:max_length]):
         return max_length

@@ -181,7 +181,8 @@ def get_style(style: "PromptStyle | ChatTemplate | str") -> "PromptStyle | ChatT
     if isinstance(style, PromptStyle | ChatTemplate):
         return style
     if style not in PROMPT_STYLES:
-        raise ValueError(f"no prompt style {style!r}; choose from {', '.join(PROMPT_STYLES)}")
+        known = ", ".join([*PROMPT_STYLES, STYLE_NAME])
+        raise ValueError(f"no prompt style {style!r}; choose from {known} (the model's own)")
     return PROMPT_STYLES[style]
 
 

@@ -343,6 +343,7 @@ def finish_adapter(
     start = read_start(folder)
     adapter = _find_trained(Path(trained))
     _check_config(adapter, start)
+    _refuse_other_start(adapter, folder)
     original = base or start.adapter.base["name_or_path"]
     if start.target == "residual" and not (folder / "base").is_dir():
         raise FileNotFoundError(
@@ -443,6 +444,21 @@ def _check_config(adapter: Path, start: StartFile) -> None:
                 f"{getattr(expected, key)}: the trainer made a new adapter instead of going on "
                 "from adapter/ of the start; docs/train_elsewhere.md names its option for that"
             )
+
+
+def _refuse_other_start(adapter: Path, folder: Path) -> None:
+    """Check that the trained adapter does not name the base of another start.
+
+    Its config and shapes are those of any start of the same settings, so only the path tells.
+    """
+    recorded = LoraConfig.from_pretrained(str(adapter)).base_model_name_or_path or ""
+    other = Path(recorded).parent / START_FILE
+    # a start that was copied is the same start
+    if other.is_file() and other.read_bytes() != (folder / START_FILE).read_bytes():
+        raise ValueError(
+            f"{adapter} was trained on {recorded}, the base of another start than {folder}; finish "
+            f"it with milora-vl finish {other.parent}"
+        )
 
 
 def _joined(

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from milora_vl.constants import IMAGE_TEXT, IMAGE_TOKEN
-from milora_vl.data.images import load_image
+from milora_vl.data.images import BadImageError, load_image
 from milora_vl.data.records import Turn
 from milora_vl.errors import MiloraError
 from milora_vl.eval.items import decode_base64
@@ -96,6 +96,8 @@ def _read_part(
     try:
         content = _image_bytes(url, allowed_hosts, max_bytes)
         return IMAGE_TOKEN, load_image(io.BytesIO(content))
+    except BadImageError as error:  # its text names the bytes in memory
+        raise BadRequestError(f"{where}: the data is no image that can be read") from error
     except (ValueError, OSError) as error:
         raise BadRequestError(f"{where}: {error}") from error
 

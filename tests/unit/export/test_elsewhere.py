@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -186,6 +187,17 @@ def test_what_does_not_fit_the_start_is_refused(start, tmp_path, edit, message):
     with pytest.raises(ValueError, match=message):
         finish_adapter(start.folder, trained, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_adapter_of_another_start_is_refused_and_that_of_a_copy_is_not(
+    start, tiny_checkpoint, tmp_path
+):
+    words = ["init", "--model", str(tiny_checkpoint), "--out", str(tmp_path / "other")]
+    assert main([*words, "adapter.r=4", "adapter.init=pissa"]) == 0
+    with pytest.raises(ValueError, match="the base of another start"):
+        finish_adapter(start.folder, tmp_path / "other" / "adapter", tmp_path / "out")
+    shutil.copytree(start.folder, tmp_path / "copy")
+    finish_adapter(tmp_path / "copy", start.folder / "adapter", tmp_path / "out")
 
 
 def test_another_base_is_refused(start, tmp_path):
