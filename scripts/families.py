@@ -6,6 +6,7 @@ Every class is built from its default configuration on the meta device: names an
 Its parts keep their first layers only, so shares are those of these layers.
 """
 
+import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -153,6 +154,9 @@ def page_of(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Write the page."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     PAGE.write_text(page_of(row_of(kind, build(kind)) for kind in kinds), encoding="utf-8")
     print(PAGE)

@@ -195,9 +195,14 @@ def choose_experts(
         Full names, and what was chosen and why, "" if the model has no such tensors.
 
     Raises:
-        ValueError: If experts are asked for and there is an obstacle.
+        ValueError: If experts are asked for and there are none, or there is an obstacle.
     """
     if not targets.experts:
+        if wanted == "all":
+            raise ValueError(
+                "adapter.experts=all: the layers of adapter.target_modules hold no experts in one "
+                "tensor; leave it at auto"
+            )
         return (), ""
     shared = tuple(name for name in targets.experts if "shared" in name)
     size = 0
@@ -394,7 +399,7 @@ def _sort_layers(
 
 
 _EXPERTS = (
-    "it keeps the weights of all experts in one tensor each, see adapter.experts",
+    "the experts in it are for adapter.experts to choose",
     "PEFT reads its name as a part of this model type's experts",
 )
 _LEFT_OUT = {

@@ -92,3 +92,9 @@ def test_auto_takes_experts_only_where_they_cost_little_and_can_be_adapted(monke
         experts(experts="all", init="lora")
     monkeypatch.setattr("milora_vl.adapter.targets.EXPERTS_LIMIT", 100)
     assert experts() == set()
+
+
+def test_experts_that_are_not_there_cannot_be_asked_for():
+    config = MiloraConfig(r=2, experts="all", target_modules="attention")
+    with pytest.raises(ValueError, match="hold no experts in one tensor"):
+        attach_milora(build("qwen3_moe", MIXTURES), config, progress=False)
