@@ -225,7 +225,7 @@ def test_experts_in_one_tensor_are_skipped_with_a_word_and_attention_is_adapted(
     model = tf.Qwen3MoeForCausalLM(config)
     targets = find_targets(model, "all-linear")
     assert len(targets.modules) == 8
-    assert "all experts in one tensor" in targets.skipped["model.layers.0.mlp.experts"]
+    assert "for adapter.experts to choose" in targets.skipped["model.layers.0.mlp.experts"]
 
 
 def test_benches_ask_other_families_by_plain_generation(pictures: Path, tmp_path: Path) -> None:
