@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.error import HTTPError
 
 from huggingface_hub import hf_hub_download
@@ -28,7 +27,7 @@ from milora_vl.data.images import BadImageError, ImagePathError, load_image, rea
 from milora_vl.data.images import resolve_image as find_path
 from milora_vl.data.records import RecordError, parse_record
 from milora_vl.errors import MiloraError
-from milora_vl.files import sha256_of, write_json_atomic
+from milora_vl.files import sha256_of, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -118,27 +117,26 @@ def build(official: OfficialSet, raw: Path, out: Path, *, decode: bool = False) 
         ) from error
     images = _look_at_images(raw, [record for _, record in samples], decode)
     tally = _Tally()
-    out.mkdir(parents=True, exist_ok=True)
-    with _replacing(out / "train.json") as stream, _replacing(out / "left_out.jsonl") as rest:
-        for number, (part, record) in enumerate(samples):
-            tally.read[part] += 1
-            reason, detail = _check(record, f"{official.name}[{number}]", images)
-            if reason is None:
-                tally.renamed += _use_found_name(record, images)
-                # a list over lines: records can be told apart in a pager, and it is plain JSON
-                stream.write(("," if tally.written.total() else "[") + "\n")
-                stream.write(json.dumps(record, ensure_ascii=False))
-                tally.written[part] += 1
-            else:
-                line = {"record": number, "id": record.get("id"), "part": part}
-                line |= {"reason": reason, "detail": detail}
-                rest.write(json.dumps(line, ensure_ascii=False) + "\n")
-                tally.left_out[reason] += 1
-        if not tally.written:
-            raise OfficialSetError(
-                f"{raw}: no record of {official.name} can be used; left out: {dict(tally.left_out)}"
-            )
-        stream.write("\n]\n")
+    kept, left_out = [], []
+    for number, (part, record) in enumerate(samples):
+        tally.read[part] += 1
+        reason, detail = _check(record, f"{official.name}[{number}]", images)
+        if reason is None:
+            tally.renamed += _use_found_name(record, images)
+            kept.append(json.dumps(record, ensure_ascii=False))
+            tally.written[part] += 1
+        else:
+            line = {"record": number, "id": record.get("id"), "part": part}
+            line |= {"reason": reason, "detail": detail}
+            left_out.append(json.dumps(line, ensure_ascii=False) + "\n")
+            tally.left_out[reason] += 1
+    if not kept:
+        raise OfficialSetError(
+            f"{raw}: no record of {official.name} can be used; left out: {dict(tally.left_out)}"
+        )
+    # a record a line: they can be told apart in a pager, and it is plain JSON
+    write_text_atomic(out / "train.json", "[\n" + ",\n".join(kept) + "\n]\n")
+    write_text_atomic(out / "left_out.jsonl", "".join(left_out))
     manifest = {
         "name": official.name,
         "records": tally.written.total(),
@@ -263,28 +261,6 @@ def _use_found_name(record: dict[str, Any], images: Mapping[str, tuple[str | Non
     found = name if name is None else images[name][0]
     record |= {} if name is None else {"image": found}
     return found != name
-
-
-class _replacing:  # noqa: N801 - used like a function
-    """A text file that takes its name when its block ends well, and is removed otherwise."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> IO[str]:
-        self.stream = tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
-        )
-        return self.stream
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.stream.close()
-        temporary = Path(self.stream.name)
-        if kind is None:
-            temporary.chmod(0o644)
-            temporary.replace(self.path)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def download(remote: Remote, raw: Path) -> Path:

@@ -68,7 +68,7 @@ def test_core_is_as_balanced_as_full(core_sets):
         test_no_bench_picture_nearly_equals_a_train_picture(each)
 
 
-def test_every_object_has_as_many_yes_as_no(built):
+def test_train_leans_to_yes_for_every_object_alike(built):
     for kind, rows in built.pope.items():
         balance = Counter()
         for row in rows:
