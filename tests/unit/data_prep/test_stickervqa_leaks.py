@@ -63,7 +63,7 @@ def test_core_asks_only_for_what_it_teaches(core_sets):
 def test_core_is_as_balanced_as_full(core_sets):
     _check_blind(core_sets)
     for each in core_sets:
-        test_every_object_has_as_many_yes_as_no(each)
+        test_train_leans_to_yes_for_every_object_alike(each)
         test_held_out_artists_are_only_in_the_bench(each)
         test_no_bench_picture_nearly_equals_a_train_picture(each)
 
